@@ -1,0 +1,142 @@
+"""The labels of a client's batch, read off the classifier's gradient.
+
+With cross-entropy the gradient that reaches the logits of one image is r = softmax(logits) − onehot(y): its only
+negative entry is the label. The head's bias gradient is the mean of the r of the batch; the head's weight
+gradient is the mean of r fᵀ, with f the features the head reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, dissect
+from ..update import ClientUpdate, check_update
+from .result import AttackNotApplicable
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Recovered labels.
+
+    Attributes
+    ----------
+    labels : int64 Tensor of shape (B,), sorted
+        As a multiset: nothing here says which image has which label.
+    exact : bool
+        True when the label follows from the signs alone (one image) and nothing contradicts it.
+    reason : str
+    diagnostics : dict
+    """
+
+    labels: Tensor
+    exact: bool
+    reason: str
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def one_image_residual(head_gradient: Tensor) -> float:
+    """How far a head weight gradient (classes, d) is from r fᵀ, relative to its norm.
+
+    For one image it is rank one up to rounding; for a batch of two it is not. Costs one matrix-vector product.
+    """
+    w = head_gradient.double()
+    f = w[w.norm(dim=1).argmax()]
+    if not f.any():
+        return 0.0
+    f = f / f.norm()
+    return float((w - torch.outer(w @ f, f)).norm() / w.norm())
+
+
+def is_batch(anatomy: Anatomy, update: ClientUpdate) -> tuple[bool, str]:
+    """Whether the head's gradients prove that more than one image is behind the update, and by what numbers."""
+    if update.batch_size is not None and update.batch_size > 1:
+        return True, f"the client says batch_size={update.batch_size}"
+    bias = update.gradients.get(anatomy.head_bias or "")
+    if bias is not None and (negative := int((bias < 0).sum())) > 1:
+        return True, f"{negative} entries of the head's bias gradient are negative: at least {negative} labels"
+    weight = update.gradients.get(anatomy.head_weight or "")
+    if weight is None:
+        return False, "the head's gradient is not shared, so the batch size was not checked there"
+    residual, limit = one_image_residual(weight), 1e3 * torch.finfo(weight.dtype).eps
+    text = f"head weight gradient is rank one up to {residual:.1e} (limit {limit:.1e})"
+    return residual > limit, text if residual <= limit else text.replace("is rank one up to", "misses rank one by")
+
+
+def recover_labels(
+    model: nn.Module, update: ClientUpdate, *, batch_size: int | None = None, anatomy: Anatomy | None = None
+) -> Labels:
+    """The labels behind an update, from the head's bias gradient, or else from its weight gradient.
+
+    Parameters
+    ----------
+    model : nn.Module
+    update : ClientUpdate
+    batch_size : int, optional
+        What the attacker knows or assumes; default is what the client says, else 1.
+    anatomy : Anatomy, optional
+        Default is ``dissect(model)``.
+
+    Returns
+    -------
+    Labels
+        For one image exact by the sign rule. For a batch a greedy count: each label lowers its entry of the
+        bias gradient by 1/B, so labels are taken off one at a time where the entry is lowest; right as long as
+        the model is not yet confident, and never marked exact.
+
+    Raises
+    ------
+    AttackNotApplicable
+        If the head's gradients are withheld or zero, or if a batch is asked for and only the weight is shared.
+    UpdateError
+        If the update does not belong to the model.
+    """
+    anatomy = anatomy or dissect(model)
+    check_update(model, update)
+    batch_size = batch_size or update.batch_size or 1
+    bias = update.gradients.get(anatomy.head_bias or "")
+    weight = update.gradients.get(anatomy.head_weight or "")
+    if bias is not None:
+        residual, source = bias.double(), "head bias gradient"
+    elif weight is not None and batch_size == 1:
+        residual, source = _residual_from_weight(weight.double()), "head weight gradient (rank one)"
+    else:
+        raise AttackNotApplicable("recover_labels", "the head's bias gradient is not in the update")
+    if not residual.any():
+        raise AttackNotApplicable("recover_labels", "the head's gradient is zero")
+    left = residual.clone()
+    found = []
+    for _ in range(batch_size):
+        found.append(int(left.argmin()))
+        left[found[-1]] += 1 / batch_size
+    labels = torch.tensor(sorted(found))
+    negative = int((residual < 0).sum())
+    batch, batch_numbers = is_batch(anatomy, update)
+    exact = batch_size == 1 and negative == 1 and not batch
+    reason = f"{source}: {negative} negative entr{'y' if negative == 1 else 'ies'}; {batch_numbers}"
+    return Labels(labels, exact, reason, {"source": source, "negative_entries": negative, "batch_size": batch_size})
+
+
+def _residual_from_weight(weight: Tensor) -> Tensor:
+    """softmax − onehot of one image, up to a positive factor, from r fᵀ: all rows but the label's point one way."""
+    f = weight[weight.norm(dim=1).argmax()]
+    r = weight @ f / f.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    # The label's entry is minus the sum of all others, so it is the largest; it must come out negative.
+    return -r * torch.sign(r[r.abs().argmax()])
+
+
+def labels_or_none(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, given: Tensor | None
+) -> tuple[Tensor | None, str]:
+    """Labels for a Reconstruction of one image, and a word on where they come from."""
+    if given is not None:
+        return given, "known to the attacker"
+    try:
+        found = recover_labels(model, update, batch_size=1, anatomy=anatomy)
+    except AttackNotApplicable as refusal:
+        return None, refusal.reason
+    return found.labels, f"recovered, {'exact' if found.exact else 'not certain'}: {found.reason}"
