@@ -1,0 +1,88 @@
+"""aprillab: how shared gradients give away a Vision Transformer user's images, and which defences really help.
+
+    import aprillab as al
+
+    model = al.VisionTransformer(image_size=32, patch_size=4, width=384, depth=4, heads=6, classes=10)
+    pixels = al.load_victim("astronaut", 32)[None]
+    update = al.client_update(model, al.dissect(model).preprocessing.to_input(pixels), torch.tensor([3]))
+    picture = al.invert(model, update).pixels
+
+Everything in the course is reached from here; each module is short and meant to be read.
+"""
+
+from .anatomy import Anatomy, Rows, UnknownModelError, dissect
+from .attacks import (
+    AttackNotApplicable,
+    Labels,
+    Reconstruction,
+    april_closed_form,
+    attention_product,
+    embedding_closed_form,
+    gradient_residual,
+    invert,
+    is_batch,
+    recover_labels,
+    span_closed_form,
+)
+from .data import load_victim, load_victims, mnist5k, read_picture, torchvision_dataset, victim_info, victims
+from .metrics import EXACT_TO_8_BITS_DB, match_batch, mse, psnr, score, ssim
+from .models import VisionTransformer, patchify, sinusoidal_1d, sinusoidal_2d, unpatchify
+from .preprocessing import HALF, IMAGENET, UNIT, Preprocessing
+from .update import (
+    ClientUpdate,
+    UpdateError,
+    check_update,
+    client_update,
+    load_update,
+    save_update,
+    update_from_states,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EXACT_TO_8_BITS_DB",
+    "HALF",
+    "IMAGENET",
+    "UNIT",
+    "Anatomy",
+    "AttackNotApplicable",
+    "ClientUpdate",
+    "Labels",
+    "Preprocessing",
+    "Reconstruction",
+    "Rows",
+    "UnknownModelError",
+    "UpdateError",
+    "VisionTransformer",
+    "april_closed_form",
+    "attention_product",
+    "check_update",
+    "client_update",
+    "dissect",
+    "embedding_closed_form",
+    "gradient_residual",
+    "invert",
+    "is_batch",
+    "load_update",
+    "load_victim",
+    "load_victims",
+    "match_batch",
+    "mnist5k",
+    "mse",
+    "patchify",
+    "psnr",
+    "read_picture",
+    "recover_labels",
+    "save_update",
+    "score",
+    "sinusoidal_1d",
+    "sinusoidal_2d",
+    "span_closed_form",
+    "ssim",
+    "torchvision_dataset",
+    "unpatchify",
+    "update_from_states",
+    "victim_info",
+    "victims",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -50,7 +51,10 @@ class Rows:
         return None if tensor is None else tensor[self.start : self.stop]
 
     def __str__(self) -> str:
-        return self.name if self.start is self.stop is None else f"{self.name}[{self.start}:{self.stop}]"
+        if self.start is self.stop is None:
+            return self.name
+        start, stop = ("" if end is None else end for end in (self.start, self.stop))
+        return f"{self.name}[{start}:{stop}]"
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def dissect(model: nn.Module, **parts: object) -> Anatomy:
+def dissect(model: nn.Module, **parts: Any) -> Anatomy:
     """Find the parts of a Vision Transformer that an attack reads.
 
     Known are this package's :class:`~aprillab.models.VisionTransformer`, torchvision's ``VisionTransformer``
@@ -153,7 +157,8 @@ def dissect(model: nn.Module, **parts: object) -> Anatomy:
     UnknownModelError
         If the model is not known and ``parts`` do not describe it.
     ValueError
-        If a part that was handed over has an unknown field, or names a tensor the model does not have.
+        If a part that was handed over has an unknown field, names a tensor the model does not have, or one whose
+        shape does not fit the others.
     """
     known = {field.name for field in fields(Anatomy)}
     if wrong := sorted(set(parts) - known):
@@ -170,19 +175,19 @@ def dissect(model: nn.Module, **parts: object) -> Anatomy:
     return anatomy
 
 
-def _as_field(name: str, value: object) -> object:
+def _as_field(name: str, value: Any) -> Any:
     """A part as the caller wrote it, in the type of its field."""
     if name in _ROW_FIELDS and isinstance(value, str):
         return Rows.parse(value)
-    if name == "image_size" and isinstance(value, int):
-        return (value, value)
+    if name == "image_size":
+        return (value, value) if isinstance(value, int) else tuple(value)
     if name == "prefix":
-        return (value,) if isinstance(value, str) else tuple(value)  # type: ignore[call-overload]
+        return (value,) if isinstance(value, str) else tuple(value)
     return value
 
 
 def _check(model: nn.Module, anatomy: Anatomy) -> None:
-    """Every name must be a tensor of the model, and the patch embedding must have the shape the attacks read."""
+    """Every name must be a tensor of the model, and the tensors must have the shapes the attacks read."""
     tensors = tensors_of(model)
     wanted = [getattr(anatomy, f) for f in _NAME_FIELDS] + list(anatomy.prefix)
     wanted += [getattr(anatomy, f).name for f in _ROW_FIELDS if getattr(anatomy, f) is not None]
@@ -196,6 +201,30 @@ def _check(model: nn.Module, anatomy: Anatomy) -> None:
         raise ValueError(f"patch_weight {anatomy.patch_weight!r} must have shape (d, C, P, P), not {shape}")
     if any(size % shape[-1] for size in anatomy.image_size):
         raise ValueError(f"patches of {shape[-1]} pixels do not tile an image of {anatomy.image_size}")
+    _check_shapes(anatomy, tensors)
+
+
+def _check_shapes(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> None:
+    """The parts must fit the patch embedding's width d and each other."""
+    d, _, patch, _ = tensors[anatomy.patch_weight].shape
+    for part in ("patch_bias", "norm_weight", "norm_bias"):
+        name = getattr(anatomy, part)
+        if name is not None and tensors[name].shape != (d,):
+            raise ValueError(f"{part} {name!r} must have shape {(d,)}, not {tuple(tensors[name].shape)}")
+    for triple, tail in ((_ROW_FIELDS[:3], (d,)), (_ROW_FIELDS[3:], ())):
+        rows = [getattr(anatomy, part) for part in triple if getattr(anatomy, part) is not None]
+        shapes = [tuple(tensors[r.name][r.start : r.stop].shape) for r in rows]
+        if any(shape != shapes[0] or not shape[0] or shape[1:] != tail for shape in shapes):
+            seen = ", ".join(f"{r} {shape}" for r, shape in zip(rows, shapes, strict=True))
+            raise ValueError(f"{', '.join(triple)} must be rows of one shape, {('m', *tail)}, not {seen}")
+    if anatomy.position is not None:
+        shape, prefix = tensors[anatomy.position].shape, anatomy.position_prefix
+        n = (anatomy.image_size[0] // patch) * (anatomy.image_size[1] // patch)
+        if shape[-1] != d or shape[:-1].numel() != prefix + n:
+            raise ValueError(
+                f"position {anatomy.position!r} must have position_prefix + patches = {prefix} + {n} rows of "
+                f"width {d}, not shape {tuple(shape)}"
+            )
 
 
 def _recognize(model: nn.Module) -> Anatomy | None:
@@ -210,14 +239,14 @@ def _recognize(model: nn.Module) -> Anatomy | None:
 
 def _with_prefix(anatomy: Anatomy, prefix: str) -> Anatomy:
     """The same anatomy seen from a model that holds the ViT as a submodule."""
-    changes: dict[str, object] = {"prefix": tuple(prefix + name for name in anatomy.prefix)}
+    changes: dict[str, Any] = {"prefix": tuple(prefix + name for name in anatomy.prefix)}
     for field in _NAME_FIELDS:
         if (name := getattr(anatomy, field)) is not None:
             changes[field] = prefix + name
     for field in _ROW_FIELDS:
         if (rows := getattr(anatomy, field)) is not None:
             changes[field] = replace(rows, name=prefix + rows.name)
-    return replace(anatomy, **changes)  # type: ignore[arg-type]
+    return replace(anatomy, **changes)
 
 
 def _what_was_looked_for(model: nn.Module) -> str:
@@ -244,7 +273,7 @@ def _fused(name: str, width: int) -> tuple[Rows, Rows, Rows]:
 def _own(model: nn.Module) -> Anatomy:
     """aprillab.models.VisionTransformer."""
     assert isinstance(model, models.VisionTransformer)
-    attention, bias = "blocks.0.attention", model.head.bias is not None
+    names, attention, bias = tensors_of(model), "blocks.0.attention", model.patch_embedding.bias is not None
     parts = {part: Rows(f"{attention}.{part}.weight") for part in ("query", "key", "value")}
     biases = {f"{part}_bias": Rows(f"{attention}.{part}.bias") for part in ("query", "key", "value") if bias}
     prenorm = model.block == "prenorm"
@@ -253,8 +282,8 @@ def _own(model: nn.Module) -> Anatomy:
         image_size=(model.image_size, model.image_size),
         patch_weight="patch_embedding.weight",
         patch_bias="patch_embedding.bias" if bias else None,
-        head_weight="head.weight",
-        head_bias="head.bias" if bias else None,
+        head_weight="head.weight" if "head.weight" in names else None,
+        head_bias="head.bias" if "head.bias" in names else None,
         position=None if model.position_embedding is None else "position_embedding",
         position_prefix=0 if model.class_token is None else 1,
         prefix=() if model.class_token is None else ("class_token",),
@@ -270,22 +299,25 @@ def _own(model: nn.Module) -> Anatomy:
 
 def _torchvision(model: nn.Module) -> Anatomy:
     """torchvision.models.VisionTransformer; a convolutional stem is not a patch embedding."""
-    m: object = model
-    if not isinstance(m.conv_proj, nn.Conv2d):  # type: ignore[attr-defined]
+    m: Any = model
+    if not isinstance(m.conv_proj, nn.Conv2d):
         raise UnknownModelError(
             "this torchvision VisionTransformer has a convolutional stem (conv_stem_configs); the attacks need a "
             "patch embedding: one convolution with kernel = stride"
         )
-    block, width = "encoder.layers.encoder_layer_0", m.hidden_dim  # type: ignore[attr-defined]
+    names = tensors_of(model)
+    # Fine-tuners often put one Linear in the place of `heads`.
+    head = next((h for h in ("heads.head", "heads") if f"{h}.weight" in names), None)
+    block, width = "encoder.layers.encoder_layer_0", m.hidden_dim
     query, key, value = _fused(f"{block}.self_attention.in_proj_weight", width)
     query_bias, key_bias, value_bias = _fused(f"{block}.self_attention.in_proj_bias", width)
     return Anatomy(
         family="torchvision",
-        image_size=(m.image_size, m.image_size),  # type: ignore[attr-defined]
+        image_size=(m.image_size, m.image_size),
         patch_weight="conv_proj.weight",
-        patch_bias="conv_proj.bias",
-        head_weight="heads.head.weight",
-        head_bias="heads.head.bias",
+        patch_bias="conv_proj.bias" if "conv_proj.bias" in names else None,
+        head_weight=None if head is None else f"{head}.weight",
+        head_bias=f"{head}.bias" if f"{head}.bias" in names else None,
         position="encoder.pos_embedding",
         position_prefix=1,
         prefix=("class_token",),
@@ -298,33 +330,38 @@ def _torchvision(model: nn.Module) -> Anatomy:
         norm_weight=f"{block}.ln_1.weight",
         norm_bias=f"{block}.ln_1.bias",
         first_block="prenorm",
-        heads=m.encoder.layers[0].num_heads,  # type: ignore[attr-defined]
+        heads=m.encoder.layers[0].num_heads,
         preprocessing=IMAGENET,
     )
 
 
 def _timm(model: nn.Module) -> Anatomy:
     """timm's VisionTransformer and VisionTransformerDistilled, with whatever prefix tokens they have."""
-    m: object = model
+    m: Any = model
     names = tensors_of(model)
     if "patch_embed.proj.weight" not in names or names["patch_embed.proj.weight"].ndim != 4:
         raise UnknownModelError("this timm model has no convolution patch_embed.proj (a hybrid or linear stem?)")
     if any(name.startswith("patch_embed.backbone") for name in names):
         raise UnknownModelError("this timm model embeds the patches of a CNN's feature map, not those of the image")
+    if not isinstance(getattr(m.patch_embed, "norm", None), nn.Identity | None):
+        raise UnknownModelError("this timm model normalizes the embedded patches before it adds their position")
     has: Callable[[str], str | None] = lambda name: name if name in names else None  # noqa: E731
-    width = names["patch_embed.proj.weight"].shape[0]
     # Order of the tokens in timm's sequences: class token, then distillation token or registers.
     prefix = tuple(name for name in ("cls_token", "dist_token", "reg_token") if name in names)
     prefix_tokens = sum(names[name].shape[1] for name in prefix)
     position = has("pos_embed")
-    size, patch = m.patch_embed.img_size, names["patch_embed.proj.weight"].shape[-1]  # type: ignore[attr-defined]
+    size, patch = m.patch_embed.img_size, names["patch_embed.proj.weight"].shape[-1]
     only_patches = position is not None and names[position].shape[-2] == (size[0] // patch) * (size[1] // patch)
     fused = "blocks.0.attn.qkv.weight" in names
+    width = len(names["blocks.0.attn.qkv.weight"]) // 3 if fused else 0
     query, key, value = _fused("blocks.0.attn.qkv.weight", width) if fused else (None, None, None)
     biased = "blocks.0.attn.qkv.bias" in names
     query_bias, key_bias, value_bias = _fused("blocks.0.attn.qkv.bias", width) if biased else (None, None, None)
     norm = has("blocks.0.norm1.weight")
-    plain = norm is not None and fused and isinstance(m.norm_pre, nn.Identity)  # type: ignore[attr-defined]
+    # timm's ResPostBlock has a norm1 too, but behind the attention; parallel blocks have no `attn`.
+    first = m.blocks[0]
+    plain = type(first).__name__ == "Block" and isinstance(first.norm1, nn.LayerNorm) and norm is not None
+    plain = plain and fused and isinstance(m.norm_pre, nn.Identity)
     config = getattr(m, "pretrained_cfg", None) or {}
     return Anatomy(
         family="timm",
@@ -345,14 +382,14 @@ def _timm(model: nn.Module) -> Anatomy:
         norm_weight=norm,
         norm_bias=has("blocks.0.norm1.bias"),
         first_block="prenorm" if plain else "unknown",
-        heads=getattr(m.blocks[0].attn, "num_heads", None),  # type: ignore[attr-defined]
+        heads=getattr(getattr(first, "attn", None), "num_heads", None),
         preprocessing=Preprocessing(tuple(config["mean"]), tuple(config["std"])) if "mean" in config else HALF,
     )
 
 
 def _transformers(model: nn.Module) -> Anatomy:
     """ViTForImageClassification; the attention's names changed between versions 4 and 5 of the library."""
-    m: object = model
+    m: Any = model
     names = tensors_of(model)
     new = "vit.layers.0.attention.q_proj.weight" in names
     block = "vit.layers.0" if new else "vit.encoder.layer.0"
@@ -360,7 +397,7 @@ def _transformers(model: nn.Module) -> Anatomy:
     part = ("q_proj", "k_proj", "v_proj") if new else ("query", "key", "value")
     query, key, value = (Rows(f"{attention}.{name}.weight") for name in part)
     biases = [Rows(f"{attention}.{n}.bias") if f"{attention}.{n}.bias" in names else None for n in part]
-    size = m.config.image_size  # type: ignore[attr-defined]
+    size = m.config.image_size
     return Anatomy(
         family="transformers",
         image_size=(size, size) if isinstance(size, int) else tuple(size),
@@ -380,7 +417,7 @@ def _transformers(model: nn.Module) -> Anatomy:
         norm_weight=f"{block}.layernorm_before.weight",
         norm_bias=f"{block}.layernorm_before.bias",
         first_block="prenorm",
-        heads=m.config.num_attention_heads,  # type: ignore[attr-defined]
+        heads=m.config.num_attention_heads,
         preprocessing=HALF,
     )
 

@@ -58,11 +58,16 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) ->
     Returns
     -------
     Tensor of shape (B, C, H, W)
+
+    Raises
+    ------
+    ValueError
+        If these patches do not tile such an image.
     """
     b, n, p = patches.shape
     h, w = image_size
     gy, gx = h // patch_size, w // patch_size
-    if gy * gx != n or p % patch_size**2:
+    if h % patch_size or w % patch_size or gy * gx != n or p % patch_size**2:
         raise ValueError(f"{n} patches of {p} numbers do not make an image of {h}×{w} at patch_size={patch_size}")
     x = patches.reshape(b, gy, gx, -1, patch_size, patch_size)  # (B, gy, gx, C, P, P)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, h, w)
@@ -252,7 +257,8 @@ class VisionTransformer(nn.Module):
             return
         if values is None and position == "sinusoidal":
             values = sinusoidal_1d(tokens, self.width)
-        table = torch.empty(tokens, self.width) if values is None else values.to(torch.get_default_dtype())
+        like = self.patch_embedding.weight  # its dtype and device are the model's
+        table = like.new_empty(tokens, self.width) if values is None else values.detach().to(like)
         if table.shape != (tokens, self.width):
             raise ValueError(
                 f"position_values must be (tokens, width) = {(tokens, self.width)}, not {tuple(table.shape)}"
@@ -265,17 +271,22 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def _initialize(self, generator: torch.Generator, random_position: bool) -> None:
         """Fill all weights from ``generator``; the distributions are in the class's notes."""
+
+        def normal_(tensor: Tensor, std: float) -> None:
+            # Drawn on the CPU, so that a seed means the same weights on every device.
+            tensor.copy_(std * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device="cpu"))
+
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 gain = math.sqrt(2) if name.endswith(("query", "key")) else 1.0
                 fan_in = module.weight[0].numel()
-                module.weight.normal_(0, gain / math.sqrt(fan_in), generator=generator)
+                normal_(module.weight, gain / math.sqrt(fan_in))
                 if module.bias is not None:
-                    module.bias.normal_(0, 0.02, generator=generator)
+                    normal_(module.bias, 0.02)
         if self.class_token is not None:
-            self.class_token.normal_(0, 0.02, generator=generator)
+            normal_(self.class_token, 0.02)
         if isinstance(self.position_embedding, nn.Parameter) and random_position:
-            self.position_embedding.normal_(0, 0.02, generator=generator)
+            normal_(self.position_embedding, 0.02)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to the tokens z that enter the first block, (B, tokens, width)."""

@@ -7,6 +7,7 @@ two states divided by the learning rate (:func:`update_from_states`), which is t
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FORMAT = "aprillab-update-1"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_BATCH = 1_000_000
 
 
 class UpdateError(ValueError):
@@ -61,7 +64,8 @@ class ClientUpdate:
         UpdateError
             If one of them is not in the update.
         """
-        if missing := sorted(set(names) - set(self.gradients)):
+        names = _as_set(names)
+        if missing := sorted(names - set(self.gradients)):
             raise UpdateError(f"cannot withhold {', '.join(missing)}: not in the update")
         kept = {name: g for name, g in self.gradients.items() if name not in names}
         return replace(self, gradients=kept, withheld=(*self.withheld, *(n for n in self.gradients if n in names)))
@@ -70,6 +74,11 @@ class ClientUpdate:
         """The same update on another device or in another precision."""
         moved = {name: g.to(device=device, dtype=dtype) for name, g in self.gradients.items()}
         return replace(self, gradients=moved)
+
+
+def _as_set(names: Collection[str]) -> set[str]:
+    """Names as a set; a lone string is one name, not its letters."""
+    return {names} if isinstance(names, str) else set(names)
 
 
 def client_update(
@@ -105,7 +114,8 @@ def client_update(
         If a withheld name is not a trained parameter, if the loss is not finite, or if nothing would be shared.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if missing := sorted(set(withhold) - set(trained)):
+    withhold = _as_set(withhold)
+    if missing := sorted(withhold - set(trained)):
         raise UpdateError(f"withhold: {', '.join(missing)} is no trained parameter of {type(model).__name__}")
     shared = {name: p for name, p in trained.items() if name not in withhold}
     if not shared:
@@ -156,13 +166,15 @@ def update_from_states(
     Raises
     ------
     UpdateError
-        If the two states have different tensors or shapes, nothing changed, or ``learning_rate`` or
-        ``local_steps`` is not positive.
+        If the two states have different tensors or shapes, nothing changed, a trained name is not in them, or
+        ``learning_rate`` or ``local_steps`` is not positive.
     """
-    if not learning_rate > 0 or local_steps < 1:
-        raise UpdateError(f"learning_rate={learning_rate} and local_steps={local_steps} must be positive")
+    if not 0 < learning_rate < math.inf or local_steps < 1:
+        raise UpdateError(f"learning_rate={learning_rate} and local_steps={local_steps} must be positive and finite")
     if set(before) != set(after):
         raise UpdateError(f"the two states differ in {', '.join(sorted(set(before) ^ set(after))[:5])}")
+    if missing := sorted(_as_set(trained or ()) - set(before)):
+        raise UpdateError(f"trained: {', '.join(missing)} is not in the states")
     gradients = {}
     for name, old in before.items():
         new = after[name]
@@ -185,7 +197,10 @@ def save_update(update: ClientUpdate, path: str | Path) -> None:
         If the file cannot be written.
     """
     facts = {"withheld": list(update.withheld), "batch_size": update.batch_size, "source": update.source}
-    tensors = {name: g.detach().contiguous().cpu() for name, g in update.gradients.items()}
+    # For one image some gradients are views of one another (class token, position embedding): write copies.
+    tensors = {
+        name: g.detach().cpu().clone(memory_format=torch.contiguous_format) for name, g in update.gradients.items()
+    }
     try:
         save_file(tensors, str(path), metadata={"format": FORMAT, "update": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
@@ -206,24 +221,37 @@ def load_update(path: str | Path) -> ClientUpdate:
     path = Path(path)
     if not path.is_file():
         raise UpdateError(f"{path}: no such file")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic[:2] == b"PK" or magic[:1] == b"\x80":
-        raise UpdateError(
-            f"{path}: a pickle (torch.save), which could run code when read. "
-            "Write updates with aprillab.save_update or safetensors.torch.save_file."
-        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             gradients = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
+        if _looks_like_pickle(path):
+            raise UpdateError(
+                f"{path}: a pickle (torch.save), which could run code when read. "
+                "Write updates with aprillab.save_update or safetensors.torch.save_file."
+            ) from error
         raise UpdateError(f"{path}: not a readable safetensors file, or cut off ({error})") from error
     if not gradients:
         raise UpdateError(f"{path}: holds no tensor")
-    if not_float := [name for name, g in gradients.items() if not g.is_floating_point()]:
-        raise UpdateError(f"{path}: {not_float[0]} is {gradients[not_float[0]].dtype}, gradients are floating point")
+    if wrong := [name for name, g in gradients.items() if g.dtype not in DTYPES]:
+        raise UpdateError(
+            f"{path}: {wrong[0]!r} is {gradients[wrong[0]].dtype}; gradients are {', '.join(map(str, DTYPES))}"
+        )
     return ClientUpdate(gradients, **_read_facts(path, metadata))
+
+
+def _looks_like_pickle(path: Path) -> bool:
+    """Whether a file that is no safetensors begins like torch.save's, old or new: for the message only.
+
+    Not asked first: a safetensors file begins with a length, which may look like anything.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError:
+        return False
+    return magic == b"PK\x03\x04" or magic[:1] == b"\x80"
 
 
 def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict:
@@ -232,12 +260,14 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict:
         facts = json.loads(metadata.get("update", "{}"))
         withheld, batch_size = facts.get("withheld", []), facts.get("batch_size")
         source = facts.get("source", "fedsgd")
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:  # not JSON, no object, nested without end
         raise UpdateError(f"{path}: its metadata is not an aprillab update's ({error})") from error
     if not (isinstance(withheld, list) and all(isinstance(name, str) for name in withheld)):
         raise UpdateError(f"{path}: metadata 'withheld' must be a list of names, not {withheld!r}")
-    if not (batch_size is None or (type(batch_size) is int and batch_size > 0)):
-        raise UpdateError(f"{path}: metadata 'batch_size' must be a positive integer, not {batch_size!r}")
+    if not (batch_size is None or (type(batch_size) is int and 0 < batch_size <= MAX_BATCH)):
+        raise UpdateError(
+            f"{path}: metadata 'batch_size' must be an integer from 1 to {MAX_BATCH}, not {batch_size!r}"
+        )
     if source not in ("fedsgd", "fedavg"):
         raise UpdateError(f"{path}: metadata 'source' must be 'fedsgd' or 'fedavg', not {source!r}")
     return {"withheld": tuple(withheld), "batch_size": batch_size, "source": source}
@@ -264,14 +294,16 @@ def check_update(model: nn.Module, update: ClientUpdate) -> None:
     if missing := sorted(absent - set(update.withheld)):
         raise UpdateError(
             f"the update lacks the gradient of {missing[0]!r} ({len(missing)} missing in all). If the client "
-            "withholds it, say so: ClientUpdate(…, withheld=(…,)); if it is frozen, set requires_grad=False in the model"
+            "withholds it, say so: ClientUpdate(…, withheld=(…,)); if it is frozen, set requires_grad=False in the "
+            "model"
         )
     for name, gradient in update.gradients.items():
         if gradient.shape != parameters[name].shape:
             raise UpdateError(
                 f"{name}: the update has shape {tuple(gradient.shape)}, {name_of} {tuple(parameters[name].shape)}"
             )
-        if not torch.isfinite(gradient).all():
+        # A sum is ten times cheaper than a look at every entry, but a sum of finite numbers may overflow.
+        if not torch.isfinite(gradient.sum()) and not torch.isfinite(gradient).all():
             bad = int((~torch.isfinite(gradient)).sum())
             raise UpdateError(f"{name}: {bad} of {gradient.numel()} gradient entries are NaN or infinite")
     if not any(bool(g.any()) for g in update.gradients.values()):

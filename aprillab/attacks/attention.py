@@ -232,7 +232,7 @@ def _check_applies(name: str, anatomy: Anatomy, update: ClientUpdate) -> None:
             f'(first_block="{anatomy.first_block}"), so ∂l/∂E_pos is not the gradient at its input',
             first_block=anatomy.first_block,
         )
-    needed = {"position embedding": anatomy.position, "patch embedding": anatomy.patch_weight}
+    needed: dict[str, str | None] = {"position embedding": anatomy.position, "patch embedding": anatomy.patch_weight}
     needed |= {part: rows.name if (rows := getattr(anatomy, part)) else None for part in ("query", "key", "value")}
     for part, tensor in needed.items():
         if tensor is None:

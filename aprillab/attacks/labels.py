@@ -91,19 +91,24 @@ def recover_labels(
     Raises
     ------
     AttackNotApplicable
-        If the head's gradients are withheld or zero, or if a batch is asked for and only the weight is shared.
+        If the head's gradients are withheld or zero, if a batch is asked for and only the weight is shared, or if
+        the weight alone cannot tell two labels apart (two classes).
+    ValueError
+        If ``batch_size`` is not positive.
     UpdateError
         If the update does not belong to the model.
     """
     anatomy = anatomy or dissect(model)
     check_update(model, update)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be positive")
     batch_size = batch_size or update.batch_size or 1
     bias = update.gradients.get(anatomy.head_bias or "")
     weight = update.gradients.get(anatomy.head_weight or "")
     if bias is not None:
         residual, source = bias.double(), "head bias gradient"
     elif weight is not None and batch_size == 1:
-        residual, source = _residual_from_weight(weight.double()), "head weight gradient (rank one)"
+        residual, source = _residual_from_weight(weight), "head weight gradient (rank one)"
     else:
         raise AttackNotApplicable("recover_labels", "the head's bias gradient is not in the update")
     if not residual.any():
@@ -123,9 +128,18 @@ def recover_labels(
 
 def _residual_from_weight(weight: Tensor) -> Tensor:
     """softmax − onehot of one image, up to a positive factor, from r fᵀ: all rows but the label's point one way."""
-    f = weight[weight.norm(dim=1).argmax()]
-    r = weight @ f / f.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    w = weight.double()
+    f = w[w.norm(dim=1).argmax()]
+    r = w @ f / f.norm().clamp_min(torch.finfo(torch.float64).tiny)
     # The label's entry is minus the sum of all others, so it is the largest; it must come out negative.
+    first, second = r.abs().topk(2).values.tolist() if len(r) > 1 else (1.0, 0.0)
+    if 0 < first <= second * (1 + 1e3 * torch.finfo(weight.dtype).eps):
+        raise AttackNotApplicable(
+            "recover_labels",
+            "only the head's weight gradient r fᵀ is shared, and the two largest entries of r have the same size: "
+            f"since r fᵀ = (−r)(−f)ᵀ, either may be the label ({len(r)} classes)",
+            classes=len(r),
+        )
     return -r * torch.sign(r[r.abs().argmax()])
 
 

@@ -1,0 +1,70 @@
+# aprillab: `make demo` shows what a gradient gives away, `make test` checks everything, `make help` lists the rest.
+# It keeps a virtual environment in .venv and needs GNU make and a POSIX shell; README.md has the commands without make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint lab notebooks benchmark wheel clean
+
+help:  ## list the commands
+	@echo 'aprillab: how shared gradients give away the images of a Vision Transformer'\''s users'
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name what; do \
+	    printf '  make %-10s %s\n' "$$name" "$$what"; done
+	@echo
+	@echo 'The first of them creates $(VENV) with $(PYTHON); for another Python: make demo PYTHON=python3.12'
+
+demo: $(VENV)/.installed-base  ## get a private photograph back from gradients; writes demo.png and prints a table
+	$(BIN)/aprillab demo --out demo.png
+
+test: lint  ## run the linters, the tests and every notebook
+	$(BIN)/python -m pytest tests \
+	    $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks)
+
+lint: $(VENV)/.installed-test  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy aprillab
+
+lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its outputs into it
+	$(BIN)/python tools/run_notebooks.py
+
+benchmark: $(VENV)/.installed-lab  ## measure the closed-form attacks; writes data/results
+	$(BIN)/python -m benchmarks.closed_forms
+
+wheel: $(VENV)/.created  ## build dist/aprillab-*.whl, with the pictures inside
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean:  ## delete demo.png, dist and caches; keeps .venv (delete that folder to start afresh)
+	rm -rf demo.png build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find aprillab benchmarks tests tools notebooks data \
+	    \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} + 2>/dev/null || true
+
+# --- The environment: one stamp a set of packages, so that nothing is installed twice until pyproject.toml changes.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'aprillab needs Python 3.11 or newer, and "$(PYTHON)" is older or missing:' >&2; \
+	    $(PYTHON) --version >&2; \
+	    echo 'name one that is, for instance: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12' >&2; \
+	    exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	    echo 'The virtual environment could not be made. On Debian and Ubuntu: apt install python3-venv' >&2; \
+	    exit 1; }
+	@touch $@
+
+$(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-lab $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
+	$(PIP_INSTALL) -e ".[$*]"
+	@touch $@

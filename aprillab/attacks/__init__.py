@@ -1,0 +1,120 @@
+"""The attacks: plain functions of (model, update) that return a :class:`Reconstruction`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, dissect
+from ..preprocessing import Preprocessing
+from ..update import ClientUpdate
+from .attention import april_closed_form, attention_product
+from .embedding import embedding_closed_form
+from .labels import Labels, is_batch, one_image_residual, recover_labels
+from .result import AttackNotApplicable, Reconstruction, decibels, predicted_psnr, verdict
+from .span import span_closed_form
+from .verify import gradient_residual
+
+#: The closed forms, the strongest first: fewest conditions and least amplification of rounding errors.
+CLOSED_FORMS: dict[str, Callable[..., Reconstruction]] = {
+    "embedding": embedding_closed_form,
+    "april": april_closed_form,
+    "span": span_closed_form,
+}
+
+
+def invert(
+    model: nn.Module,
+    update: ClientUpdate,
+    *,
+    attack: str = "auto",
+    verify: bool = False,
+    anatomy: Anatomy | None = None,
+    preprocessing: Preprocessing | None = None,
+    labels: Tensor | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Reconstruction:
+    """Attack an update with the strongest closed form that applies, and say why the others do not.
+
+    Parameters
+    ----------
+    model : nn.Module
+    update : ClientUpdate
+    attack : {"auto", "embedding", "april", "span"}
+        ``"auto"`` tries them in this order and stops at the first that is exact; if none is, the one with the
+        highest predicted PSNR is returned, marked as not exact.
+    verify : bool
+        Also replay the client with the reconstruction (one more gradient): ``diagnostics["gradient_residual"]``.
+    anatomy, preprocessing, labels, device
+        As in :func:`~aprillab.attacks.embedding.embedding_closed_form`.
+    **options
+        Passed to the attack; only with a named one.
+
+    Returns
+    -------
+    Reconstruction
+        ``diagnostics["attacks"]`` maps each closed form to what became of it, in words.
+
+    Raises
+    ------
+    AttackNotApplicable
+        If none applies; the message has all the reasons. Gradient matching may still work then.
+    UpdateError
+        If the update does not belong to the model.
+    ValueError
+        If ``attack`` is unknown, or options are given with ``"auto"``.
+    """
+    if attack != "auto" and attack not in CLOSED_FORMS:
+        raise ValueError(f"attack={attack!r} is neither 'auto' nor one of {', '.join(CLOSED_FORMS)}")
+    if attack == "auto" and options:
+        raise ValueError(f"options {', '.join(options)} need a named attack, not 'auto'")
+    anatomy = anatomy or dissect(model)
+    common: dict[str, Any] = {
+        "anatomy": anatomy, "preprocessing": preprocessing, "labels": labels, "device": device,
+    }  # fmt: skip
+    outcome: dict[str, str] = {}
+    found: list[Reconstruction] = []
+    for name in CLOSED_FORMS if attack == "auto" else [attack]:
+        if found and found[-1].exact:
+            outcome[name] = f"not needed: {found[-1].attack} is exact"
+            continue
+        try:
+            found.append(CLOSED_FORMS[name](model, update, **common, **options))
+            outcome[name] = ("exact: " if found[-1].exact else "not exact: ") + found[-1].reason
+        except AttackNotApplicable as refusal:
+            outcome[name] = f"refused: {refusal.reason}"
+    if not found:
+        reasons = "; ".join(f"{name} {text}" for name, text in outcome.items())
+        raise AttackNotApplicable(
+            "invert", f"no closed form: {reasons}. Gradient matching may still work.", **outcome
+        )
+    best = max(found, key=lambda result: (result.exact, result.diagnostics["predicted_psnr"]))
+    diagnostics = {**best.diagnostics, "attacks": outcome}
+    if verify:
+        diagnostics["gradient_residual"] = gradient_residual(model, update, best)
+    return replace(best, diagnostics=diagnostics)
+
+
+__all__ = [
+    "CLOSED_FORMS",
+    "AttackNotApplicable",
+    "Labels",
+    "Reconstruction",
+    "april_closed_form",
+    "attention_product",
+    "decibels",
+    "embedding_closed_form",
+    "gradient_residual",
+    "invert",
+    "is_batch",
+    "one_image_residual",
+    "predicted_psnr",
+    "recover_labels",
+    "span_closed_form",
+    "verdict",
+]

@@ -1,0 +1,317 @@
+"""The search behind :func:`~aprillab.attacks.matching.match_gradients`: loss, budgets, restarts, optimizers.
+
+A :class:`Problem` is what stays fixed, a :class:`Search` what changes; an optimizer calls ``search.evaluate`` until
+it raises.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..preprocessing import Preprocessing
+from ..update import logits_of
+from . import objectives
+from .objectives import Distance, position_cosine
+
+
+# --- The problem: loss and gradient for pictures on trial -------------------------------------------------------
+
+
+@dataclass
+class Problem:
+    """What stays fixed during a search: the optimizers see nothing of the model but ``evaluate``."""
+
+    model: nn.Module
+    parameters: list[Tensor]
+    targets: list[Tensor]
+    position: int | None  # index of the position embedding among them
+    labels: Tensor | None
+    loss: Callable[[Tensor, Tensor], Tensor]
+    preprocessing: Preprocessing
+    distance: Distance
+    options: dict[str, Any]
+    seed: int
+    classes: int | None = None  # where the labels are unknowns
+
+    def count_classes(self, shape: tuple[int, ...]) -> int:
+        with torch.no_grad():
+            return logits_of(self.model, torch.zeros(shape).to(self.targets[0])).shape[-1]
+
+    def gradients(self, images: Tensor, logits: Tensor | None) -> tuple[Tensor, ...]:
+        """What the client would share, had it these images (B, C, H, W) and labels."""
+        if self.model.training:
+            torch.manual_seed(self.seed)  # dropout draws the same mask at every evaluation
+        labels = self.labels if logits is None else logits.softmax(-1)
+        value = self.loss(logits_of(self.model, images), labels)  # type: ignore[arg-type]
+        return torch.autograd.grad(value, self.parameters, create_graph=True, materialize_grads=True)
+
+    def evaluate(self, images: Tensor, logits: Tensor | None) -> tuple[Tensor, dict[str, float], Tensor, Tensor]:
+        """Loss of the restarts (R, B, C, H, W) that run together, and its terms before weights.
+
+        Also the gradient distance and the relative residual ‖g' − g‖ / ‖g‖ of each restart, (R,).
+        """
+        options = self.options
+        distances, positions, residuals = [], [], []
+        for r, batch in enumerate(images):
+            gradients = self.gradients(batch, None if logits is None else logits[r])
+            distances.append(self.distance(gradients, self.targets))
+            if self.position is not None:
+                per_token = options["position_term"] == "per_token"
+                mine, shared = gradients[self.position], self.targets[self.position]
+                positions.append(position_cosine(mine, shared, per_token=per_token))
+            residuals.append(_residual(gradients, self.targets))
+        flat = images.flatten(0, 1)  # (R·B, C, H, W)
+        terms = {"distance": torch.stack(distances).mean()}
+        if positions:
+            terms["alpha"] = torch.stack(positions).mean()
+        if options["total_variation"]:
+            terms["total_variation"] = objectives.total_variation(flat)
+        if options["image_norm"]:
+            terms["image_norm"] = objectives.image_norm(flat)
+        if options["box"]:
+            terms["box"] = objectives.outside_box(flat, self.preprocessing)
+        if options["group_consistency"]:
+            terms["group_consistency"] = objectives.group_spread(images)
+        loss = terms["distance"]
+        for name, term in terms.items():
+            if name != "distance" and options[name]:
+                loss = loss + options[name] * term
+        values = {name: term.item() for name, term in terms.items()}
+        return loss, values, torch.stack(distances).detach(), torch.stack(residuals)
+
+
+def _residual(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
+        difference = torch.stack([(g - t).norm() for g, t in zip(gradients, targets, strict=True)]).norm()
+        return difference / torch.stack([t.norm() for t in targets]).norm()
+
+
+# --- The search: budgets, restarts, the best so far -------------------------------------------------------------
+
+
+class _Stop(Exception):
+    """Ends the search, or only the present restart: a budget is spent or the tolerance reached."""
+
+
+class _Diverged(Exception):
+    """Loss or gradient is not finite."""
+
+
+_DIVERGENCES = 6  # a restart is given up after so many
+
+Variables = tuple[Tensor, Tensor | None]  # images (R, B, C, H, W), label logits (R, B, classes)
+
+
+@dataclass
+class _Best:
+    """The lowest loss seen, and what belongs to it."""
+
+    loss: float = math.inf
+    images: Tensor | None = None
+    logits: Tensor | None = None
+    distances: Tensor | None = None
+    residuals: Tensor | None = None
+    terms: dict[str, float] = field(default_factory=dict)
+    evaluation: int = 0
+    restart: int = 0
+
+
+@dataclass
+class Search:
+    """What changes during a search: counters, the best pictures, the history."""
+
+    problem: Problem
+    shape: tuple[int, ...]
+    max_evaluations: int | None
+    max_seconds: float | None
+    tolerance: float
+    snapshots: int
+    callback: Callable[[dict[str, Any], Tensor], None] | None
+    bar: Any
+    start: float = field(default_factory=time.perf_counter)
+    evaluations: int = 0
+    restart: int = 0
+    limits: tuple[float, float] = (math.inf, math.inf)  # evaluations and seconds at which this restart ends
+    divergences: int = 0
+    best: _Best = field(default_factory=_Best)
+    best_here: _Best = field(default_factory=_Best)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    restarts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def run(self) -> str:
+        """All restarts, together (group consistency) or one after the other. Returns why it ended."""
+        count = self.problem.options["restarts"]
+        together = count if self.problem.options["group_consistency"] else 1
+        stopped = "stalled"
+        try:
+            for self.restart in range(0, count, together):
+                left = count - self.restart  # each has its share of what is left
+                self.limits = (
+                    self.evaluations + (_left(self.max_evaluations, self.evaluations) * together) // left,
+                    self.seconds + _left(self.max_seconds, self.seconds) * together / left,
+                )
+                self.best_here = _Best()
+                first = self.evaluations
+                try:
+                    stopped = self._restart(together)
+                finally:
+                    self.restarts.append(
+                        {"loss": self.best_here.loss, "evaluations": self.evaluations - first, "ended": stopped}
+                    )
+                if stopped == "tolerance":
+                    break
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        return stopped
+
+    def _restart(self, together: int) -> str:
+        """One restart, begun again with a smaller step from its best point whenever it diverges."""
+        options = self.problem.options
+        minimize = _lbfgs if options["optimizer"] == "lbfgs" else _adam
+        learning_rate = options["learning_rate"]
+        variables = self._begin(range(self.restart, self.restart + together))
+        for trial in range(_DIVERGENCES):
+            try:
+                minimize(self, variables, learning_rate)
+                return "stalled"
+            except _Stop as stop:
+                return str(stop)
+            except _Diverged:
+                self.divergences += 1
+                learning_rate /= 10
+                if self.best_here.images is not None:
+                    variables = self.best_here.images.clone(), _clone(self.best_here.logits)
+                else:
+                    fresh = 1000 * (trial + 1) + self.restart
+                    variables = self._begin(range(fresh, fresh + together))
+        return "diverged"
+
+    def _begin(self, offsets: range) -> Variables:
+        """Pictures and label logits to start from, drawn from the seed; one of each for each offset."""
+        problem, init = self.problem, self.problem.options["init"]
+        grey = problem.preprocessing.to_input(torch.full(self.shape, 0.5, dtype=torch.float64))
+        images, logits = [], []
+        for offset in offsets:
+            generator = torch.Generator().manual_seed(problem.seed + offset)
+            # Pixels of standard deviation 1/4 around mid-grey, in model-input space.
+            noise = torch.randn(self.shape, generator=generator, dtype=torch.float64) / 4
+            noise = problem.preprocessing.to_input(noise) - problem.preprocessing.to_input(torch.zeros_like(noise))
+            if isinstance(init, Tensor):
+                images.append(init.cpu().double() + (noise / 100 if offset else 0))
+            else:
+                images.append(grey + (noise if init == "noise" else noise / 1000))
+            if problem.classes is not None:
+                drawn = torch.randn(self.shape[0], problem.classes, generator=generator, dtype=torch.float64)
+                logits.append(drawn)
+        like = problem.targets[0]
+        return torch.stack(images).to(like), torch.stack(logits).to(like) if logits else None
+
+    def evaluate(self, images: Tensor, logits: Tensor | None) -> Tensor:
+        """One evaluation: loss and gradient (into ``.grad``), counted, recorded and checked against the budgets."""
+        if self.evaluations + len(images) > self.limits[0]:
+            raise _Stop("evaluations")
+        if self.seconds >= self.limits[1]:
+            raise _Stop("seconds")
+        loss, terms, distances, residuals = self.problem.evaluate(images, logits)
+        variables = [images] if logits is None else [images, logits]
+        gradients = torch.autograd.grad(loss, variables)
+        self.evaluations += len(images)
+        value = loss.item()
+        if not (math.isfinite(value) and all(bool(g.isfinite().all()) for g in gradients)):
+            raise _Diverged
+        for variable, gradient in zip(variables, gradients, strict=True):
+            variable.grad = gradient
+        here = _Best(value, images.detach(), logits, distances, residuals, terms, self.evaluations, self.restart)
+        self._record(here)
+        if residuals.min() <= self.tolerance:
+            raise _Stop("tolerance")
+        return loss.detach()
+
+    def _record(self, here: _Best) -> None:
+        """Keep the best, write the history, tell the callback and the progress bar."""
+        if here.loss < self.best_here.loss:
+            here.images, here.logits = here.images.clone(), _clone(here.logits)  # type: ignore[union-attr]
+            self.best_here = here
+            if here.loss < self.best.loss:
+                self.best = here
+        entry: dict[str, Any] = {
+            "evaluation": self.evaluations,
+            "restart": self.restart,
+            "loss": here.loss,
+            "terms": here.terms,
+            "seconds": self.seconds,
+        }
+        pictures = self.best_here.images[self.best_here.distances.argmin()]  # type: ignore[index, union-attr]
+        if self.snapshots and len(self.history) % self.snapshots == 0:
+            entry["images"] = pictures.detach().float().cpu().clone()
+        self.history.append(entry)
+        self.bar.update(self.evaluations - self.bar.n)
+        self.bar.set_postfix(loss=f"{self.best.loss:.2e}", refresh=False)
+        if self.callback is not None:
+            self.callback(entry, pictures.detach())
+
+
+def _left(limit: float | None, spent: float) -> float:
+    return math.inf if limit is None else max(limit - spent, 0)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+# --- The optimizers: each calls search.evaluate until it raises or nothing moves any more -----------------------
+
+
+def _lbfgs(search: Search, variables: Variables, learning_rate: float) -> None:
+    """L-BFGS with a strong-Wolfe line search. Its memory is cleared when it stalls, as long as that helps."""
+    unknowns = _require_grad(variables)
+    while True:
+        before = search.best_here.loss
+        optimizer = torch.optim.LBFGS(
+            unknowns,
+            lr=learning_rate,
+            max_iter=10**9,
+            max_eval=10**9,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            history_size=search.problem.options["history_size"],
+            line_search_fn="strong_wolfe",
+        )
+        optimizer.step(lambda: search.evaluate(*variables))
+        if not search.best_here.loss < before * (1 - 1e-3):
+            return
+
+
+def _adam(search: Search, variables: Variables, learning_rate: float) -> None:
+    """Adam, on the gradient or on its sign, with the step schedule of Inverting Gradients and a projection."""
+    options, preprocessing = search.problem.options, search.problem.preprocessing
+    unknowns = _require_grad(variables)
+    optimizer = torch.optim.Adam(unknowns, lr=learning_rate)
+    first, last = search.evaluations, search.limits[0]
+    while True:
+        search.evaluate(*variables)
+        done = (search.evaluations - first) / (last - first) if math.isfinite(last) else 0.0
+        if options["schedule"]:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * 0.1 ** sum(done >= cut for cut in (3 / 8, 5 / 8, 7 / 8))
+        if options["optimizer"] == "signed_adam":
+            unknowns[0].grad.sign_()  # type: ignore[union-attr]
+        optimizer.step()
+        if options["clamp"]:
+            with torch.no_grad():
+                unknowns[0].copy_(preprocessing.to_input(preprocessing.to_pixels(unknowns[0])))
+
+
+def _require_grad(variables: Variables) -> list[Tensor]:
+    return [v.requires_grad_() for v in variables if v is not None]
