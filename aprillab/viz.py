@@ -56,7 +56,7 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None 
     -------
     (Figure, array of Axes of shape (rows, columns))
     """
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]
         fig = Figure(figsize=size or (3.2 * columns, 3.0 * rows), layout="constrained")
         axes = fig.subplots(rows, columns, squeeze=False)
     return fig, axes

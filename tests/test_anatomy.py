@@ -9,13 +9,13 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torchvision
+from conftest import private_batch, randomize, tiny_vit
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 from aprillab.anatomy import Anatomy, Rows, UnknownModelError, dissect, tensors_of
 from aprillab.models import VisionTransformer, patchify
 from aprillab.preprocessing import HALF, IMAGENET, Preprocessing
-from conftest import private_batch, randomize, tiny_vit
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -430,7 +430,9 @@ def test_parts_handed_over_correct_what_was_found() -> None:
     assert corrected == replace(found, preprocessing=mine, first_block="unknown")
 
 
-@pytest.mark.parametrize("build", [tiny_vit, of_torchvision, lambda: of_timm("vit_tiny_patch16_224"), of_transformers])
+@pytest.mark.parametrize(
+    "build", [tiny_vit, of_torchvision, lambda: of_timm("vit_tiny_patch16_224"), of_transformers]
+)
 def test_a_model_in_a_wrapper_is_found_under_its_full_names(build: Callable[[], nn.Module]) -> None:
     vit = build()
     wrapped = nn.Sequential(nn.Identity(), nn.ModuleDict({"vit": vit}))

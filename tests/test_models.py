@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 import torchvision
+from conftest import private_batch, randomize, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 from aprillab.models import VisionTransformer, patchify, sinusoidal_1d, sinusoidal_2d, unpatchify
-from conftest import private_batch, randomize, tiny_vit
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -254,7 +254,9 @@ def test_the_april_block_has_no_residual_and_no_norm() -> None:
     heads = []
     for h in range(3):  # one head at a time, with its own rows of the three matrices
         rows = slice(8 * h, 8 * h + 8)
-        q, k, v = ((z @ m.weight[rows].T + m.bias[rows])[0] for m in (attention.query, attention.key, attention.value))
+        q, k, v = (
+            (z @ m.weight[rows].T + m.bias[rows])[0] for m in (attention.query, attention.key, attention.value)
+        )
         heads.append(torch.softmax(q @ k.T / math.sqrt(8), dim=1) @ v)
     m = attention.out(torch.cat(heads, dim=1)[None])
     torch.testing.assert_close(model.blocks(z), model.blocks[0].mlp[2](nn.functional.gelu(model.blocks[0].mlp[0](m))))
@@ -321,7 +323,7 @@ def test_construction_leaves_the_global_generator_alone_and_follows_the_seed() -
     ):
         assert torch.equal(p, q)
         assert torch.equal(p, s)
-        if not ("norm" in name):
+        if "norm" not in name:
             assert not torch.equal(p, r), f"{name} does not follow the seed"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import aprillab
 from aprillab.data import load_victim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,18 @@ def test_chapter_table_knows_every_notebook() -> None:
     assert sorted(states) == [f"{chapter:02}" for chapter in range(8)]
     for notebook in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
         assert states.get(notebook.name[:2], "missing") not in ("planned", "missing"), notebook.name
+
+
+def test_functions_that_the_readme_names_exist() -> None:
+    named = set(re.findall(r"\bal\.(\w+)", README))
+    assert {"client_update", "invert"} <= named
+    missing = {name for name in named if not hasattr(aprillab, name)}
+    assert not missing, f"the README speaks of al.{', al.'.join(sorted(missing))}"
+
+
+def test_one_version_everywhere() -> None:
+    assert aprillab.__version__ == PROJECT["version"]
+    assert set(re.findall(r"aprillab-(\d[\d.]*)-py3", README)) == {PROJECT["version"]}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -126,7 +127,7 @@ def april_closed_form(
         E[:prefix] += torch.cat([weights[token].to(G).flatten(0, -2) for token in anatomy.prefix])
     if anatomy.patch_bias is not None:
         E[prefix:] += weights[anatomy.patch_bias].to(G)
-    tokens, (d, p) = len(G), W_e.shape
+    tokens, (d, p), C = len(G), W_e.shape, weights[anatomy.patch_weight].shape[1]
     n = tokens - prefix
     if tokens > d:
         raise AttackNotApplicable(
@@ -137,68 +138,42 @@ def april_closed_form(
         raise AttackNotApplicable(name, "the position embedding's gradient is zero: the head passes nothing down")
     systems = systems or ("attention" if p <= d else "row_space")
     eps = torch.finfo(update.dtype).eps
-    singular = torch.linalg.svdvals(G)
-    rank = int((singular > eps * singular[0]).sum())
-
     if regularization == "none" and systems == "attention":
-        Z = torch.linalg.lstsq(G.T, M, driver=_driver(G)).solution  # (n + 1, d): first the tokens …
-        X = torch.linalg.lstsq(W_e, (Z - E)[prefix:].T, driver=_driver(G)).solution.T  # (n, p): … then the pixels
-        residual, noise, damping = (M - G.T @ Z).square().sum(), None, 0.0
-        S, D = singular[:n], torch.linalg.svdvals(W_e)
-        noise = residual / max(d * (d - tokens), 1)
-        error = noise * (1 / (S[:, None] * D[None]).square()).mean() * len(D) / p
+        found = _two_steps(M, G, E, W_e, prefix)
     else:
-        # One system for X, about the flat picture: Gᵀ (X − X₀) basisᵀ …, diagonal in the bases of G and W_e.
-        grey = preprocessing.to_input(torch.full((1, _channels(model, anatomy), 1, 1), prior_pixel).to(G)).flatten()
-        X0 = grey.repeat_interleave(p // len(grey)).expand(n, p)  # (n, p)
+        grey = preprocessing.to_input(torch.full((1, C, 1, 1), prior_pixel).to(G)).flatten()
+        X0 = grey.repeat_interleave(p // C).expand(n, p)  # (n, p)
         patch_gradient = gradients[anatomy.patch_weight].to(G).flatten(1)  # (d, p)
-        basis = torch.eye(p).to(G) if systems != "row_space" else _row_space(patch_gradient, n, eps)  # (p, r)
-        Gp = G[prefix:]  # (n, d)
-        B = M - G.T @ E - Gp.T @ X0 @ W_e.T  # (d, d) = Gᵀ (X − X₀) W_eᵀ
-        U, S, Vt = torch.linalg.svd(Gp.T, full_matrices=False)  # (d, n), (n,), (n, n)
-        P, D, Qt = torch.linalg.svd(W_e @ basis, full_matrices=False)  # (d, r), (r,), (r, r)
-        b, a = U.T @ B @ P, S[:, None] * D[None]  # a ∘ x̃ = b, both (n, r)
-        outside = (B - U @ (U.T @ B)).square().sum() / max(d * (d - n), 1)  # noise of the equations nothing explains
-        if systems == "both":
-            F = U.T @ (patch_gradient - Gp.T @ X0) @ basis @ Qt.T  # s_i x̃_ij = f_ij
-            f_noise = (patch_gradient - U @ (U.T @ patch_gradient)).square().sum() / max(p * (d - n), 1)
-            scale = (outside / f_noise.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-            a, b = _stack(a, b, S[:, None].expand_as(a) * scale, F * scale)
-        damping = _damping(regularization, a, b)
-        filtered = a**2 / (a**2 + damping)
-        Y = torch.where(a > 0, filtered * b / a.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-        X = X0 + Vt.T @ Y @ Qt @ basis.T  # (n, p)
-        unused = 1 - filtered
-        inside = (unused * b).square().sum() / unused.square().sum().clamp_min(1e-12)
-        noise = torch.maximum(outside, inside if damping > 0 and unused.square().sum() > 1 else outside)
-        residual = (B - Gp.T @ (X - X0) @ W_e.T).square().sum()
-        error = noise * (1 / (a**2 + damping)).mean() * a.shape[1] / p
+        found = _one_system(M, G, E, W_e, prefix, X0, patch_gradient, systems, regularization, eps)
 
-    predicted = predicted_psnr(float(error), preprocessing)
-    relative = float(residual.sqrt() / M.norm())
+    spread = (
+        1 / 12 / sum(std**2 for std in preprocessing.std) * len(preprocessing.std)
+    )  # of pixels nothing is known of
+    predicted = predicted_psnr(float(found.error.clamp_max(spread).mean()), preprocessing)
+    singular = torch.linalg.svdvals(G)
+    rank, rank_e = _rank(singular, eps), _rank(found.patch_side, eps)
+    relative = float(found.residual / M.norm())
     lost = max(p - d, 0) if systems == "attention" else 0
-    rank_e = int((eps * D[0] < D).sum())
-    need_e = p if systems != "row_space" else len(D)
     batch, batch_numbers = is_batch(anatomy, update)
     exact, reason = verdict(
         {
             "rank(∂l/∂E_pos) = n + 1": (rank == tokens, f"rank {rank} of {tokens} ≤ d = {d}"),
             "pixels determined": (
-                rank_e == need_e and lost == 0,
-                f"patch embedding of rank {rank_e} for {need_e} unknowns a patch (p = {p}, d = {d})",
+                rank_e == found.unknowns and lost == 0,
+                f"rank {rank_e} for {found.unknowns} unknowns a patch (p = {p}, d = {d})",
             ),
             "one image": (not batch, batch_numbers),
             "GᵀZ = M": (tokens == d or relative < 1e4 * eps, f"relative residual {relative:.1e} in {update.dtype}"),
         },
         predicted,
     )
-    images = unpatchify(X[None], weights[anatomy.patch_weight].shape[-1], anatomy.image_size)
-    found, found_how = labels_or_none(model, update, anatomy, labels)
+    images = unpatchify(found.X[None], weights[anatomy.patch_weight].shape[-1], anatomy.image_size)
+    label, label_how = labels_or_none(model, update, anatomy, labels)
     return Reconstruction(
         attack=name,
         images=images,
         pixels=preprocessing.to_pixels(images),
-        labels=found,
+        labels=label,
         exact=exact,
         reason=reason,
         diagnostics={
@@ -207,15 +182,15 @@ def april_closed_form(
             "pixels_per_patch": p,
             "pixels_lost": lost,
             "rank": rank,
-            "condition": float(singular[0] / singular[-1]) if singular[-1] > 0 else float("inf"),
-            "condition_patch_embedding": float(D[0] / D[-1]) if D[-1] > 0 else float("inf"),
+            "condition": _condition(singular),
+            "condition_patch_embedding": _condition(found.patch_side),
             "systems": systems,
             "regularization": regularization,
-            "damping": damping,
+            "damping": found.damping,
             "residual": relative,
             "predicted_psnr": predicted,
             "precision": str(update.dtype).removeprefix("torch."),
-            "labels": found_how,
+            "labels": label_how,
             "batch": batch_numbers,
         },
         seconds=time.perf_counter() - start,
@@ -246,8 +221,69 @@ def _driver(tensor: Tensor) -> str:
     return "gelsd" if tensor.device.type == "cpu" else "gels"
 
 
-def _channels(model: nn.Module, anatomy: Anatomy) -> int:
-    return tensors_of(model)[anatomy.patch_weight].shape[1]
+@dataclass(frozen=True)
+class _Solution:
+    """Patches X (n, p); the predicted squared error of each unknown; the residual's norm; λ; and of the pixels' step
+    the singular values and the number of unknowns a patch."""
+
+    X: Tensor
+    error: Tensor
+    residual: Tensor
+    damping: float
+    patch_side: Tensor
+    unknowns: int
+
+
+def _two_steps(M: Tensor, G: Tensor, E: Tensor, W_e: Tensor, prefix: int) -> _Solution:
+    """The paper's way: the tokens from Gᵀ Z = M, then the pixels from W_e x = z − E − b_e."""
+    (tokens, d), p = G.shape, W_e.shape[1]
+    Z = torch.linalg.lstsq(G.T, M, driver=_driver(G)).solution  # (tokens, d)
+    X = torch.linalg.lstsq(W_e, (Z - E)[prefix:].T, driver=_driver(G)).solution.T  # (n, p)
+    residual = (M - G.T @ Z).norm()
+    S, D = torch.linalg.svdvals(G)[: tokens - prefix], torch.linalg.svdvals(W_e)
+    noise = residual**2 / max(d * (d - tokens), 1)
+    return _Solution(X, noise / (S[:, None] * D[None]) ** 2, residual, 0.0, D, p)
+
+
+def _one_system(
+    M: Tensor, G: Tensor, E: Tensor, W_e: Tensor, prefix: int, X0: Tensor, patch_gradient: Tensor,
+    systems: Systems, regularization: Regularization | float, eps: float,
+) -> _Solution:  # fmt: skip
+    """Both steps at once, Gᵀ (X − X₀) W_eᵀ = B, diagonal in the singular vectors of G and W_e, and damped there."""
+    n, (d, p), tiny = len(X0), W_e.shape, torch.finfo(torch.float64).tiny
+    Gp = G[prefix:]  # (n, d)
+    B = M - G.T @ E - Gp.T @ X0 @ W_e.T  # (d, d)
+    basis = _row_space(patch_gradient, n, eps) if systems == "row_space" else torch.eye(p).to(G)  # (p, r)
+    r = basis.shape[1]
+    U, S, Vt = torch.linalg.svd(Gp.T, full_matrices=False)  # (d, n), (n,), (n, n)
+    P, D, Qt = torch.linalg.svd(W_e @ basis, full_matrices=r > d)  # (d, min(d, r)), (min(d, r),), (r, r)
+    unseen = (0, r - len(D))  # directions of a patch that W_e does not see, where r > d
+    P, D = nn.functional.pad(P, unseen), nn.functional.pad(D, unseen)  # (d, r), (r,)
+    a, b = S[:, None] * D[None], U.T @ B @ P  # a ∘ Y = b, both (n, r)
+    rest, spare = (B - U @ b @ P.T).square().sum(), d * d - b.numel()  # what no X explains: noise
+    noise = rest / max(spare, 1)
+    if systems == "both":  # and S ∘ Y = F, scaled to the same noise
+        F = U.T @ (patch_gradient - Gp.T @ X0) @ Qt.T
+        noise_f = (patch_gradient - U @ (U.T @ patch_gradient)).square().sum() / max(p * (d - n), 1)
+        scale = (noise / noise_f.clamp_min(tiny)).sqrt()
+        a, b = _stack(a, b, scale * S[:, None].expand_as(a), scale * F)
+    damping = _damping(regularization, a, b, float(rest), spare)
+    Y = a * b / (a**2 + damping).clamp_min(tiny)  # (n, r)
+    X = X0 + Vt.T @ Y @ Qt @ basis.T  # (n, p)
+    unused = damping / (a**2 + damping).clamp_min(tiny)
+    if float(unused.square().sum()) > 1:  # enough equations were left unused to see the noise among them too
+        noise = torch.maximum(noise, (unused * b).square().sum() / unused.square().sum())
+    residual = (B - Gp.T @ (X - X0) @ W_e.T).norm()
+    return _Solution(X, noise / (a**2 + damping).clamp_min(tiny), residual, damping, a.amax(0), r)
+
+
+def _rank(singular_values: Tensor, eps: float) -> int:
+    return int((singular_values > eps * singular_values.max()).sum())
+
+
+def _condition(singular_values: Tensor) -> float:
+    least = float(singular_values.min())
+    return float(singular_values.max()) / least if least > 0 else float("inf")
 
 
 def _row_space(patch_gradient: Tensor, n: int, eps: float) -> Tensor:
@@ -262,11 +298,12 @@ def _stack(a: Tensor, b: Tensor, c: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     return both, (a * b + c * f) / both.clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _damping(regularization: Regularization | float, a: Tensor, b: Tensor) -> float:
+def _damping(regularization: Regularization | float, a: Tensor, b: Tensor, rest: float, spare: int) -> float:
     """Tikhonov's λ in x = a b / (a² + λ): given, none, or the minimum of generalized cross-validation.
 
     Generalized cross-validation (Golub, Heath & Wahba, 1979) asks how well each equation is predicted by the
-    others: V(λ) = Σ ((1 − φ) b)² / (Σ (1 − φ))², with the filter φ = a² / (a² + λ).
+    others: V(λ) = (Σ ((1 − φ) b)² + rest) / (Σ (1 − φ) + spare)², with the filter φ = a² / (a² + λ), and ``rest`` the
+    squared residual of the ``spare`` equations that no x can meet.
     """
     largest = float(a.max() ** 2)
     if not isinstance(regularization, str):
@@ -276,6 +313,6 @@ def _damping(regularization: Regularization | float, a: Tensor, b: Tensor) -> fl
 
     def score(damping: float) -> float:
         unused = damping / (a**2 + damping)
-        return float((unused * b).square().sum() / unused.sum() ** 2)
+        return float((unused * b).square().sum() + rest) / float(unused.sum() + spare) ** 2
 
     return min((largest * 10 ** (-k / 4) for k in range(12, 129)), key=score)

@@ -210,6 +210,12 @@ def match_gradients(
     options = _options(preset, given)
     if max_evaluations is None and (max_seconds is None or options["schedule"]):
         raise ValueError("max_evaluations: a limit is needed, by the schedule or since max_seconds gives none")
+    if max_evaluations is not None and max_evaluations < options["restarts"]:
+        raise ValueError(
+            f"max_evaluations={max_evaluations} is less than one for each of {options['restarts']} restarts"
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype}: match in torch.float64 or torch.float32")
     check_update(model, update)
     anatomy = anatomy or _anatomy_of(model, update, image_shape)
     preprocessing = preprocessing or anatomy.preprocessing

@@ -20,7 +20,6 @@ from ..update import logits_of
 from . import objectives
 from .objectives import Distance, position_cosine
 
-
 # --- The problem: loss and gradient for pictures on trial -------------------------------------------------------
 
 
@@ -158,7 +157,7 @@ class Search:
             for self.restart in range(0, count, together):
                 left = count - self.restart  # each has its share of what is left
                 self.limits = (
-                    self.evaluations + (_left(self.max_evaluations, self.evaluations) * together) // left,
+                    self.evaluations + _left(self.max_evaluations, self.evaluations) * together / left,
                     self.seconds + _left(self.max_seconds, self.seconds) * together / left,
                 )
                 self.best_here = _Best()

@@ -1,0 +1,8 @@
+"""``python -m aprillab``: the same as the command ``aprillab``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Checks for chapter 04: the patch-embedding system.
+
+Every reference is a sum over patches written out, a system with a known solution, or autograd; none is the package's
+own attack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import Anatomy, AttackNotApplicable, ClientUpdate, VisionTransformer, client_update, dissect, unpatchify
+from . import Feedback, expect_close, expect_tensor, run, stop
+
+F64 = torch.float64
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def check_patch_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
+    """Exercise 4.1: ``function(G, X)`` is ∂l/∂W_e of shape (d, p), from G (n, d) and the patches X (n, p)."""
+
+    def check() -> str:
+        answer = expect_tensor(
+            function(torch.zeros(3, 4, dtype=F64), torch.zeros(3, 5, dtype=F64)), (4, 5), "∂l/∂W_e"
+        )
+        expect_close(answer, torch.zeros(4, 5, dtype=F64), "∂l/∂W_e of zero gradients")
+        for n, d, p in ((1, 4, 3), (5, 7, 4), (6, 5, 5)):
+            G, X = _random(n, d, seed=n), _random(n, p, seed=n + 10)
+            wanted = torch.zeros(d, p, dtype=F64)
+            for i in range(n):
+                wanted += torch.outer(G[i], X[i])
+            answer = expect_tensor(function(G.clone(), X.clone()), (d, p), "∂l/∂W_e")
+            expect_close(
+                answer,
+                wanted,
+                "∂l/∂W_e",
+                mistakes={
+                    "It is the mean over the patches; the shared matrix collects the sum.": wanted / n,
+                    "Only the first patch is in it: sum over all of them.": torch.outer(G[0], X[0]),
+                    "The last patch is missing: was it cut off with the class token?": G[:-1].T @ X[:-1],
+                    "The first patch is missing: these are patches, no row is the class token's.": G[1:].T @ X[1:],
+                    "It is the outer product of two sums, where the sum of outer products is asked.": torch.outer(
+                        G.sum(0), X.sum(0)
+                    ),
+                },
+            )
+        return "Right: one shared matrix, so the chain rule adds one outer product for each patch."
+
+    return run(check)
+
+
+def check_known_gradients(function: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Feedback:
+    """Exercise 4.2: ``function(position_gradient, prefix)`` gives ∂l/∂b_e (d,) and the prefix tokens' (prefix, d)."""
+
+    def check() -> str:
+        for prefix, n, d in ((1, 4, 3), (2, 5, 6), (1, 1, 4)):
+            P = _random(prefix + n, d, seed=n)
+            _compare_known(function(P.clone(), prefix), P, prefix, P[prefix:].sum(0), P[:prefix])
+        model = VisionTransformer(image_size=8, patch_size=4, width=12, depth=1, heads=2, classes=3, seed=5).double()
+        update = client_update(model, _random(1, 3, 8, 8, seed=3), torch.tensor([1]))
+        real = update.gradients
+        P = real["position_embedding"][0]
+        _compare_known(function(P.clone(), 1), P, 1, real["patch_embedding.bias"], real["class_token"][0])
+        return "Right, for a real ViT's gradients too: the bias and the class token tell the server nothing new."
+
+    return run(check)
+
+
+def _compare_known(answer: Any, P: Tensor, prefix: int, bias: Tensor, tokens: Tensor) -> None:
+    if not (isinstance(answer, tuple | list) and len(answer) == 2):
+        stop(f"Return two tensors, (∂l/∂b_e, ∂l/∂c), not {type(answer).__name__}.")
+    d = P.shape[1]
+    if isinstance(answer[0], Tensor) and isinstance(answer[1], Tensor) and answer[1].shape == (d,) != (prefix, d):
+        stop(f"∂l/∂c should keep one row for each token before the patches: shape {(prefix, d)}, not {(d,)}.")
+    answer_bias = expect_tensor(answer[0], (d,), "∂l/∂b_e")
+    expect_close(
+        answer_bias,
+        bias,
+        "∂l/∂b_e",
+        mistakes={
+            "The class token is counted: b_e is added to the patches only.": P.sum(0),
+            "It is the mean over the patches; a shared bias collects the sum.": P[prefix:].mean(0),
+            "The last patch is missing, and the class token is counted.": P[:-prefix].sum(0),
+        },
+    )
+    answer_tokens = expect_tensor(answer[1], (prefix, d), "∂l/∂c")
+    expect_close(
+        answer_tokens,
+        tokens,
+        "∂l/∂c",
+        mistakes={
+            "Those are the last rows: the tokens before the patches come first.": P[-prefix:],
+            "It is the sum over all tokens: the class token stands at its own position only.": P.sum(0).expand(
+                prefix, d
+            ),
+        },
+    )
+
+
+def check_solve_patches(function: Callable[[Tensor, Tensor, int], Tensor]) -> Feedback:
+    """Exercise 4.3: ``function(patch_gradient, position_gradient, prefix)`` is the patches X (n, p).
+
+    The gradients come as a ViT shares them, (d, C, P, P) and (1, prefix + n, d).
+    """
+
+    def check() -> str:
+        # Identity first: with G = I the patches stand in the gradient, ready to be read.
+        X = torch.arange(2.0 * 12, dtype=F64).reshape(2, 12)
+        P = torch.cat([torch.ones(1, 2, dtype=F64), torch.eye(2, dtype=F64)])
+        answer = expect_tensor(function(X.reshape(2, 3, 2, 2).clone(), P[None].clone(), 1), (2, 12), "X")
+        expect_close(answer, X, "X where every patch has a gradient direction of its own (G = I)")
+        for prefix, n, d in ((1, 4, 9), (2, 5, 7), (0, 6, 6), (1, 3, 40)):
+            X, P = _random(n, 12, seed=n), _random(prefix + n, d, seed=d)
+            W = P[prefix:].T @ X
+            answer = expect_tensor(function(W.reshape(d, 3, 2, 2).clone(), P[None].clone(), prefix), (n, 12), "X")
+            shifted = "The rows of G are off: the class token's row is in it and the last patch's is not."
+            mistakes = {
+                shifted: _solve(P[:n], W),
+                "The class token was solved for as if it were a patch.": _solve(P, W)[:n],
+                "Only the first token was cut off; there are `prefix` of them.": _solve(P[1:], W)[:n],
+                "It is the gradient's product with G: the system is not solved yet.": P[prefix:] @ W,
+            }
+            expect_close(answer, X, "X", mistakes=mistakes, tolerance=1e-6)
+        return "Right, also where a patch has more pixels than a token has features."
+
+    return run(check)
+
+
+def _solve(G: Tensor, W: Tensor) -> Tensor:
+    """X of Gᵀ X = W by least squares, of minimal norm where it is not unique."""
+    return torch.linalg.lstsq(G.T, W, driver="gelsd").solution
+
+
+def _synthetic(prefix: int, size: tuple[int, int], d: int, seed: int) -> tuple[ClientUpdate, Anatomy, Tensor]:
+    """An update with a known solution, for patches of 2 × 2 pixels in three channels; its patches X (n, 12)."""
+    n = (size[0] // 2) * (size[1] // 2)
+    X, P = _random(n, 12, seed=seed), _random(prefix + n, d, seed=seed + 1)
+    gradients = {"stem.weight": (P[prefix:].T @ X).reshape(d, 3, 2, 2), "places": P[None]}
+    anatomy = Anatomy(
+        family="exercise", image_size=size, patch_weight="stem.weight", position="places", position_prefix=prefix
+    )
+    return ClientUpdate(gradients), anatomy, X
+
+
+def check_attack(function: Callable[[ClientUpdate, Anatomy], Tensor]) -> Feedback:
+    """Exercise 4.4: ``function(update, anatomy)`` is the picture (1, C, H, W) in model-input space, or a refusal."""
+
+    def check() -> str:
+        for prefix, size, d in ((1, (4, 4), 9), (0, (4, 6), 16), (2, (6, 4), 11)):
+            update, anatomy, X = _synthetic(prefix, size, d, seed=d)
+            wanted = unpatchify(X[None], 2, size)
+            rows, columns = size[0] // 2, size[1] // 2
+            by_columns = X.reshape(columns, rows, 12).transpose(0, 1).reshape(1, -1, 12)
+            channels_last = X.reshape(-1, 2, 2, 3).permute(0, 3, 1, 2).reshape(1, -1, 12)
+            answer = expect_tensor(function(update, anatomy), (1, 3, *size), "The picture")
+            expect_close(
+                answer,
+                wanted,
+                "The picture",
+                mistakes={
+                    "Patches are laid out column by column; they come row by row.": unpatchify(by_columns, 2, size),
+                    "The numbers of a patch come as (channel, y, x), not (y, x, channel).": unpatchify(
+                        channels_last, 2, size
+                    ),
+                    "Height and width are swapped within it.": wanted.transpose(-1, -2),
+                    "It was mapped to pixels: return model-input space.": anatomy.preprocessing.to_pixels(wanted),
+                    "The patches are one place off: whose row does G start with?": unpatchify(
+                        X.roll(1, 0)[None], 2, size
+                    ),
+                },
+                tolerance=1e-6,
+            )
+        _attack_real_models(function)
+        _attack_must_refuse(function)
+        return "Right, on two architectures, and it says no where it must. You can attack a ViT you have never seen."
+
+    return run(check)
+
+
+def _attack_real_models(function: Callable[[ClientUpdate, Anatomy], Tensor]) -> None:
+    """Autograd's gradients of real models, with and without a class token."""
+    for options in ({"block": "prenorm"}, {"block": "april"}, {"block": "prenorm", "class_token": False}):
+        model = VisionTransformer(
+            image_size=12, patch_size=4, width=24, depth=2, heads=3, classes=4, seed=2, **options
+        ).double()
+        images = _random(1, 3, 12, 12, seed=7)
+        update = client_update(model, images, torch.tensor([2]))
+        answer = expect_tensor(function(update, dissect(model)), (1, 3, 12, 12), "The picture from a ViT's gradient")
+        expect_close(answer, images, f"The picture from a ViT ({options})", tolerance=1e-5)
+
+
+def _attack_must_refuse(function: Callable[[ClientUpdate, Anatomy], Tensor]) -> None:
+    many, anatomy, _ = _synthetic(1, (4, 6), 5, seed=1)
+    for update, what in (
+        (many, "6 patches and a width of 5 leave the system without a unique solution"),
+        (many.without({"places"}), "the position embedding's gradient is not in the update"),
+    ):
+        try:
+            function(update, anatomy)
+        except AttackNotApplicable:
+            continue
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            stop(f"Where {what}, raise al.AttackNotApplicable; your code raised {type(error).__name__}: {error}")
+        stop(f"Where {what}, the attack must refuse: raise al.AttackNotApplicable(name, reason).")
+
+
+def check_predicted_mse(function: Callable[[Tensor, Tensor], float]) -> Feedback:
+    """Exercise 4.5: ``function(G (n, d), patch_gradient (d, p))`` is the mean squared error to expect of X."""
+
+    def check() -> str:
+        n, d, p = 4, 12, 6
+        exact = _as_number(function(_random(n, d, seed=1), _random(n, d, seed=1).T @ _random(n, p, seed=2)))
+        if not 0 <= exact < 1e-20:
+            stop(f"Where the equations hold exactly the predicted error is zero, not {exact:.3g}.")
+        for n, d, p, seed in ((4, 12, 6, 3), (3, 30, 5, 4), (7, 9, 2, 5)):
+            G = _random(n, d, seed=seed) * torch.logspace(0, -2, n, dtype=F64)[:, None]
+            W = G.T @ _random(n, p, seed=seed + 1) + 1e-3 * _random(d, p, seed=seed + 2)
+            # What no choice of X explains, by a projection rather than by a solve.
+            Q = torch.linalg.qr(G.T, mode="complete").Q[:, n:]
+            square = float((Q.T @ W).square().sum())
+            noise, s = square / ((d - n) * p), torch.linalg.svdvals(G)
+            wanted = noise * float((1 / s**2).mean())
+            plain, inverse, total = (
+                square / (d * p) * float((1 / s**2).mean()),
+                noise * float((1 / s).mean()),
+                wanted * n,
+            )
+            answer = torch.tensor(_as_number(function(G.clone(), W.clone())), dtype=F64)
+            expect_close(
+                answer,
+                torch.tensor(wanted, dtype=F64),
+                "The predicted mean squared error",
+                mistakes={
+                    "The residual is divided by all d·p equations; the fit uses up n of every d, (d − n)·p are left.": torch.tensor(
+                        plain, dtype=F64
+                    ),
+                    "The error of a component is noise / s, so its *square* carries 1/s².": torch.tensor(
+                        inverse, dtype=F64
+                    ),
+                    "It is summed over the n components; a mean squared error is their mean.": torch.tensor(
+                        total, dtype=F64
+                    ),
+                    "That is the root of it.": torch.tensor(wanted**0.5, dtype=F64),
+                    "That is the noise of one equation; carry it through the solve.": torch.tensor(noise, dtype=F64),
+                },
+                tolerance=1e-6,
+            )
+        return "Right: the equations left over measure the noise, and the singular values say what it does to X."
+
+    return run(check)
+
+
+def _as_number(answer: Any) -> float:
+    if answer is None or answer is ...:
+        stop("Nothing was returned yet. Is there a return at the end?")
+    try:
+        return float(answer)
+    except (TypeError, ValueError):
+        stop(f"Return one number, not a {type(answer).__name__}.")
+        raise AssertionError from None  # stop never returns
