@@ -116,13 +116,14 @@ def play_demo(pixels: Tensor, *, label: int = 3, seed: int = 0) -> Iterator[tupl
 
 def demo_figure(pixels: Tensor, rounds: Sequence[tuple[Scene, Round]]) -> Figure:
     """The original beside what each attack made of the gradient."""
-    fig, axes = viz.figure(1, 1 + len(rounds), size=(3.35 * (1 + len(rounds)), 4.9))
+    fig, axes = viz.figure(1, 1 + len(rounds), size=(3.4 * (1 + len(rounds)), 4.9))
     viz.draw(axes[0, 0], pixels)
     _label(axes[0, 0], "private photograph", "never leaves the client", "")
     for ax, (scene, played) in zip(axes[0, 1:], rounds, strict=True):
         viz.draw(ax, played.reconstruction.pixels[0])
-        _label(ax, scene.title, f"{scene.model}, {scene.shared}", f"{played.psnr:.1f} dB")
+        _label(ax, scene.title, f"{scene.model}, {scene.shared}", f"PSNR {played.psnr:.1f} dB")
     fig.supxlabel(demo_caption(pixels), fontsize=14, color="0.25")
+    fig.get_layout_engine().set(wspace=0.04)  # type: ignore[union-attr,call-arg]
     return fig
 
 
@@ -130,12 +131,12 @@ def demo_caption(pixels: Tensor) -> str:
     """What a reader must know about the figure's numbers."""
     size = "×".join(map(str, pixels.shape[-2:]))
     return (
-        f"Each read from one client's gradient alone: random weights, float32, one image, {size}.\n"
-        f"PSNR against the photograph; above {EXACT_TO_8_BITS_DB:.0f} dB the error is less than an 8-bit rounding."
+        f"Each made from the model and one client's gradient alone: random weights, float32, one image, {size}.\n"
+        f"PSNR against the photograph; above {EXACT_TO_8_BITS_DB:.0f} dB the error is below an 8-bit rounding."
     )
 
 
 def _label(ax, title: str, subtitle: str, below: str) -> None:  # type: ignore[no-untyped-def]
-    ax.set_title(title, fontsize=17, fontweight="bold", pad=27)
-    ax.text(0.5, 1.03, subtitle, transform=ax.transAxes, ha="center", va="bottom", fontsize=13, color="0.25")
-    ax.set_xlabel(below, fontsize=18, fontweight="bold", labelpad=8)
+    ax.set_title(title, fontsize=15.5, fontweight="bold", pad=25)
+    ax.text(0.5, 1.03, subtitle, transform=ax.transAxes, ha="center", va="bottom", fontsize=12.5, color="0.25")
+    ax.set_xlabel(below, fontsize=17, fontweight="bold", labelpad=8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -78,7 +78,9 @@ def build_model(
             torch.random.default_generator.manual_seed(seed)
             model = build()
     except ImportError as error:
-        raise ModelError(f"{name} needs {library}, which is not installed: pip install 'aprillab[{library}]'") from error
+        raise ModelError(
+            f"{name} needs {library}, which is not installed: pip install 'aprillab[{library}]'"
+        ) from error
     # Each library refuses a size or a name with an exception of its own kind.
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be built at image size {image_size}: {error}") from error
@@ -111,11 +113,12 @@ def _timm(name: str, image_size: int, classes: int) -> nn.Module:
 
 
 def _transformers(image_size: int, classes: int) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
+    import transformers
 
     if image_size % 16:
         raise ValueError("it must be a multiple of the patch size, 16")
-    return ViTForImageClassification(ViTConfig(image_size=image_size, num_labels=classes))
+    config: Any = transformers.ViTConfig
+    return transformers.ViTForImageClassification(config(image_size=image_size, num_labels=classes))
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Measure the closed forms: `python -m benchmarks.closed_forms` writes closed_forms.csv, .md and growth.csv.
 
-Random weights, a head that is not zero, one image, label 3; float32 gradients unless a row says so, solved in
-float64. PSNR on pixels clamped to [0, 1]. Attack and gradient are timed on the same machine in the same run, after one
-warm-up gradient; a ratio of the two means more than either. Every row of the table is one victim.
+Random weights, a head that is not zero, one image, label 3; float32 gradients unless a row says so, solved in float64.
+PSNR on pixels clamped to [0, 1]. Attack and gradient are timed on the same machine in the same run, after one warm-up
+gradient; a ratio of the two means more than either.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def attention_by_hand(u: Tensor, t: dict[str, Tensor], anatomy: Anatomy, out: st
     return mixed.transpose(0, 1).reshape(len(u), -1) @ t[f"{out}.weight"].T + t.get(f"{out}.bias", 0)
 
 
-# --- What the names stand for ---------------------------------------------------------------------------------------
+# --- What the names stand for -----------------------------------------------------------------------------------
 
 
 def test_names_exist_and_sizes_are_right(case: tuple[nn.Module, Anatomy, str]) -> None:
@@ -248,7 +248,7 @@ def test_first_block_is_prenorm_only_where_the_norm_reads_patch_plus_position() 
         assert same == (first_block == "prenorm"), which
 
 
-# --- Full size, without memory --------------------------------------------------------------------------------------
+# --- Full size, without memory ----------------------------------------------------------------------------------
 
 FULL_SIZE = {
     "vit_b_16": (768, 12, 196),
@@ -303,7 +303,7 @@ def test_blocks_of_timm_that_are_not_prenorm_are_unknown() -> None:
     assert dissect(fused_parallel).query is None
 
 
-# --- Refusals -------------------------------------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_wrong_parts_are_refused(parts: dict[str, object], message: str) -> None
         dissect(of_timm("vit_tiny_patch16_224"), **parts)
 
 
-# --- By name, nested, replaced --------------------------------------------------------------------------------------
+# --- By name, nested, replaced ----------------------------------------------------------------------------------
 
 
 def test_an_unknown_model_can_be_described_by_name() -> None:
@@ -481,7 +481,7 @@ def test_a_subclass_is_known_by_its_family() -> None:
     assert dissect(Mine(image_size=8, patch_size=4, width=8, depth=1, heads=2, classes=2)).family == "aprillab"
 
 
-# --- Rows -----------------------------------------------------------------------------------------------------------
+# --- Rows -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["a.b", "a.b[0:4]", "a.b[:4]", "a.b[4:]", "a.b[0:0]"])

@@ -64,7 +64,7 @@ def update_for(model: nn.Module, labels: list[int], seed: int = 0) -> ClientUpda
     return anonymous(client_update(model, images, torch.tensor(labels)))
 
 
-# --- One image ------------------------------------------------------------------------------------------------------------
+# --- One image --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", MODELS)
@@ -118,7 +118,7 @@ def test_two_classes_need_the_bias() -> None:
             recover_labels(model, update.without(["head.bias"]))
 
 
-# --- One image or more ----------------------------------------------------------------------------------------------------
+# --- One image or more ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -209,7 +209,7 @@ def test_the_residual_is_the_distance_to_the_nearest_outer_product_through_the_l
     assert one_image_residual(torch.zeros(5, 7)) == 0
 
 
-# --- Batches --------------------------------------------------------------------------------------------------------------
+# --- Batches ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], [1, 1, 4, 4], [2, 2, 2, 2], [0, 3, 3, 3], [7, 2, 7, 9]])
@@ -242,7 +242,7 @@ def test_a_zero_head_shares_the_label_counts_and_nothing_below() -> None:
     assert not any(g.any() for name, g in update.gradients.items() if not name.startswith("heads"))
 
 
-# --- Refusals ---------------------------------------------------------------------------------------------------------------
+# --- Refusals ---------------------------------------------------------------------------------------------------
 
 
 def test_refusals() -> None:

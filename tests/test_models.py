@@ -21,7 +21,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# --- torchvision as the reference ---------------------------------------------------------------------------------
+# --- torchvision as the reference -------------------------------------------------------------------------------
 
 
 def torchvision_names(depth: int) -> dict[str, str]:
@@ -135,7 +135,7 @@ def test_vit_b_16_and_ours_agree() -> None:
     assert_same(ours, theirs, 12, numbers(1, 3, 224, 224).float(), rtol=1e-5)
 
 
-# --- Patches --------------------------------------------------------------------------------------------------------
+# --- Patches ----------------------------------------------------------------------------------------------------
 
 shapes = st.tuples(*[st.integers(1, 4)] * 5)  # B, C, rows, columns, P
 
@@ -181,7 +181,7 @@ def test_patches_that_do_not_tile_are_refused() -> None:
         unpatchify(torch.zeros(1, 1, 12), 2, (3, 2))
 
 
-# --- Sinusoids ------------------------------------------------------------------------------------------------------
+# --- Sinusoids --------------------------------------------------------------------------------------------------
 
 
 def test_sinusoids_by_the_formula() -> None:
@@ -210,7 +210,7 @@ def test_odd_widths_are_refused() -> None:
         sinusoidal_2d((2, 2), 6)
 
 
-# --- The model ------------------------------------------------------------------------------------------------------
+# --- The model --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -41,7 +41,7 @@ def changed(update: ClientUpdate, name: str, change: Callable[[Tensor], Tensor])
     return replace(update, gradients={**update.gradients, name: change(update.gradients[name].clone())})
 
 
-# --- The client's gradient ------------------------------------------------------------------------------------------
+# --- The client's gradient --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -138,7 +138,7 @@ def test_another_loss_and_an_output_object(model: nn.Module) -> None:
 
 def test_what_a_client_cannot_do(model: nn.Module) -> None:
     images, labels = private_batch(model)
-    with pytest.raises(UpdateError, match="withhold: head.bais is no trained parameter of VisionTransformer"):
+    with pytest.raises(UpdateError, match=r"withhold: head\.bais is no trained parameter of VisionTransformer"):
         client_update(model, images, labels, withhold=["head.bais"])
     with pytest.raises(UpdateError, match="the client's loss is nan"):
         client_update(model, images * float("nan"), labels)
@@ -157,7 +157,7 @@ def test_precision_of_an_update_is_that_of_its_worst_tensor(update: ClientUpdate
     assert update.dtype == torch.float64  # the original is untouched
 
 
-# --- FedAvg -----------------------------------------------------------------------------------------------------------
+# --- FedAvg -----------------------------------------------------------------------------------------------------
 
 
 def one_sgd_step(model: nn.Module, lr: float, steps: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -242,13 +242,13 @@ def test_states_that_do_not_fit_are_refused(model: nn.Module) -> None:
     before, after = one_sgd_step(model, lr=0.1)
     with pytest.raises(UpdateError, match="the two states are the same"):
         update_from_states(before, before, learning_rate=0.1)
-    with pytest.raises(UpdateError, match="the two states differ in head.bias"):
+    with pytest.raises(UpdateError, match=r"the two states differ in head\.bias"):
         update_from_states(before, {n: t for n, t in after.items() if n != "head.bias"}, learning_rate=0.1)
     with pytest.raises(UpdateError, match=r"head.bias: shape \(5,\) before, \(4,\) after"):
         update_from_states(before, after | {"head.bias": torch.zeros(4)}, learning_rate=0.1)
 
 
-# --- The file -----------------------------------------------------------------------------------------------------------
+# --- The file ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -384,7 +384,7 @@ def test_where_nothing_can_be_written(update: ClientUpdate, tmp_path: Path) -> N
         assert str(path) in str(error.value)
 
 
-# --- The check at the door ------------------------------------------------------------------------------------------------
+# --- The check at the door --------------------------------------------------------------------------------------
 
 
 def test_a_good_update_passes(model: nn.Module, update: ClientUpdate) -> None:

@@ -66,8 +66,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": True,
     },
     # Lu et al., CVPR 2022, as we make it strong: every tensor's distance relative to its size, the position embedding
-    # term, and L-BFGS with a line search. No prior: the minimum is the picture itself.
-    "april": {"objective": "relative_l2", "alpha": 1.0, "optimizer": "lbfgs"},
+    # term token by token (position_term="whole" is the paper's), patches in the row space of ∂l/∂W_e, and L-BFGS with
+    # a line search. No prior: the minimum is the picture itself.
+    "april": {"objective": "relative_l2", "alpha": 1.0, "row_space": True, "optimizer": "lbfgs"},
 }
 """Published recipes by name: keywords of :func:`match_gradients`, each of which can be overridden."""
 
@@ -76,6 +77,7 @@ _DEFAULTS: dict[str, Any] = {
     "l1_weight": 0.01,
     "alpha": 0.0,
     "position_term": "per_token",
+    "row_space": False,
     "total_variation": 0.0,
     "image_norm": 0.0,
     "box": 0.0,
@@ -103,6 +105,7 @@ def match_gradients(
     l1_weight: float | None = None,
     alpha: float | None = None,
     position_term: PositionTerm | None = None,
+    row_space: bool | None = None,
     total_variation: float | None = None,
     image_norm: float | None = None,
     box: float | None = None,
@@ -153,6 +156,10 @@ def match_gradients(
     position_term : {"per_token", "whole"}
         The mean of the tokens' cosines, or one cosine of the whole embedding gradient, as the paper has it
         (:func:`position_cosine`).
+    row_space : bool, default False
+        Look for the patches in the row space of ∂l/∂W_e = Σ_i (∂l/∂z_i) x_iᵀ, which holds them: B·n coefficients a
+        patch in place of p pixels. Without effect where B·n ≥ p, or that gradient is not shared. Not for gradients
+        with noise added, whose row space is another.
     total_variation, image_norm, box : float, default 0
         Weights of priors: :func:`total_variation`, :func:`image_norm`, :func:`outside_box`.
     group_consistency : float, default 0
@@ -233,6 +240,7 @@ def match_gradients(
 
     copied = copy.deepcopy(model).to(device, dtype)
     parameters = dict(copied.named_parameters())
+    basis = _row_space(update, anatomy, batch_size, options)
     problem = Problem(
         model=copied,
         parameters=[parameters[name].requires_grad_() for name in names],
@@ -244,6 +252,9 @@ def match_gradients(
         distance=_distance(options),
         options=options,
         seed=seed,
+        basis=None if basis is None else basis.to(device, dtype),
+        patch_size=0 if basis is None else parameters[anatomy.patch_weight].shape[-1],
+        image_size=anatomy.image_size,
     )
     # The copy may draw random numbers (dropout) and the fused attention kernels have no second derivative.
     cuda = [device] if device.type == "cuda" else []
@@ -314,6 +325,7 @@ def match_gradients(
             "labels": labels_how,
             "batch_size": batch_size,
             "matched": len(names),
+            "row_space": None if problem.basis is None else len(problem.basis),
             "options": {k: "given tensor" if isinstance(v, Tensor) else v for k, v in options.items()},
             "seed": seed,
             "precision": _short(update.dtype),
@@ -359,6 +371,8 @@ def _options(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
         options["schedule"] = options["clamp"] = False
     if "learning_rate" not in recipe:
         options["learning_rate"] = 1.0 if options["optimizer"] == "lbfgs" else 0.1
+    if options["row_space"] and options["clamp"]:
+        raise ValueError("clamp=True works on pixels and row_space=True on coefficients: choose one")
     if not options["learning_rate"] > 0:
         raise ValueError(f"learning_rate={options['learning_rate']} must be positive")
     return options
@@ -369,6 +383,19 @@ def _distance(options: dict[str, Any]) -> Distance:
     if objective == "l2_l1":
         return partial(l2_l1, l1_weight=options["l1_weight"])
     return objective if callable(objective) else DISTANCES[objective]
+
+
+def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, options: dict[str, Any]) -> Tensor | None:
+    """Orthonormal basis (k, p) of the row space of ∂l/∂W_e, k ≤ B·n < p; None where it restricts nothing."""
+    gradient = update.gradients.get(anatomy.patch_weight)
+    if not options["row_space"] or gradient is None:
+        return None
+    height, width = anatomy.image_size
+    size = gradient.shape[-1]
+    tokens = batch_size * (height // size) * (width // size)  # B·n
+    s, Vt = torch.linalg.svd(gradient.double().flatten(1), full_matrices=False)[1:]
+    rank = min(tokens, int((s > torch.finfo(gradient.dtype).eps * s[0]).sum()))
+    return Vt[:rank] if 0 < rank < gradient[0].numel() else None
 
 
 def _anatomy_of(model: nn.Module, update: ClientUpdate, image_shape: tuple[int, int, int] | None) -> Anatomy:

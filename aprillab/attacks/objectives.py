@@ -16,9 +16,14 @@ from ..preprocessing import Preprocessing
 Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
+def _squares(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+    """‖g' − g‖² of each tensor; through the norm, which backpropagates without a copy of the squares."""
+    return [torch.linalg.vector_norm(g - t).square() for g, t in zip(gradients, targets, strict=True)]
+
+
 def l2(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Σ ‖g' − g‖² over all tensors, as in DLG (Zhu et al., NeurIPS 2019)."""
-    return torch.stack([(g - t).square().sum() for g, t in zip(gradients, targets, strict=True)]).sum()
+    return torch.stack(_squares(gradients, targets)).sum()
 
 
 def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -30,8 +35,7 @@ def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tenso
     norms = torch.stack([t.norm() for t in targets])
     floor = norms.max() * torch.finfo(norms.dtype).eps ** 0.75
     weights = 1 / norms.clamp_min(floor).square()
-    squares = torch.stack([(g - t).square().sum() for g, t in zip(gradients, targets, strict=True)])
-    return (weights * squares).mean()
+    return (weights * torch.stack(_squares(gradients, targets))).mean()
 
 
 def l2_l1(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, l1_weight: float = 0.01) -> Tensor:

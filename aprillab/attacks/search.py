@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models import patchify, unpatchify
 from ..preprocessing import Preprocessing
 from ..update import logits_of
 from . import objectives
@@ -37,7 +38,25 @@ class Problem:
     distance: Distance
     options: dict[str, Any]
     seed: int
+    basis: Tensor | None = None  # (k, p), where the patches are looked for in its span
+    patch_size: int = 0
+    image_size: tuple[int, int] = (0, 0)
     classes: int | None = None  # where the labels are unknowns
+
+    def images_of(self, unknowns: Tensor) -> Tensor:
+        """Pictures (R, B, C, H, W) of the optimizer's unknowns: pixels, or coefficients (R, B, n, k) of patches."""
+        if self.basis is None:
+            return unknowns
+        patches = (unknowns @ self.basis).flatten(0, 1)  # (R·B, n, p)
+        images = unpatchify(patches, self.patch_size, self.image_size)
+        return images.unflatten(0, unknowns.shape[:2])
+
+    def unknowns_of(self, images: Tensor) -> Tensor:
+        """The nearest unknowns to pictures (R, B, C, H, W)."""
+        if self.basis is None:
+            return images.clone()
+        patches = patchify(images.flatten(0, 1), self.patch_size)  # (R·B, n, p)
+        return (patches @ self.basis.T).unflatten(0, images.shape[:2])
 
     def count_classes(self, shape: tuple[int, ...]) -> int:
         with torch.no_grad():
@@ -105,7 +124,7 @@ class _Diverged(Exception):
 
 _DIVERGENCES = 6  # a restart is given up after so many
 
-Variables = tuple[Tensor, Tensor | None]  # images (R, B, C, H, W), label logits (R, B, classes)
+Variables = tuple[Tensor, Tensor | None]  # Problem.unknowns_of R restarts, and their label logits (R, B, classes)
 
 
 @dataclass
@@ -190,14 +209,14 @@ class Search:
                 self.divergences += 1
                 learning_rate /= 10
                 if self.best_here.images is not None:
-                    variables = self.best_here.images.clone(), _clone(self.best_here.logits)
+                    variables = self.problem.unknowns_of(self.best_here.images), _clone(self.best_here.logits)
                 else:
                     fresh = 1000 * (trial + 1) + self.restart
                     variables = self._begin(range(fresh, fresh + together))
         return "diverged"
 
     def _begin(self, offsets: range) -> Variables:
-        """Pictures and label logits to start from, drawn from the seed; one of each for each offset."""
+        """Unknowns and label logits to start from, drawn from the seed; one of each for each offset."""
         problem, init = self.problem, self.problem.options["init"]
         grey = problem.preprocessing.to_input(torch.full(self.shape, 0.5, dtype=torch.float64))
         images, logits = [], []
@@ -214,16 +233,18 @@ class Search:
                 drawn = torch.randn(self.shape[0], problem.classes, generator=generator, dtype=torch.float64)
                 logits.append(drawn)
         like = problem.targets[0]
-        return torch.stack(images).to(like), torch.stack(logits).to(like) if logits else None
+        unknowns = problem.unknowns_of(torch.stack(images).to(like))
+        return unknowns, torch.stack(logits).to(like) if logits else None
 
-    def evaluate(self, images: Tensor, logits: Tensor | None) -> Tensor:
+    def evaluate(self, unknowns: Tensor, logits: Tensor | None) -> Tensor:
         """One evaluation: loss and gradient (into ``.grad``), counted, recorded and checked against the budgets."""
-        if self.evaluations + len(images) > self.limits[0]:
+        if self.evaluations + len(unknowns) > self.limits[0]:
             raise _Stop("evaluations")
         if self.seconds >= self.limits[1]:
             raise _Stop("seconds")
+        images = self.problem.images_of(unknowns)
         loss, terms, distances, residuals = self.problem.evaluate(images, logits)
-        variables = [images] if logits is None else [images, logits]
+        variables = [unknowns] if logits is None else [unknowns, logits]
         gradients = torch.autograd.grad(loss, variables)
         self.evaluations += len(images)
         value = loss.item()
@@ -299,6 +320,9 @@ def _adam(search: Search, variables: Variables, learning_rate: float) -> None:
     optimizer = torch.optim.Adam(unknowns, lr=learning_rate)
     first, last = search.evaluations, search.limits[0]
     while True:
+        if options["clamp"]:
+            with torch.no_grad():
+                unknowns[0].copy_(preprocessing.to_input(preprocessing.to_pixels(unknowns[0])))
         search.evaluate(*variables)
         done = (search.evaluations - first) / (last - first) if math.isfinite(last) else 0.0
         if options["schedule"]:
@@ -307,9 +331,6 @@ def _adam(search: Search, variables: Variables, learning_rate: float) -> None:
         if options["optimizer"] == "signed_adam":
             unknowns[0].grad.sign_()  # type: ignore[union-attr]
         optimizer.step()
-        if options["clamp"]:
-            with torch.no_grad():
-                unknowns[0].copy_(preprocessing.to_input(preprocessing.to_pixels(unknowns[0])))
 
 
 def _require_grad(variables: Variables) -> list[Tensor]:

@@ -239,7 +239,7 @@ def check_predicted_mse(function: Callable[[Tensor, Tensor], float]) -> Feedback
                 torch.tensor(wanted, dtype=F64),
                 "The predicted mean squared error",
                 mistakes={
-                    "The residual is divided by all d·p equations; the fit uses up n of every d, (d − n)·p are left.": torch.tensor(
+                    "The residual is divided by all d·p equations; the fit leaves (d − n)·p to spare.": torch.tensor(
                         plain, dtype=F64
                     ),
                     "The error of a component is noise / s, so its *square* carries 1/s².": torch.tensor(

@@ -1,0 +1,146 @@
+"""Drawings and interactive figures of the course.
+
+What is drawn comes from pure functions that return a Figure, tested without a kernel; :func:`sliders` is the only
+place that knows ipywidgets, which comes with ``aprillab[course]`` and is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from torch import Tensor
+
+from . import viz
+from .preprocessing import HALF, Preprocessing
+
+Words = str | Callable[..., str]
+
+
+def sliders(render: Callable[..., Figure], *, caption: Words, alt: Words, **controls: Any) -> Any:
+    """A figure under its controls, drawn again whenever one of them moves.
+
+    Parameters
+    ----------
+    render : function of the controls' values, by name, that returns a Figure
+    caption, alt : str, or functions of the same values that return one
+        As for :func:`aprillab.viz.show`: a picture that changes needs words that change with it.
+    **controls : ipywidgets widgets, by the name of ``render``'s argument
+        Sliders should be made with ``continuous_update=False``.
+
+    Returns
+    -------
+    ipywidgets.VBox
+    """
+    import ipywidgets
+
+    def redraw(**state: Any) -> None:
+        words = [text(**state) if callable(text) else text for text in (caption, alt)]
+        viz.show(render(**state), caption=words[0], alt=words[1])
+
+    return ipywidgets.VBox([*controls.values(), ipywidgets.interactive_output(redraw, controls)])
+
+
+# --- Chapter 01 -----------------------------------------------------------------------------------------------
+
+
+def federated_round(pictures: Sequence[Tensor] = ()) -> Figure:
+    """One round of FedSGD as a drawing: weights go out, gradients come back, photographs stay.
+
+    Parameters
+    ----------
+    pictures : up to three private pictures (C, H, W) with pixels in [0, 1], drawn inside the clients
+    """
+    blue, orange = viz.COLOURS["blue"], viz.COLOURS["red"]
+    fig, axes = viz.figure(size=(8.4, 4.2))
+    ax = axes[0, 0]
+    ax.set(xlim=(0, 12), ylim=(0, 6), aspect="equal")
+    ax.axis("off")
+
+    def box(x: float, y: float, width: float, height: float, colour: str) -> None:
+        style = "round,pad=0.05,rounding_size=0.15"
+        ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor="white", edgecolor=colour, lw=2))
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+        ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, color=colour, lw=1.8))
+
+    box(0.2, 1.4, 3.4, 3.2, blue)
+    ax.text(1.9, 4.1, "server", ha="center", fontsize=13, weight="bold", color=blue)
+    ax.text(1.9, 2.75, "knows the model\nand every gradient\nas it arrives", ha="center", va="center", fontsize=10.5)
+    ax.text(1.9, 1.62, r"3   $\theta \leftarrow \theta - \eta\,\frac{1}{K}\sum_k g_k$", ha="center", fontsize=11)
+    for k, bottom in enumerate((4.15, 2.15, 0.15)):
+        middle = bottom + 0.8
+        box(8.2, bottom, 3.6, 1.6, orange)
+        ax.text(9.95, middle, f"client {k + 1}\nphotograph\nstays here", va="center", fontsize=10)
+        arrow((3.75, 3.15 + 0.45 * (1 - k)), (8.05, middle + 0.2), blue)
+        arrow((8.05, middle - 0.25), (3.75, 2.75 + 0.45 * (1 - k)), orange)
+        if k < len(pictures):
+            inset = ax.inset_axes((8.35, bottom + 0.15, 1.3, 1.3), transform=ax.transData)
+            viz.draw(inset, pictures[k])
+    ax.text(5.1, 5.05, r"1   weights $\theta$", color=blue, fontsize=11, ha="center")
+    ax.text(5.1, 0.75, r"2   gradient $g_k$", color=orange, fontsize=11, ha="center")
+    return fig
+
+
+def mixture_weights(image: Tensor, pictures: Tensor) -> Tensor:
+    """The w that minimize ‖image − Σ_b w_b picture_b‖: how much of each private picture an attack's picture holds.
+
+    Parameters
+    ----------
+    image : Tensor of shape (C, H, W)
+    pictures : Tensor of shape (B, C, H, W), linearly independent
+
+    Returns
+    -------
+    Tensor of shape (B,), float64; needs the originals, so it explains an attack and is not one
+    """
+    columns = pictures.double().flatten(1).T
+    return torch.linalg.lstsq(columns, image.double().flatten()[:, None]).solution[:, 0]
+
+
+def linear_batch(
+    pictures: Tensor,
+    gradients: Mapping[int, tuple[Tensor, Tensor]],
+    *,
+    batch_size: int,
+    rank: int = 0,
+    preprocessing: Preprocessing = HALF,
+) -> Figure:
+    """What one unit of a linear layer says about a batch: its row divided by its bias entry, and what that mixes.
+
+    Parameters
+    ----------
+    pictures : Tensor of shape (B_max, C, H, W), pixels in [0, 1]
+    gradients : batch size to (∂l/∂W of shape (m, C·H·W), ∂l/∂b of shape (m,)) of the first ``batch_size`` pictures
+    batch_size : int, one of the keys
+    rank : int
+        Which unit, counted from the one with the largest |∂l/∂b|.
+    preprocessing : of the layer's input
+
+    Raises
+    ------
+    ValueError
+        If that unit's bias gradient is zero: it was inactive for the whole batch and has no ratio.
+    """
+    weight, bias = gradients[batch_size]
+    unit = int(bias.abs().argsort(descending=True)[rank])
+    if bias[unit] == 0:
+        raise ValueError(f"rank={rank}: unit {unit} has a zero bias gradient, so its row holds no picture")
+    ratio = preprocessing.to_pixels((weight[unit] / bias[unit]).reshape(pictures.shape[1:]), clamp=False)
+    weights = mixture_weights(ratio, pictures[:batch_size]).tolist()
+    fig, axes = viz.figure(1, 2, size=(6.6, 3.0))
+    viz.draw(axes[0, 0], ratio, f"batch of {batch_size}, unit {unit}")
+    ax = axes[0, 1]
+    ax.bar(range(1, batch_size + 1), weights, color=viz.COLOURS["blue"], width=0.6)
+    for b, value in enumerate(weights, start=1):
+        ax.annotate(f"{value:.2f}", (b, max(value, 0)), textcoords="offset points", xytext=(0, 3), ha="center")
+    ax.axhline(0, color="0.4", linewidth=0.8)
+    ax.set(xlim=(0.3, len(pictures) + 0.7), ylim=(min(0, *weights, 0) - 0.1, max(1, *weights, 1) + 0.2))
+    ax.set_xticks(range(1, len(pictures) + 1))
+    ax.set_xlabel("private image")
+    ax.set_ylabel("its share in the mixture")
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig

@@ -1,0 +1,187 @@
+"""What the tests need of notebooks: cells by tag, exercises with their parts, code of folded solutions, a lint."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import torch
+from nbformat import NotebookNode
+
+import aprillab as al
+from aprillab.exercises import Feedback
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+
+PARTS = ("exercise-stub", "exercise-check", "exercise-hints", "exercise-solution")
+MAX_LINES, MAX_BYTES, MIN_EXERCISES = 30, 2_000_000, 4
+
+
+def read(path: str | Path) -> NotebookNode:
+    """A notebook by path, or by the start of its name in notebooks/ ("02", say)."""
+    if isinstance(path, str):
+        (path,) = NOTEBOOKS.glob(f"{path}*.ipynb")
+    return nbformat.read(path, as_version=4)
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
+    """The cells that carry ``tag``, in order."""
+    return [cell for cell in notebook.cells if tag in tags(cell)]
+
+
+# --- Exercises ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise: ``name`` of the function to write, ``check`` the name of its check, and the code of both answers."""
+
+    title: str
+    name: str
+    check: str
+    stub: str
+    solution: str
+
+
+def solution_code(markdown: str) -> str:
+    """The one python fence of a folded solution."""
+    fences = re.findall(r"^```python\n(.*?)^```", markdown, re.M | re.S)
+    assert len(fences) == 1, f"a solution needs one ```python fence, this has {len(fences)}: {markdown[:80]}"
+    return fences[0]
+
+
+def exercises(notebook: NotebookNode) -> list[Exercise]:
+    """The exercises of a notebook, from their tagged cells."""
+    found = []
+    columns = [tagged(notebook, part) for part in PARTS]
+    titles = re.findall(r"^### (Exercise .+)$", "\n".join(c.source for c in notebook.cells), re.M)
+    for title, stub, check, _, solution in zip(titles, *columns, strict=True):
+        call = re.fullmatch(r"ex\.(check_\w+)\((\w+)\)", check.source.strip().splitlines()[-1])
+        assert call, f"{title}: the last line of its check should be ex.check_…(function)"
+        found.append(Exercise(title, call[2], call[1], stub.source, solution_code(solution.source)))
+    return found
+
+
+def function_of(code: str, name: str) -> Callable[..., Any]:
+    """The function ``name`` that ``code`` defines, given ``torch`` and ``al`` alone."""
+    names: dict[str, Any] = {"torch": torch, "al": al}
+    exec(compile(code, f"<{name}>", "exec"), names)
+    return names[name]
+
+
+def feedback(exercise: Exercise, checks: Any, code: str) -> Feedback:
+    """What the exercise's check, from the module ``checks``, answers to ``code``."""
+    return getattr(checks, exercise.check)(function_of(code, exercise.name))
+
+
+def mutate(code: str, old: str, new: str) -> str:
+    """``code`` with ``old``, which must be there, replaced by ``new``."""
+    assert old in code, f"{old!r} is not in the solution:\n{code}"
+    return code.replace(old, new)
+
+
+# --- Lint -----------------------------------------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor as GitHub and JupyterLab make it, lower case."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link into this file may point to: headings and explicit ids."""
+    if path.suffix == ".ipynb":
+        text = "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
+    else:
+        text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#{1,6} +(.+?) *#*$", text, re.M)
+    return {slug(heading) for heading in headings} | set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
+
+
+def lint(path: Path) -> list[str]:
+    """What is wrong with a notebook as a reader gets it, in words; empty if nothing is."""
+    notebook = read(path)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    wrong = [*_lint_outputs(code), *_lint_exercises(notebook, path), *_lint_links(notebook, path)]
+    if path.stat().st_size > MAX_BYTES:
+        wrong.append(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
+    if "widgets" in notebook.metadata:
+        wrong.append("metadata.widgets: GitHub shows no such notebook")
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        wrong.append("not the outputs of one run in order")
+    if not code or "setup" not in tags(code[0]) or len(tagged(notebook, "setup")) != 1:
+        wrong.append("the first code cell, and no other, is tagged setup")
+    for cell in code:
+        if (lines := cell.source.count("\n") + 1) > MAX_LINES:
+            wrong.append(f"a cell of {lines} lines: {cell.source[:60]!r}")
+    return wrong
+
+
+def _lint_outputs(code: list[NotebookNode]) -> list[str]:
+    wrong = []
+    for cell in code:
+        start = repr(cell.source[:60])
+        for output in cell.outputs:
+            data = output.get("data", {})
+            images = re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", "")))
+            if output.output_type == "error":
+                wrong.append(f"an error output: {start}")
+            if output.get("name") == "stderr" and re.search(r"Warning|Traceback", output.text):
+                wrong.append(f"a warning in the output: {start}")
+            if not all(re.search(r'\balt="[^"]{20,}"', image) for image in images):
+                wrong.append(f"a picture without an alternative text of 20 letters: {start}")
+            if not images and any(kind.startswith("image/") for kind in data):
+                wrong.append(f"a bare picture, without alternative text: {start}")
+            if re.search(r"(?:/home/|/root/|/tmp/|/work/|[A-Z]:\\Users)", json.dumps(data) + output.get("text", "")):
+                wrong.append(f"a path of the author's machine: {start}")
+    return wrong
+
+
+def _lint_exercises(notebook: NotebookNode, path: Path) -> list[str]:
+    wrong = []
+    found = [part for cell in notebook.cells for part in PARTS if part in tags(cell)]
+    count = found.count("exercise-stub")
+    if found != list(PARTS) * count:
+        wrong.append("stub, check, hints and solution do not follow each other in every exercise")
+    if "00" < path.name[:2] < "08" and count < MIN_EXERCISES:
+        wrong.append(f"{count} exercises, fewer than {MIN_EXERCISES}")
+    chapter = int(path.name[:2]) if path.name[:2].isdigit() else 0
+    headers = re.findall(r"^### Exercise (.+)$", "\n".join(c.source for c in notebook.cells), re.M)
+    for number, header in enumerate(headers, 1):
+        if not re.fullmatch(rf"{chapter}\.{number} · .+ · (?:★☆☆|★★☆|★★★) · \d+ minutes", header):
+            wrong.append(f"header of exercise {chapter}.{number}: {header!r}")
+    if len(headers) != count:
+        wrong.append(f"{len(headers)} headers for {count} exercises")
+    for cell in tagged(notebook, "exercise-stub"):
+        if "raise NotImplementedError" not in cell.source:
+            wrong.append(f"a stub that raises nothing: {cell.source[:60]!r}")
+    return wrong
+
+
+def _lint_links(notebook: NotebookNode, path: Path) -> list[str]:
+    wrong = []
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown":
+            continue
+        if re.search(r"!\[\s*\]\(", cell.source):
+            wrong.append(f"a picture without alternative text: {cell.source[:60]!r}")
+        for target in re.findall(r"\]\(([^)\s]+)\)", cell.source):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            there = (path.parent / file) if file else path
+            if not there.exists():
+                wrong.append(f"a link to {target}, which does not exist")
+            elif anchor and anchor.lower() not in anchors(there):
+                wrong.append(f"a link to {target}, but {there.name} has no such heading")
+    return wrong
