@@ -21,6 +21,7 @@ from .attacks import (
     gradient_residual,
     invert,
     is_batch,
+    match_gradients,
     recover_labels,
     span_closed_form,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "load_victim",
     "load_victims",
     "match_batch",
+    "match_gradients",
     "mnist5k",
     "mse",
     "patchify",

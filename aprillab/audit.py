@@ -32,8 +32,8 @@ Trust = Literal["exact", "close", "likely", "coarse", "unverified", "poor", "con
 TRUST_WORDS: dict[Trust, str] = {
     "exact": "Trust it. The attack's conditions were verified on this very update, and the predicted error is below "
     "half a grey level: this is the private picture.",
-    "close": "Trust what you see, not every grey level. The conditions hold, and the predicted error is too small for "
-    "the eye.",
+    "close": "Trust what you see, not every grey level. The conditions hold, and the predicted error is too small "
+    "for the eye.",
     "likely": "Very probably the private picture. A condition failed (see the reason), but played back through the "
     "model the picture gives this update, up to less than a hundredth.",
     "coarse": "Trust the scene, not the details. The conditions hold, and the predicted error leaves a picture that "
@@ -56,8 +56,8 @@ TITLES = {
     "span": ("span attack", "span_closed_form"),
 }
 
-# Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to 0.08 at 18 to 31 dB,
-# above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
+# Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to 0.08 at 18 to
+# 31 dB, above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
 _GOOD_REPLAY, _BAD_REPLAY = 0.01, 0.1
 NOT_SAFE = (
     "That an attack fails does not make the update safe: gradient matching needs none of these conditions, an attack "

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"aprillab: error: {message}", file=sys.stderr)
+    print(f"aprillab: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
     invert = commands.add_parser(
         "invert", formatter_class=style, help="attack the gradient of a picture of your own",
-        description="Play the client, who shares the gradient of one private picture, and the server, who\nattacks it.",
+        description="Be the client, who shares the gradient of one private picture, and the server, who\nattacks it.",
         epilog=f"{_MODELS}\n\n{_JSON}\n\n{EXIT_CODES}",
     )  # fmt: skip
     invert.add_argument("photo", metavar="PHOTO", help=_PHOTO)

@@ -310,8 +310,8 @@ def _check_complete(model: nn.Module, update: ClientUpdate) -> None:
     if missing := sorted(trained - set(update.gradients) - set(update.withheld)):
         raise UpdateError(
             f"the update lacks the gradient of {missing[0]!r} ({len(missing)} missing in all). If clients do not "
-            f"share it, say so with --withheld {','.join(missing[:3])}{',…' if missing[3:] else ''}; if it is frozen, "
-            "set requires_grad=False in the model"
+            f"share it, say so with --withheld {','.join(missing[:3])}{',…' if missing[3:] else ''}; if it is "
+            "frozen, set requires_grad=False in the model"
         )
 
 

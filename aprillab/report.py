@@ -175,7 +175,7 @@ def _numbers(finding: Finding) -> dict[str, str]:
 def overview(found: Audit) -> Figure:
     """Every picture the attacks returned, side by side, each under what to think of it."""
     shown = found.applied
-    fig, axes = viz.figure(1, len(shown), size=(max(4.4 * len(shown), 5.5), 4.9))
+    fig, axes = viz.figure(1, len(shown), size=(max(4.4 * len(shown), 5.5), 5.4))
     words = {
         "likely": "very probably, by its replay",
         "mixture": "a mixture, no photograph",
@@ -190,7 +190,7 @@ def overview(found: Audit) -> Figure:
         predicted = finding.result.diagnostics["predicted_psnr"]
         trusted = finding.trust in ("exact", "close", "coarse")
         below = f"{finding.trust}, predicted {predicted:.1f} dB" if trusted else words[finding.trust]
-        colour = viz.COLOURS["black"] if trusted else viz.COLOURS["red"]
+        colour = viz.COLOURS["black"] if trusted or finding.trust == "likely" else viz.COLOURS["red"]
         ax.set_xlabel(below, fontsize=14, fontweight="bold", color=colour, labelpad=8)
     fig.supxlabel("Made from model and update alone; no original seen.", fontsize=12.5, color="0.25")
     return fig

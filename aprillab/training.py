@@ -251,9 +251,7 @@ def _save(
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for name, p in parameters.items():
         tensors |= {f"optimizer.{key}.{name}": t for key, t in optimizer.state[p].items()}
-    tensors = {
-        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
-    }
+    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     facts = {"format": FORMAT, "settings": json.dumps(settings), "history": json.dumps(history)}
     beside = path.with_name(path.name + ".part")
     try:
@@ -284,7 +282,7 @@ def _load(
     wanted |= {f"optimizer.step.{name}": torch.Size() for name in parameters}
     if wanted != (found := {name: t.shape for name, t in tensors.items()}):
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise CheckpointError(f"{path} is of another model or another defence: {odd[0]} and {len(odd) - 1} more differ")
+        raise CheckpointError(f"{path} is of another model or defence: {odd[0]} and {len(odd) - 1} more differ")
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, p in parameters.items():
         optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}

@@ -69,8 +69,8 @@ def federated_round(pictures: Sequence[Tensor] = ()) -> Figure:
 
     box(0.2, 1.4, 3.4, 3.2, blue)
     ax.text(1.9, 4.1, "server", ha="center", fontsize=13, weight="bold", color=blue)
-    ax.text(1.9, 2.75, "knows the model\nand every gradient\nas it arrives", ha="center", va="center", fontsize=10.5)
-    ax.text(1.9, 1.62, r"3   $\theta \leftarrow \theta - \eta\,\frac{1}{K}\sum_k g_k$", ha="center", fontsize=11)
+    ax.text(1.9, 3.2, "knows the model\nand every gradient\nas it arrives", ha="center", va="center", fontsize=10.5)
+    ax.text(1.9, 1.95, r"3   $\theta \leftarrow \theta - \eta\,\frac{1}{K}\sum_k g_k$", ha="center", fontsize=11)
     for k, bottom in enumerate((4.15, 2.15, 0.15)):
         middle = bottom + 0.8
         box(8.2, bottom, 3.6, 1.6, orange)

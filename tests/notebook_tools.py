@@ -44,7 +44,7 @@ def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise: ``name`` of the function to write, ``check`` the name of its check, and the code of both answers."""
+    """One exercise: its function's name, its check's name, and the code of stub and solution."""
 
     title: str
     name: str

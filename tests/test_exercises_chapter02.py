@@ -18,7 +18,7 @@ MUTANTS = [
     ("check_token_gradient", " + dV @ W_V", "", "values is missing"),
     ("check_token_gradient", "dQ @ W_Q + dK @ W_K", "dK @ W_K", "queries is missing"),
     ("check_token_gradient", "dQ @ W_Q + dK @ W_K + dV @ W_V", "dQ @ W_V + dK @ W_K + dV @ W_Q", "mixed up"),
-    ("check_token_gradient", "return dQ @ W_Q", "return -dQ @ W_Q", "not right"),
+    ("check_token_gradient", "return dQ @ W_Q", "return -dQ @ W_Q", "queries comes in with the wrong sign"),
     ("check_token_gradient", "dQ @ W_Q + dK @ W_K + dV @ W_V", "-(dQ @ W_Q + dK @ W_K + dV @ W_V)", "wrong sign"),
     ("check_token_gradient", "dQ @ W_Q + dK @ W_K + dV @ W_V", "(dQ @ W_Q + dK @ W_K + dV @ W_V) / 3", "mean"),
     ("check_fused_right_side", "weight.T @ gradient", "gradient.T @ weight", "transpose"),

@@ -11,7 +11,7 @@ from aprillab.attacks import objectives
 from aprillab.attacks.matching import PRESETS, match_gradients
 from aprillab.attacks.result import AttackNotApplicable
 from aprillab.metrics import match_batch, psnr
-from aprillab.models import VisionTransformer
+from aprillab.models import VisionTransformer, patchify
 from aprillab.preprocessing import HALF, UNIT
 from aprillab.update import ClientUpdate, UpdateError, client_update
 
@@ -193,41 +193,89 @@ def test_the_search_descends_the_loss_it_reports() -> None:
 
 # --- What it recovers -------------------------------------------------------------------------------------------
 
-# Measured bars in dB, with margin: see the comment at each. Seeds are fixed, so a run repeats on one machine.
-BARS = {"dlg": 0.0, "idlg": 0.0, "inverting_gradients": 0.0, "tag": 0.0, "gradinversion": 0.0, "april": 0.0}
+
+def smooth_victim(size: int = 6) -> torch.Tensor:
+    ramp = torch.linspace(0, 1, size, dtype=torch.float64)
+    return (0.2 + 0.3 * ramp[:, None] + 0.4 * ramp[None, :].square())[None, None]
+
+
+# dB, about two thirds of what was measured over three seeds (in the comment): room for another machine's rounding.
+BARS = {
+    "dlg": 70,
+    "idlg": 100,
+    "inverting_gradients": 20,
+    "tag": 70,
+    "gradinversion": 25,
+    "april": 100,
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_reach_their_bar(preset: str) -> None:
-    model = small_vit()
-    pixels, update = attacked(model)
-    result = quietly(model, update, preset=preset, max_evaluations=400)
+def test_presets_reach_their_bar_on_a_cnn(preset: str) -> None:
+    model = SmallCNN().double()
+    pixels, label = smooth_victim(), torch.tensor([1])
+    update = client_update(model, pixels, label)
+    result = quietly(
+        model, update, preset=preset, image_shape=(1, 6, 6), preprocessing=UNIT, max_evaluations=300, seed=1
+    )
     assert psnr(result.pixels, pixels).item() >= BARS[preset]
+    assert result.labels.tolist() == [1]
     assert result.attack == f"match_gradients({preset})"
     assert result.exact is False
     assert "twin" in result.reason
+
+
+def test_april_on_a_vit() -> None:
+    model = small_vit(image_size=8, patch_size=4)
+    pixels, update = attacked(model, size=8)
+    result = quietly(model, update, max_evaluations=300, seed=1)
+    assert psnr(result.pixels, pixels).item() > 40  # 59 dB after 200 evaluations
     assert result.images.dtype == torch.float64
     torch.testing.assert_close(HALF.to_pixels(result.images), result.pixels)
+    # Four patches of 16 pixels: the search went through 4 coefficients a patch, and the truth lies there.
+    assert result.diagnostics["row_space"] == 4
+    rows = update.gradients["patch_embedding.weight"].flatten(1)
+    for images in (result.images, HALF.to_input(pixels)):
+        patches = patchify(images, 4)[0]
+        outside = patches - patches @ torch.linalg.pinv(rows, rtol=1e-10) @ rows
+        assert outside.norm() < 1e-8 * patches.norm()
+
+
+def test_row_space_is_idle_where_it_restricts_nothing() -> None:
+    model = small_vit()  # four patches of four pixels
+    _, update = attacked(model)
+    one, other = (quietly(model, update, row_space=on, max_evaluations=5) for on in (True, False))
+    assert one.diagnostics["row_space"] is None
+    assert torch.equal(one.images, other.images)
 
 
 def test_a_batch_with_known_labels() -> None:
-    model = small_vit(width=32)
-    pixels, update = attacked(model, batch=2)
-    result = quietly(model, update, labels=torch.tensor([1, 2]), max_evaluations=800, restarts=2)
+    model = SmallCNN().double()
+    pixels, labels = victim(batch=2, size=6)
+    update = client_update(model, pixels, labels)
+    result = quietly(
+        model, update, labels=labels, image_shape=(1, 6, 6), preprocessing=UNIT, max_evaluations=500, alpha=0.0
+    )
     order = match_batch(result.pixels, pixels)
-    assert psnr(result.pixels[order], pixels).min().item() > 30
+    assert psnr(result.pixels[order], pixels).min().item() > 25
     assert result.diagnostics["labels"] == "known to the attacker"
+    assert result.diagnostics["batch_size"] == 2
 
 
 def test_withheld_tensors_are_not_matched_and_alpha_is_said_to_be_idle() -> None:
     model = small_vit()
     _, update = attacked(model)
     less = update.without(["position_embedding", "blocks.0.mlp.0.weight"])
-    result = quietly(model, less, max_evaluations=300)
+    result = quietly(model, less, max_evaluations=150)
     assert result.diagnostics["matched"] == len(update.gradients) - 2
     assert "alpha" not in result.diagnostics["terms"]
     assert "α has no effect" in result.reason
-    assert result.diagnostics["residual"] < 1e-2
+    # What is matched is what is there: the distance is the mean over the shared tensors, and it falls.
+    trial = client_update(model, result.images, torch.tensor([1]))
+    shared = [trial.gradients[name] for name in less.gradients]
+    expected = objectives.relative_l2(shared, list(less.gradients.values())).item()
+    assert result.diagnostics["terms"]["distance"] == pytest.approx(expected)
+    assert expected < result.history[0]["loss"] / 20
 
 
 def test_only_the_head_shared_matches_the_head() -> None:
@@ -236,7 +284,7 @@ def test_only_the_head_shared_matches_the_head() -> None:
     kept = update.without([name for name in update.gradients if not name.startswith("head")])
     result = quietly(model, kept, max_evaluations=100)
     assert result.diagnostics["matched"] == 2
-    assert result.diagnostics["residual"] < 1e-3
+    assert result.diagnostics["loss"] < result.history[0]["loss"] / 100
 
 
 class SmallCNN(nn.Module):
@@ -310,7 +358,7 @@ def test_labels_are_optimized_where_the_head_is_withheld() -> None:
     model = small_vit()
     _, update = attacked(model)
     headless = update.without(["head.weight", "head.bias"])
-    result = quietly(model, headless, max_evaluations=400, restarts=2)
+    result = quietly(model, headless, max_evaluations=200)
     assert "optimized along with the pictures, since they cannot be recovered" in result.diagnostics["labels"]
     assert result.labels.shape == (1,)
     assert result.labels.tolist() == [1]
@@ -345,7 +393,9 @@ def test_the_callers_model_and_generator_are_left_alone() -> None:
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     trained = [p.requires_grad for p in model.parameters()]
     threads, default = torch.get_num_threads(), torch.get_default_dtype()
-    one = quietly(model, update, preset="gradinversion", image_shape=(1, 4, 4), preprocessing=UNIT, max_evaluations=9)
+    # With unknown labels the model is also asked how many classes it has.
+    options = {"preset": "gradinversion", "labels": "optimize", "image_shape": (1, 4, 4), "preprocessing": UNIT}
+    one = quietly(model, update, max_evaluations=9, **options)
     assert torch.equal(state, torch.get_rng_state())
     assert (threads, default) == (torch.get_num_threads(), torch.get_default_dtype())
     assert model.training
@@ -355,7 +405,7 @@ def test_the_callers_model_and_generator_are_left_alone() -> None:
     assert torch.equal(model[4].weight.grad, torch.ones_like(model[4].weight))
     assert model[0].weight.grad is None
     torch.rand(3)  # dropout's mask comes from the seed, not from the caller's generator
-    two = quietly(model, update, preset="gradinversion", image_shape=(1, 4, 4), preprocessing=UNIT, max_evaluations=9)
+    two = quietly(model, update, max_evaluations=9, **options)
     assert torch.equal(one.images, two.images)
 
 
@@ -518,7 +568,7 @@ def test_clamp_keeps_pixels_in_range() -> None:
     model = small_vit()
     _, update = attacked(model)
     outside: list[float] = []
-    options = {"optimizer": "adam", "learning_rate": 0.5, "max_evaluations": 20}
+    options = {"optimizer": "adam", "learning_rate": 0.5, "max_evaluations": 20, "row_space": False}
     for clamp in (True, False):
         outside.append(0.0)
         quietly(
@@ -526,6 +576,16 @@ def test_clamp_keeps_pixels_in_range() -> None:
             callback=lambda _, images: outside.append(max(outside.pop(), images.abs().max().item())), **options,
         )  # fmt: skip
     assert outside[0] <= 1 + 1e-12 < outside[1]
+
+
+def test_another_optimizer_than_the_presets_takes_its_own_step() -> None:
+    model = small_vit()
+    _, update = attacked(model)
+    result = quietly(model, update, preset="inverting_gradients", optimizer="lbfgs", max_evaluations=2)
+    options = result.diagnostics["options"]
+    assert (options["learning_rate"], options["schedule"], options["clamp"]) == (1.0, False, False)
+    result = quietly(model, update, optimizer="adam", max_evaluations=2)
+    assert result.diagnostics["options"]["learning_rate"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -543,8 +603,10 @@ def test_clamp_keeps_pixels_in_range() -> None:
         ({"alpha": -1.0}, "alpha=-1.0"),
         ({"total_variation": math.nan}, "total_variation=nan"),
         ({"restarts": 0}, "restarts=0"),
+        ({"batch_size": 0}, "batch_size=0"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"clamp": True}, "clamp=True"),
+        ({"clamp": True, "optimizer": "adam"}, "row_space=True"),
         ({"max_evaluations": 0}, "max_evaluations=0"),
         ({"dtype": torch.float16}, "dtype"),
     ],

@@ -15,6 +15,7 @@ from ..update import ClientUpdate
 from .attention import april_closed_form, attention_product
 from .embedding import embedding_closed_form
 from .labels import Labels, is_batch, one_image_residual, recover_labels
+from .matching import PRESETS, match_gradients
 from .result import AttackNotApplicable, Reconstruction, decibels, predicted_psnr, verdict
 from .span import span_closed_form
 from .verify import gradient_residual
@@ -102,6 +103,7 @@ def invert(
 
 __all__ = [
     "CLOSED_FORMS",
+    "PRESETS",
     "AttackNotApplicable",
     "Labels",
     "Reconstruction",
@@ -112,6 +114,7 @@ __all__ = [
     "gradient_residual",
     "invert",
     "is_batch",
+    "match_gradients",
     "one_image_residual",
     "predicted_psnr",
     "recover_labels",

@@ -92,6 +92,8 @@ _DEFAULTS: dict[str, Any] = {
     "labels": "recover",
 }
 
+_ENDS = {"interrupted": "was interrupted", "diverged": "diverged again and again"}
+
 
 def match_gradients(
     model: nn.Module,
@@ -223,8 +225,10 @@ def match_gradients(
         )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype}: match in torch.float64 or torch.float32")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be positive")
     check_update(model, update)
-    anatomy = anatomy or _anatomy_of(model, update, image_shape)
+    anatomy = anatomy or _anatomy_of(model, image_shape)
     preprocessing = preprocessing or anatomy.preprocessing
     device = torch.device(device) if device is not None else next(iter(update.gradients.values())).device
     labels = options["labels"]
@@ -289,20 +293,13 @@ def match_gradients(
     images = best.images[chosen].double()
     if known is None and best.logits is not None:
         known = best.logits[chosen].argmax(-1)
-    eps = torch.finfo(update.dtype).eps
-    reason = "; ".join(
-        [
-            f"gradients agree up to a relative residual of {residual:.1e} (rounding in "
-            f"{_short(update.dtype)}: {eps:.1e})",
-            "other pictures can have nearly this gradient (twin data), so a match proves nothing about the pictures",
-            *(
-                {"interrupted": ["interrupted: the best so far"], "diverged": ["the search diverged"]}.get(
-                    stopped, []
-                )
-            ),
-            *notes,
-        ]
-    )
+    rounding = f"rounding in {_short(update.dtype)}: {torch.finfo(update.dtype).eps:.1e}"
+    notes += [
+        f"gradients agree up to a relative residual of {residual:.1e} ({rounding})",
+        "other pictures can have nearly this gradient (twin data), so a match proves nothing about the pictures",
+    ]
+    if stopped in _ENDS:
+        notes.append(f"the search {_ENDS[stopped]}, and this is the best it saw")
     seconds = time.perf_counter() - start
     return Reconstruction(
         attack=f"match_gradients({preset or 'custom'})",
@@ -310,7 +307,7 @@ def match_gradients(
         pixels=preprocessing.to_pixels(images),
         labels=known,
         exact=False,
-        reason=reason,
+        reason="; ".join(notes),
         diagnostics={
             "stopped": stopped,
             "loss": best.loss,
@@ -368,8 +365,9 @@ def _options(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
     if options["optimizer"] == "lbfgs":
         if wrong := [name for name in ("schedule", "clamp") if given.get(name)]:
             raise ValueError(f"{wrong[0]}=True is for the Adams; L-BFGS has a line search (and box= for the pixels)")
-        options["schedule"] = options["clamp"] = False
-    if "learning_rate" not in recipe:
+        options["schedule"] = options["clamp"] = False  # a preset's, made for another optimizer
+    # A step size belongs to the optimizer it was chosen for.
+    if "learning_rate" not in given and ("learning_rate" not in recipe or "optimizer" in given):
         options["learning_rate"] = 1.0 if options["optimizer"] == "lbfgs" else 0.1
     if options["row_space"] and options["clamp"]:
         raise ValueError("clamp=True works on pixels and row_space=True on coefficients: choose one")
@@ -398,7 +396,7 @@ def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, options:
     return Vt[:rank] if 0 < rank < gradient[0].numel() else None
 
 
-def _anatomy_of(model: nn.Module, update: ClientUpdate, image_shape: tuple[int, int, int] | None) -> Anatomy:
+def _anatomy_of(model: nn.Module, image_shape: tuple[int, int, int] | None) -> Anatomy:
     """The ViT's anatomy, or of another classifier what the label recovery reads: its last linear layer."""
     try:
         return dissect(model)

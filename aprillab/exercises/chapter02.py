@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models import VisionTransformer
+from ..models import Block, VisionTransformer
 from ..update import client_update
 from . import Feedback, expect_close, expect_tensor, run, stop
 
@@ -39,33 +40,28 @@ def check_token_gradient(function: Callable[..., Tensor]) -> Feedback:
     """Exercise 2.2: ∂l/∂Z (t, d) from the gradients at Q, K, V and the three weights."""
 
     def body() -> str:
-        eye, ones = torch.eye(3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)
-        what = "The gradient for W_Q = W_K = W_V = I and dQ = 1, dK = 10, dV = 100 everywhere"
-        easy = expect_tensor(function(ones, 10 * ones, 100 * ones, eye, eye, eye), (4, 3), what)
-        expect_close(
-            easy,
-            111 * ones,
-            what,
-            mistakes={
-                "The door of the queries is missing.": 110 * ones,
-                "The door of the keys is missing.": 101 * ones,
-                "The door of the values is missing.": 11 * ones,
-                "It is the mean of the three roads; the chain rule adds them.": 37 * ones,
-            },
-        )
+        eye, zero = torch.eye(3, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64)
+        dQ, dK, dV = (zero.index_fill(1, torch.tensor([column]), 1.0) for column in range(3))
+        what = "The gradient for W_Q = W_K = W_V = I, and dQ, dK, dV one in columns 1, 2, 3 in turn and else zero"
+        easy = expect_tensor(function(dQ, dK, dV, eye, eye, eye), (4, 3), what)
+        doors = (("queries", dQ), ("keys", dK), ("values", dV))
+        mistakes = {f"The door of the {name} is missing.": 1 - back for name, back in doors}
+        mistakes |= {f"The road of the {name} comes in with the wrong sign.": 1 - 2 * back for name, back in doors}
+        mistakes["It is the mean of the three roads; the chain rule adds them."] = (zero + 1) / 3
+        expect_close(easy, zero + 1, what, mistakes=mistakes)
         generator = torch.Generator().manual_seed(22)
         for t, k, d in ((5, 4, 4), (5, 2, 4)):
             Z, *rest = _normal(generator, (t, d), (k, d), (k, d), (k, d), (t, k), (t, k), (t, k))
             weights, back = rest[:3], rest[3:]
             Z.requires_grad_()
-            (wanted,) = torch.autograd.grad(sum((Z @ W.T * g).sum() for W, g in zip(weights, back, strict=True)), Z)
+            loss = torch.stack([(Z @ W.T * g).sum() for W, g in zip(weights, back, strict=True)]).sum()
+            (wanted,) = torch.autograd.grad(loss, Z)
             what = f"The gradient at the tokens for t = {t}, k = {k}, d = {d}"
             answer = expect_tensor(function(*(x.clone() for x in (*back, *weights))), (t, d), what)
             mistakes = {}
             if k == d:
-                mistakes["The weights are transposed: going back takes W, since going forth took Wᵀ."] = sum(
-                    g @ W.T for W, g in zip(weights, back, strict=True)
-                )
+                transposed = torch.stack([g @ W.T for W, g in zip(weights, back, strict=True)]).sum(0)
+                mistakes["The weights are transposed: going back takes W, since going forth took Wᵀ."] = transposed
                 mixed = back[0] @ weights[2] + back[1] @ weights[1] + back[2] @ weights[0]
                 mistakes["Queries and values are mixed up."] = mixed
             expect_close(answer, wanted, what, mistakes=mistakes)
@@ -98,14 +94,15 @@ def check_fused_right_side(function: Callable[[Tensor, Tensor], Tensor]) -> Feed
             wanted = sum((W.T @ g for W, g in blocks_of), torch.zeros(d, d, dtype=torch.float64))
             what = f"M for random weights of width {d}"
             answer = expect_tensor(function(weight.clone(), gradient.clone()), (d, d), what)
-            without_transpose = sum(W @ g for W, g in zip(weight.chunk(3), gradient.chunk(3), strict=True))
+            blocks_of = zip(weight.chunk(3), gradient.chunk(3), strict=True)
+            untransposed = sum((W @ g for W, g in blocks_of), torch.zeros(d, d, dtype=torch.float64))
             expect_close(
                 answer,
                 wanted,
                 what,
                 mistakes={
                     "It is Mᵀ, the transpose: the weight comes first, transposed.": wanted.T,
-                    "The weights' blocks are not transposed: the identity has W_Qᵀ.": torch.as_tensor(without_transpose),
+                    "The weights' blocks are not transposed: the identity has W_Qᵀ.": untransposed,
                 },
             )
         return "Right. One product: the sum over Q, K and V is the sum over stacked rows."
@@ -114,18 +111,18 @@ def check_fused_right_side(function: Callable[[Tensor, Tensor], Tensor]) -> Feed
 
 
 def check_hidden_gradients(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Feedback:
-    """Exercise 2.4: gradients of class token and patch bias, (d,) each, from the position embedding's (1, n + 1, d)."""
+    """Exercise 2.4: class token's and patch bias's gradients (d,) from the position embedding's (1, n + 1, d)."""
 
-    def two(answer: object, d: int) -> tuple[Tensor, Tensor]:
+    def two(answer: Any, d: int) -> tuple[Tensor, Tensor]:
         if not isinstance(answer, tuple | list) or len(answer) != 2:
             stop("Return two tensors: the class token's gradient and the bias's.")
-        token, bias = answer  # type: ignore[misc]
+        token, bias = answer
         return (
             expect_tensor(token, (d,), "The class token's gradient"),
             expect_tensor(bias, (d,), "The bias's gradient"),
         )
 
-    def compare(answer: object, rows: Tensor, token: Tensor, bias: Tensor) -> None:
+    def compare(answer: Any, rows: Tensor, token: Tensor, bias: Tensor) -> None:
         found_token, found_bias = two(answer, rows.shape[1])
         token_mistakes = {
             "It is the last row; the class token comes first.": rows[-1],
@@ -174,9 +171,10 @@ def check_sticks_out(function: Callable[[Tensor, Tensor], float]) -> Feedback:
         if abs(answer - out) <= tolerance:
             return
         wrong_side = float((M - (M @ basis.T) @ basis).norm() / M.norm())
+        inside = float((basis @ M).norm() / M.norm())
         candidates = {
-            "The projector stands on the wrong side: the columns of M must lie in the span, not its rows.": wrong_side,
-            "It is the part inside the span; asked is the part that sticks out.": float((basis @ M).norm() / M.norm()),
+            "The projector stands on the wrong side: M's columns must lie in the span, not its rows.": wrong_side,
+            "It is the part inside the span; asked is the part that sticks out.": inside,
             "It is not relative: divide by the norm of M.": out * float(M.norm()),
             "It is squared: take norms, not squares of norms.": out**2,
         }
@@ -196,7 +194,8 @@ def check_sticks_out(function: Callable[[Tensor, Tensor], float]) -> Feedback:
             compare(G, M, f"For a random M, with t = {t} and d = {d}")
             compare(G, G.T @ Z + 0.01 * M, "For GᵀZ with a little noise")
         images, labels = _normal(generator, (2, 3, 8, 8))[0], torch.tensor([1, 4])
-        for block, batch in (("april", 1), ("april", 2), ("prenorm", 1)):
+        clients: list[tuple[Block, int]] = [("april", 1), ("april", 2), ("prenorm", 1)]
+        for block, batch in clients:
             model = VisionTransformer(
                 image_size=8, patch_size=4, width=24, depth=2, heads=3, classes=5, block=block, seed=25
             ).double()

@@ -1,0 +1,383 @@
+"""Defences: what a client does to its update before it shares it, and what a server can choose in the model.
+
+The first are plain functions ``ClientUpdate -> ClientUpdate`` and compose by nesting; the update handed in is left
+as it is, and names, shapes and devices stay:
+
+    shared = to_precision(gaussian_noise(clip(update, 1.0), 1e-4, seed=0), torch.bfloat16)
+
+The others change a model in place and return it. Each says what it does *not* protect against. Chapter 06 measures
+them against attacks that do not know about them, chapter 07 against one that does; a defence holds when it has held
+against the second kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import dissect, tensors_of
+from .models import VisionTransformer, sinusoidal_1d, sinusoidal_2d
+from .update import ClientUpdate, UpdateError
+
+# --- What the client does to its update -----------------------------------------------------------------------
+
+
+def withhold(update: ClientUpdate, names: Collection[str]) -> ClientUpdate:
+    """Do not share some gradients, ``[al.dissect(model).position]`` say: the defence APRIL proposes (CVPR 2022).
+
+    Withholding the position embedding's gradient stops :func:`~aprillab.april_closed_form` and
+    :func:`~aprillab.embedding_closed_form`, which are built on it.
+
+    *Does not protect against* attacks that do without: the label stays in the head's gradient, gradient matching
+    works with what is left, and :func:`~aprillab.span_closed_form` needs only the embedding's values. Every other
+    gradient withheld is one more tensor that is not trained, or not by this client.
+
+    Parameters
+    ----------
+    update : ClientUpdate
+    names : names of parameters, or one name
+
+    Raises
+    ------
+    UpdateError
+        If a name is not in the update, or nothing would be left to share.
+    """
+    rest = update.without(names)
+    if not rest.gradients:
+        raise UpdateError("withhold: nothing would be left to share")
+    return rest
+
+
+def clip(update: ClientUpdate, norm: float) -> ClientUpdate:
+    """Scale the whole update down to an L2 norm of at most ``norm``, as DP-SGD does before it adds noise.
+
+    *Does not protect against* anything by itself: all entries keep their ratios, and every attack of this package
+    lives on ratios. It bounds what one client can contribute, which is what noise is measured against.
+
+    Parameters
+    ----------
+    update : ClientUpdate
+    norm : float
+        Of all shared gradients together, not of each tensor. Abadi et al. (CCS 2016) clip each *image's* gradient:
+        with more than one image in the update this is weaker.
+
+    Raises
+    ------
+    ValueError
+        If ``norm`` is not positive and finite.
+    """
+    _check_positive("norm", norm)
+    total = update_norm(update)
+    if total <= norm:
+        return update
+    return _map(update, lambda g: (g.double() * (norm / total)).to(g.dtype))
+
+
+def update_norm(update: ClientUpdate) -> float:
+    """L2 norm of all shared gradients together, summed in float64."""
+    return sum(float(g.double().square().sum()) for g in update.gradients.values()) ** 0.5
+
+
+def gaussian_noise(
+    update: ClientUpdate,
+    sigma: float,
+    *,
+    relative: bool = False,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> ClientUpdate:
+    """Add independent normal noise to every entry.
+
+    With ``gaussian_noise(clip(update, C), z * C)`` this is the client's part of local differential privacy with
+    noise multiplier z; what ε that buys depends on z and the number of rounds, is for an accountant to say, and is
+    promised for real numbers, not for floating-point ones.
+
+    *Does not protect against* repetition (the mean of k noisy gradients of one image has noise σ/√k), nor well
+    against leaks that sum many entries: the label survives noise that drowns the picture. Noise too small to hurt
+    training is often too small to hide a picture.
+
+    Parameters
+    ----------
+    update : ClientUpdate
+    sigma : float
+        Standard deviation of the noise in one entry, in the gradient's own units. With ``relative=True`` in units of
+        the root mean square of all entries of this update: handy to compare models, no differential privacy, since
+        the noise then depends on the private image.
+    relative : bool
+    seed, generator : one of them
+        Noise is drawn in float64 on the generator's device, tensor by tensor in the update's order, and rounded with
+        the sum to the gradient's dtype.
+
+    Raises
+    ------
+    ValueError
+        If ``sigma`` is negative or not finite, or not exactly one of seed and generator is given.
+    """
+    if not 0 <= sigma < float("inf"):
+        raise ValueError(f"sigma={sigma} must be a finite number from 0 up")
+    source = _generator(seed, generator)
+    if relative:
+        sigma *= update_norm(update) / sum(g.numel() for g in update.gradients.values()) ** 0.5
+    return _map(update, lambda g: (g.double() + sigma * _like(torch.randn, g, source)).to(g.dtype))
+
+
+def prune(update: ClientUpdate, keep: float) -> ClientUpdate:
+    """Set all but the entries of greatest magnitude to zero, over the whole update (top-k sparsification).
+
+    *Does not protect against* attacks on what is left. The largest entries carry the most: the label survives, and
+    gradient matching may be told to match the kept entries alone. Repeated over rounds with different entries kept
+    (error feedback), more comes out.
+
+    Parameters
+    ----------
+    update : ClientUpdate
+    keep : float in (0, 1]
+        Share of all entries that stays, rounded to a whole number and at least one entry. Sparse gradients are
+        returned as dense tensors with zeros.
+
+    Raises
+    ------
+    ValueError
+        If ``keep`` is outside (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep={keep} is a share of the entries, above 0 and up to 1")
+    device = next(iter(update.gradients.values())).device
+    # float32 keeps the order of all half precisions; float64 gradients are compared as such.
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in update.gradients.values()) else torch.float32
+    magnitude = torch.cat([g.abs().to(device, wide).flatten() for g in update.gradients.values()])
+    kept = magnitude.topk(max(1, round(keep * len(magnitude))), sorted=False).indices
+    mask = torch.zeros_like(magnitude, dtype=torch.bool)
+    mask[kept] = True  # by index and not by threshold, so that ties do not change the number
+    masks = iter(mask.split([g.numel() for g in update.gradients.values()]))
+    return _map(update, lambda g: g * next(masks).reshape(g.shape).to(g.device))
+
+
+def quantize(
+    update: ClientUpdate,
+    bits: int,
+    *,
+    stochastic: bool = False,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> ClientUpdate:
+    """Round each tensor to 2^bits − 1 equidistant levels from −max|g| to max|g|, zero among them.
+
+    *Does not protect against* an attacker content with less than an exact picture: rounding to b bits costs the
+    closed forms about 6 dB for every bit left out, and whether a picture is gone or merely noisy is a matter of the
+    model, not of the defence. Signs and largest entries survive even at 2 bits, and the label with them.
+
+    Parameters
+    ----------
+    update : ClientUpdate
+    bits : int from 2 to 24
+    stochastic : bool
+        Round up or down at random so that the mean is right, as QSGD does (Alistarh et al., NeurIPS 2017; levels
+        there are scaled by the norm, here by the maximum). Needs a seed or a generator.
+    seed, generator : one of them, only with ``stochastic``
+
+    Returns
+    -------
+    ClientUpdate
+        In the dtype it came in: the levels are real numbers, not integers.
+
+    Raises
+    ------
+    ValueError
+        If ``bits`` is outside its range, or randomness is given without use or missing.
+    """
+    if not 2 <= bits <= 24:
+        raise ValueError(f"bits={bits} must be from 2 (levels −1, 0, 1) to 24")
+    if not stochastic and (seed is not None or generator is not None):
+        raise ValueError("seed and generator belong to stochastic=True; rounding to nearest draws nothing")
+    source = _generator(seed, generator) if stochastic else None
+    levels = 2 ** (bits - 1) - 1
+
+    def rounded(g: Tensor) -> Tensor:
+        step = g.double().abs().max() / levels
+        if step == 0:
+            return g
+        x = g.double() / step
+        x = x.round() if source is None else (x + _like(torch.rand, g, source)).floor()
+        return (x * step).to(g.dtype)
+
+    return _map(update, rounded)
+
+
+def to_precision(update: ClientUpdate, dtype: torch.dtype) -> ClientUpdate:
+    """Round the update to fewer bits, float16 or bfloat16 say. The dtype of the result *is* the lower one.
+
+    So an attack sees what precision it has before it (:attr:`ClientUpdate.dtype <aprillab.ClientUpdate>`), and its
+    verdict and predicted PSNR take account of it.
+
+    *Does not protect against* recognition: bfloat16 keeps 8 significant bits of *every* entry, however small, and
+    the patch-embedding system mostly gives a noisy but plain picture from that. float16 keeps 11, but loses what is
+    below 6e-8 altogether.
+
+    Parameters
+    ----------
+    update : ClientUpdate
+    dtype : torch.float16, torch.bfloat16, torch.float32
+        No finer than the update's.
+
+    Raises
+    ------
+    ValueError
+        If ``dtype`` is another, or finer than a gradient's.
+    UpdateError
+        If an entry is too large for it (float16 ends at 65504): scale the loss, as mixed-precision training does.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype={dtype}: round to torch.float16, torch.bfloat16 or torch.float32")
+    for name, g in update.gradients.items():
+        if torch.finfo(dtype).eps < torch.finfo(g.dtype).eps:
+            raise ValueError(f"{dtype} is finer than the gradient of {name}, which is {g.dtype}: nothing to round")
+        if (worst := float(g.abs().max())) > torch.finfo(dtype).max:
+            raise UpdateError(f"{name}: {worst:.3g} is too large for {dtype}, which ends at {torch.finfo(dtype).max}")
+    return _map(update, lambda g: g.to(dtype))
+
+
+# --- What the server chooses in the model ---------------------------------------------------------------------
+
+
+def freeze_position(model: nn.Module) -> nn.Module:
+    """Train everything but the position embedding, so that no client has a gradient of it to share.
+
+    Its values stay, and they are public: each client was sent them.
+
+    *Does not protect against* :func:`~aprillab.span_closed_form`, which reads the patches from the first attention's
+    gradients and those values (float32 is enough for random and trained values; chapter 07), nor against gradient
+    matching given time, nor does it hide the label. Values frozen at a small initialization also tell the model
+    little about position, which costs accuracy.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any that :func:`~aprillab.dissect` knows; changed in place.
+
+    Returns
+    -------
+    nn.Module
+        The same one. A model whose embedding is fixed already (a buffer) is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        If there is no position embedding.
+    """
+    _position(model).requires_grad_(False)
+    if isinstance(model, VisionTransformer) and model.position == "learned":
+        model.position = "frozen"
+    return model
+
+
+def use_sinusoidal(
+    model: nn.Module, kind: Literal["1d", "2d"] = "1d", *, base: float = 10_000.0, scale: float = 1.0
+) -> nn.Module:
+    """Replace the position embedding's values by sinusoids and freeze them.
+
+    *Does not protect against* the span attack where gradients are shared in float64: the sinusoids are known to
+    the attacker. In float32 that attack mostly fails, since the table of sinusoids has a low numerical rank. That is
+    protection by rounding error: it depends on ``base``, ``scale``, kind, width and number of patches, nothing proves
+    it, and an attack that starts gradient matching from the span's blurred picture gets further (chapter 07).
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any that :func:`~aprillab.dissect` knows; changed in place. The table is (tokens, d) with tokens in rows.
+    kind : {"1d", "2d"}
+        :func:`~aprillab.sinusoidal_1d` counts all tokens in a row, class token first; :func:`~aprillab.sinusoidal_2d`
+        codes row and column, and leaves the tokens before the patches at zero.
+    base : float, the longest wavelength is 2π·base
+    scale : float, a factor on all values
+
+    Returns
+    -------
+    nn.Module
+        The same one. A model trained with other values has to be trained anew.
+
+    Raises
+    ------
+    ValueError
+        If there is no position embedding, the kind is unknown, or the width does not suit it.
+    """
+    if kind not in ("1d", "2d"):
+        raise ValueError(f"kind={kind!r} is neither '1d' nor '2d'")
+    _check_positive("base", base)
+    _check_positive("scale", scale)
+    embedding, anatomy = _position(model), dissect(model)
+    rows, width = embedding.shape[-2:]
+    if kind == "1d":
+        table = sinusoidal_1d(rows, width, base)
+    else:
+        side = tensors_of(model)[anatomy.patch_weight].shape[-2:]
+        grid = (anatomy.image_size[0] // side[0], anatomy.image_size[1] // side[1])
+        table = sinusoidal_2d(grid, width, base, prefix=anatomy.position_prefix)
+    with torch.no_grad():
+        embedding.copy_((scale * table).expand_as(embedding))
+    if isinstance(model, VisionTransformer):
+        model.position = "sinusoidal"
+    return freeze_position(model)
+
+
+def no_position(model: nn.Module) -> nn.Module:
+    """Set the position embedding to zero and freeze it: the model no longer knows where a patch was.
+
+    *Does not protect against* gradient matching, which then finds the patches but in no order of its own: any
+    permutation of them has the same gradient, so the picture comes as a jigsaw. Costs accuracy wherever the place of
+    a patch matters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any that :func:`~aprillab.dissect` knows; changed in place.
+
+    Returns
+    -------
+    nn.Module
+        The same one.
+
+    Raises
+    ------
+    ValueError
+        If there is no position embedding: nothing to do then.
+    """
+    with torch.no_grad():
+        _position(model).zero_()
+    return freeze_position(model)
+
+
+def _position(model: nn.Module) -> Tensor:
+    """The position embedding, parameter or buffer, not detached."""
+    name = dissect(model).position
+    if name is None:
+        raise ValueError(f"{type(model).__name__} has no position embedding")
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}[name]
+
+
+# --- Helpers --------------------------------------------------------------------------------------------------
+
+
+def _map(update: ClientUpdate, function: Callable[[Tensor], Tensor]) -> ClientUpdate:
+    """The update with ``function`` applied to each gradient in turn."""
+    return replace(update, gradients={name: function(g.detach()) for name, g in update.gradients.items()})
+
+
+def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
+    if (seed is None) == (generator is None):
+        raise ValueError("randomness comes in: give a seed or a generator, one of them")
+    return generator if generator is not None else torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
+
+
+def _like(draw: Callable[..., Tensor], g: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of g's shape on its device; drawn on the generator's, so that a seed is worth the same."""
+    return draw(g.shape, generator=generator, dtype=torch.float64, device=generator.device).to(g.device)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value} must be positive and finite")

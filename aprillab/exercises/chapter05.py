@@ -1,0 +1,322 @@
+"""Checks for chapter 05: gradient matching.
+
+References are sums written out number by number, or central differences; none is the package's own objective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import VisionTransformer
+from . import Feedback, expect_close, expect_tensor, run, stop
+
+F64 = torch.float64
+SHAPES = (((2, 3), (4,)), ((5,), (2, 2), (3, 1, 2)), ((1, 4, 3), (6,)))
+
+Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64)
+
+
+def _values(tensors: Sequence[Tensor]) -> list[float]:
+    return [value for tensor in tensors for value in tensor.flatten().tolist()]
+
+
+def _scalar(answer: Any, what: str) -> Tensor:
+    if isinstance(answer, float | int) and not isinstance(answer, bool):
+        stop(f"{what} is a plain number: keep it a tensor (no .item()), or nothing can be differentiated.")
+    return expect_tensor(answer, (), what)
+
+
+def _must_differentiate(function: Callable[[Tensor], Tensor], at: Tensor, what: str) -> None:
+    """The value must carry a graph back to its input: the attack descends on it."""
+    probe = at.clone().requires_grad_()
+    if not function(probe).requires_grad:
+        stop(f"{what} has lost its graph: no .detach(), .item() or torch.no_grad(); the attack differentiates it.")
+
+
+def _pairs() -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Gradients of a picture on trial and shared ones, the tensors of quite different sizes."""
+    cases = []
+    for k, shapes in enumerate(SHAPES):
+        scales = [10.0 ** (-i) for i in range(len(shapes))]
+        g = [s * _random(*shape, seed=10 * k + i) for i, (s, shape) in enumerate(zip(scales, shapes, strict=True))]
+        t = [s * _random(*shape, seed=90 + 10 * k + i) for i, (s, shape) in enumerate(zip(scales, shapes, strict=True))]
+        cases.append((g, t))
+    return cases
+
+
+# --- The exercises ------------------------------------------------------------------------------------------------
+
+
+def check_squared_distance(function: Distance) -> Feedback:
+    """Exercise 5.1: ``function(gradients, targets)`` is Σ ‖g' − g‖² over all tensors, a scalar tensor."""
+
+    def check() -> str:
+        what = "The squared distance"
+        same = [_random(2, 3, seed=1), _random(4, seed=2)]
+        expect_close(_scalar(function(same, [t.clone() for t in same]), what), _number(0.0), f"{what} of equals")
+        ones, zeros = [torch.ones(2, 3, dtype=F64), torch.ones(4, dtype=F64)], [torch.zeros(2, 3), torch.zeros(4)]
+        zeros = [z.double() for z in zeros]
+        expect_close(_scalar(function(ones, zeros), what), _number(10.0), f"{what} of ten ones from ten zeros",
+            mistakes={"It is the mean over all numbers; DLG sums.": _number(1.0),
+                      "It is a sum of the tensors' means; DLG sums over all numbers.": _number(2.0),
+                      "Only the first tensor is in it.": _number(6.0),
+                      "Only the last tensor is in it.": _number(4.0),
+                      "That is the distance: square it.": _number(math.sqrt(10.0))})  # fmt: skip
+        for g, t in _pairs():
+            pairs = list(zip(_values(g), _values(t), strict=True))
+            wanted = sum((a - b) ** 2 for a, b in pairs)
+            mistakes = {
+                "It is a sum of absolute values: square each difference.": sum(abs(a - b) for a, b in pairs),
+                "That is the distance: square it.": math.sqrt(wanted),
+                "It has |g'| + |g|: subtract, don't add.": sum((a + b) ** 2 for a, b in pairs),
+                "It is the square of the summed difference: square first, then sum.": sum(a - b for a, b in pairs) ** 2,
+                "The shared gradients are not in it.": sum(a * a for a, _ in pairs),
+            }
+            answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t]), what)
+            expect_close(answer, _number(wanted), what, mistakes={m: _number(v) for m, v in mistakes.items()})
+            _must_differentiate(lambda x, g=g, t=t: function([x, *g[1:]], t), g[0], what)  # type: ignore[misc]
+        return "Right: one number for a whole model's worth of gradients. That is all of DLG's objective."
+
+    return run(check)
+
+
+def check_cosine_distance(function: Distance) -> Feedback:
+    """Exercise 5.2: ``function(gradients, targets)`` is 1 − cos of all tensors taken as one vector."""
+
+    def check() -> str:
+        what = "The cosine distance"
+        g = [_random(2, 3, seed=3), _random(4, seed=4)]
+        expect_close(_scalar(function(g, [3 * x for x in g]), what), _number(0.0), f"{what} of parallel gradients",
+            mistakes={"That is the cosine: parallel gradients should have distance 0.": _number(1.0)},
+            tolerance=1e300)  # the wanted value is 0, so a relative tolerance says nothing; compared by hand below
+        parallel, opposite = float(function(g, [3 * x for x in g])), float(function(g, [-x for x in g]))
+        if abs(parallel) > 1e-9:
+            cosine = " That is the cosine; the distance is 1 minus it." if abs(parallel - 1) < 1e-9 else ""
+            sign = " That is −cos; add 1." if abs(parallel + 1) < 1e-9 else ""
+            per = " Is it a sum of one cosine for each tensor?" if abs(parallel + 1) > 1e-9 and parallel < 0 else ""
+            length = " Divide by both lengths: the distance must not feel the factor 3." if not cosine + sign else ""
+            stop(f"{what} of parallel gradients should be 0, not {parallel:.4g}.{cosine}{sign}{per or length}")
+        if abs(opposite - 2) > 1e-9:
+            stop(f"{what} of opposite gradients should be 2, not {opposite:.4g}: the cosine has a sign.")
+        for g, t in _pairs():
+            a, b = _values(g), _values(t)
+            wanted = 1 - _cosine(a, b)
+            each = [1 - _cosine(_values([x]), _values([y])) for x, y in zip(g, t, strict=True)]
+            mistakes = {
+                "It is the mean of one cosine for each tensor; here all tensors are one long vector.": sum(each)
+                / len(each),
+                "It is a sum of one distance for each tensor; here all tensors are one long vector.": sum(each),
+                "Only the first tensor is in it.": each[0],
+                "Only the last tensor is in it.": each[-1],
+                "The cosine is squared, or its sign lost.": 1 - abs(_cosine(a, b)),
+                "The product of the norms is a root short: ‖g'‖‖g‖, not ‖g'‖²‖g‖².": 1
+                - sum(x * y for x, y in zip(a, b, strict=True)) / (sum(x * x for x in a) * sum(y * y for y in b)),
+            }
+            answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t]), what)
+            expect_close(answer, _number(wanted), what, mistakes={m: _number(v) for m, v in mistakes.items()})
+            _must_differentiate(lambda x, g=g, t=t: function([x, *g[1:]], t), g[0], what)  # type: ignore[misc]
+        return "Right: it sees the gradient's direction and nothing of its length."
+
+    return run(check)
+
+
+def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def check_total_variation(function: Callable[[Tensor], Tensor]) -> Feedback:
+    """Exercise 5.3: ``function(images)``, (B, C, H, W): mean |difference| down the columns plus along the rows."""
+
+    def check() -> str:
+        what = "The total variation"
+        flat = _scalar(function(torch.full((1, 3, 4, 5), 0.7, dtype=F64)), what)
+        if abs(float(flat)) > 1e-12:
+            stop(f"{what} of a uniform picture is 0, not {float(flat):.4g}. Does an edge touch the one opposite?")
+        ramp = torch.arange(4.0, dtype=F64)[:, None].expand(4, 5)[None, None]
+        for picture, turned in ((ramp, "down"), (ramp.mT, "to the right")):
+            answer = _scalar(function(picture.clone()), what)
+            expect_close(answer, _number(1.0), f"{what} of a ramp that rises by 1 a pixel {turned}",
+                mistakes={"Only one of the two directions is in it.": _number(0.0),
+                          "It wraps around: the last pixel is no neighbour of the first.": _number(1.5),
+                          "The mean runs over all pixels; only n − 1 differences exist along n pixels.": _number(0.75),
+                          "It is the mean of the two directions; their sum is asked.": _number(0.5)})  # fmt: skip
+        for k, shape in enumerate(((1, 1, 3, 3), (2, 3, 4, 5), (3, 1, 6, 4))):
+            x = _random(*shape, seed=20 + k)
+            down, right = _differences(x), _differences(x.mT)
+            absolute = [sum(abs(d) for d in part) / len(part) for part in (down, right)]
+            squares = [sum(d * d for d in part) / len(part) for part in (down, right)]
+            mistakes = {
+                "Only the differences down the columns are in it.": absolute[0],
+                "Only the differences along the rows are in it.": absolute[1],
+                "The differences are squared; total variation takes their absolute value.": sum(squares),
+                "It is a sum over all pixels; the mean is asked, for each direction.": sum(
+                    abs(d) for d in [*down, *right]
+                ),
+                "It is the mean of the two directions; their sum is asked.": sum(absolute) / 2,
+                "The differences have a sign: take absolute values before the mean.": sum(
+                    sum(part) / len(part) for part in (down, right)
+                ),
+            }
+            answer = _scalar(function(x.clone()), what)
+            expect_close(answer, _number(sum(absolute)), what, mistakes={m: _number(v) for m, v in mistakes.items()})
+            _must_differentiate(function, x, what)
+        return "Right: 0 for a flat wall, large for noise, and an edge costs the same sharp or blurred."
+
+    return run(check)
+
+
+def _differences(x: Tensor) -> list[float]:
+    """x[…, i + 1, j] − x[…, i, j], number by number."""
+    b, c, h, w = x.shape
+    return [
+        float(x[m, k, i + 1, j] - x[m, k, i, j])
+        for m in range(b) for k in range(c) for i in range(h - 1) for j in range(w)
+    ]  # fmt: skip
+
+
+def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
+    """Exercise 5.4: ``function(gradient, target)``, (1, tokens, d): the mean over tokens of 1 − cos."""
+
+    def check() -> str:
+        what = "The position term"
+        t = _random(1, 4, 6, seed=30)
+        lengths = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)[None, :, None]
+        same = float(_scalar(function(t * lengths, t.clone()), what))
+        if abs(same) > 1e-9:
+            tell = (
+                " That is the cosine itself; take 1 minus it." if abs(same - 1) < 1e-9
+                else " That is −cos; add 1." if abs(same + 1) < 1e-9
+                else " The tokens' lengths should not matter: normalize each token by itself, over its features."
+            )  # fmt: skip
+            stop(f"{what} of tokens that are parallel, each with a length of its own, is 0, not {same:.4g}.{tell}")
+        for k, (tokens, d) in enumerate(((3, 5), (5, 4), (17, 8))):
+            g, t = _random(1, tokens, d, seed=40 + k), _random(1, tokens, d, seed=50 + k)
+            t[0, 0] *= 100  # the class token's row is the loudest where the head reads it
+            each = [1 - _cosine(a.tolist(), b.tolist()) for a, b in zip(g[0], t[0], strict=True)]
+            columns = [1 - _cosine(a.tolist(), b.tolist()) for a, b in zip(g[0].T, t[0].T, strict=True)]
+            mistakes = {
+                "It is one cosine of the whole embedding; one for each token is asked.": 1
+                - _cosine(_values([g]), _values([t])),
+                "It is summed over the tokens; their mean is asked.": sum(each),
+                "The class token is left out; its row counts like the others.": sum(each[1:]) / (tokens - 1),
+                "The last token is left out.": sum(each[:-1]) / (tokens - 1),
+                "The cosines run over the tokens, one for each feature; take the last dimension.": sum(columns) / d,
+                "It is the mean cosine; take 1 minus it.": 1 - sum(each) / tokens,
+            }
+            answer = _scalar(function(g.clone(), t.clone()), what)
+            wanted = _number(sum(each) / tokens)
+            expect_close(answer, wanted, what, mistakes={m: _number(v) for m, v in mistakes.items()})
+            _must_differentiate(lambda x, t=t: function(x, t), g, what)  # type: ignore[misc]
+        return "Right: every patch has one vote on where it stands, the quiet ones included."
+
+    return run(check)
+
+
+def check_dlg_step(
+    function: Callable[[nn.Module, Tensor, Tensor, list[Tensor], float], tuple[Tensor, float]],
+) -> Feedback:
+    """Exercise 5.5: ``function(model, images, labels, shared, step)`` is (images after one step, loss before it)."""
+
+    def check() -> str:
+        for seed, model in enumerate((_perceptron(), _tiny_vit())):
+            parameters = list(model.parameters())
+            labels = torch.tensor([1])
+            private, trial = _random(1, 1, 4, 4, seed=60 + seed), _random(1, 1, 4, 4, seed=70 + seed)
+            shared = _gradients(model, private, labels)
+            answer = _step(function, model, private, labels, shared)
+            expect_close(answer[0], private, "From the private image itself there is nowhere to go: its step")
+            wanted = float(_matching_loss(model, trial, labels, shared))
+            slope = _central_differences(model, trial, labels, shared)
+            step = 0.1 / float(slope.norm())
+            images, loss = _step(function, model, trial, labels, shared, step)
+            after = float(_matching_loss(model, trial - step * slope, labels, shared))
+            expect_close(_number(loss), _number(wanted), "The loss",
+                mistakes={"That is the loss after the step: return the one before it.": _number(after),
+                          "That is the root of it: DLG's distance is squared.": _number(math.sqrt(wanted))},
+                tolerance=1e-4)  # fmt: skip
+            expect_close(images, trial - step * slope, "The picture after the step",
+                mistakes={"It goes uphill: subtract the step.": trial + step * slope,
+                          "The picture has not moved.": trial,
+                          "The step has twice the length.": trial - 2 * step * slope,
+                          "It moves by the sign of the slope, as signed Adam would; here by the slope itself.": trial
+                          - step * slope.sign(),
+                          "That is the step alone: take it off the picture.": -step * slope,
+                          "That is the slope: move the picture against it.": slope},
+                tolerance=1e-5)  # fmt: skip
+            if any(p.grad is not None for p in parameters):
+                stop("The model's .grad is filled: use torch.autograd.grad for both derivatives, not .backward().")
+            if images.requires_grad:
+                stop("The new picture still hangs on the graph: detach it, or memory grows with every step.")
+        return "Right: a derivative of a derivative, and downhill. Repeat it a few hundred times and you have DLG."
+
+    return run(check)
+
+
+def _step(
+    function: Callable[..., Any], model: nn.Module, images: Tensor, labels: Tensor, shared: list[Tensor],
+    step: float = 1.0,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """The reader's answer, taken apart; the error that everybody meets first gets words."""
+    try:
+        answer = function(model, images.clone(), labels, [g.clone() for g in shared], step)
+    except RuntimeError as error:
+        if "does not require grad" in str(error) or "not have been used in the graph" in str(error):
+            stop(
+                "Autograd finds no path from the loss to the picture. Two things are needed: the picture must require "
+                "a gradient, and the first torch.autograd.grad needs create_graph=True."
+            )
+        raise
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        stop("Return two things: the picture after the step, and the loss before it.")
+    picture = expect_tensor(answer[0], tuple(images.shape), "The picture after the step")
+    return picture, float(answer[1])
+
+
+def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+    loss = nn.functional.cross_entropy(model(images), labels)
+    return [g.detach() for g in torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def _matching_loss(model: nn.Module, images: Tensor, labels: Tensor, shared: Sequence[Tensor]) -> Tensor:
+    mine = _gradients(model, images, labels)
+    return torch.stack([(a - b).square().sum() for a, b in zip(mine, shared, strict=True)]).sum()
+
+
+def _central_differences(
+    model: nn.Module, images: Tensor, labels: Tensor, shared: Sequence[Tensor], h: float = 1e-5
+) -> Tensor:
+    """The slope of the matching loss at the picture, pixel by pixel."""
+    slope = torch.zeros_like(images)
+    for k in range(images.numel()):
+        nudge = torch.zeros_like(images).flatten()
+        nudge[k] = h
+        up, down = (images + s * nudge.reshape(images.shape) for s in (1, -1))
+        difference = _matching_loss(model, up, labels, shared) - _matching_loss(model, down, labels, shared)
+        slope.view(-1)[k] = difference / (2 * h)
+    return slope
+
+
+def _perceptron() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def _tiny_vit() -> nn.Module:
+    return VisionTransformer(
+        image_size=4, patch_size=2, channels=1, width=8, depth=1, heads=2, classes=3, seed=5
+    ).double()

@@ -1,0 +1,232 @@
+"""Checks of chapters 00 and 01 against the notebooks' own stubs and solutions and against common mistakes; widgets."""
+
+import notebook_tools as tools
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import aprillab as al
+from aprillab import viz, widgets
+from aprillab.exercises import chapter00, chapter01
+
+CHECKS = {"00": chapter00, "01": chapter01}
+EXERCISES = {
+    exercise.check: (exercise, CHECKS[chapter])
+    for chapter in CHECKS
+    for exercise in tools.exercises(tools.read(chapter))
+}
+
+LABEL_BODY = (
+    "negative = (bias_gradient < 0).nonzero().flatten()\n    return int(negative[0]) if len(negative) == 1 else None"
+)
+WEIGHT_BODY = "return int(r.argmin()) if (r < 0).sum() == 1 else int(r.argmax())"
+
+#: check, what to replace in the solution, by what, and words of the message that should come
+MUTANTS = [
+    ("check_psnr", "-10 *", "10 *", "wrong sign"),
+    ("check_psnr", "-10 *", "-20 *", "twice too large"),
+    ("check_psnr", "-10 *", "-1 *", "factor is 10"),
+    ("check_psnr", "torch.log10", "torch.log", "natural logarithm"),
+    ("check_psnr", ".square().mean()", ".square().sum()", "sum of the squares"),
+    ("check_psnr", ".square().mean()", ".abs().mean()", "mean absolute error"),
+    ("check_psnr", "return -10 * torch.log10(mean_square).item()", "return mean_square.item()", "not yet its logarithm"),
+    ("check_psnr", "-10 * torch.log10(mean_square).item()", "(reconstruction - original) ** 2", "mean missing"),
+    ("check_outer_product", "delta.T @ x", "x.T @ delta", "transpose"),
+    ("check_outer_product", "delta.T @ x", "-delta.T @ x", "wrong sign"),
+    ("check_outer_product", "delta.T @ x", "delta.T @ x / len(x)", "Divided by the batch size"),
+    ("check_outer_product", "delta.T @ x", "torch.outer(delta[0], x[0])", "Only the first image"),
+    ("check_outer_product", "delta.sum(0)", "delta.mean(0)", "∂l/∂b is not right yet. Divided by the batch size"),
+    ("check_outer_product", "delta.sum(0)", "delta", "∂l/∂b should have shape"),
+    ("check_outer_product", ", delta.sum(0)", "", "Return two tensors"),
+    ("check_outer_product", "delta.T @ x", "2 * delta.T @ x", "factor of 2"),
+    ("check_invert_linear", ".abs()", "", "by the size of its bias entry"),
+    ("check_invert_linear", "j = bias_gradient.abs().argmax()", "j = 0", "divided by a zero"),
+    ("check_invert_linear", "weight_gradient[j] / bias_gradient[j]", "weight_gradient.sum(0) / bias_gradient.sum()", "zero"),
+    ("check_invert_linear", " / bias_gradient[j]", "", "the row itself"),
+    ("check_invert_linear", "weight_gradient[j] / bias", "weight_gradient[j] * bias", "needs a division"),
+    ("check_invert_linear", "weight_gradient[j] / bias_gradient[j]", "bias_gradient[j] / weight_gradient[j]", "exchanged"),
+    ("check_invert_linear", "return weight", "return -weight", "wrong sign"),
+    ("check_invert_linear", "weight_gradient[j] /", "weight_gradient[:, j] /", "should have shape"),
+    (
+        "check_invert_noisy",
+        "bias_gradient @ weight_gradient / (bias_gradient @ bias_gradient)",
+        "(lambda j: weight_gradient[j] / bias_gradient[j])(bias_gradient.abs().argmax())",
+        "best single row",
+    ),
+    (
+        "check_invert_noisy",
+        "bias_gradient @ weight_gradient / (bias_gradient @ bias_gradient)",
+        "(lambda a: (weight_gradient[a] / bias_gradient[a, None]).mean(0))(bias_gradient != 0)",
+        "plain mean",
+    ),
+    (
+        "check_invert_noisy",
+        "bias_gradient @ weight_gradient / (bias_gradient @ bias_gradient)",
+        "bias_gradient.sign() @ weight_gradient / bias_gradient.abs().sum()",
+        "its square",
+    ),
+    (
+        "check_invert_noisy",
+        "bias_gradient @ weight_gradient / (bias_gradient @ bias_gradient)",
+        "(weight_gradient / bias_gradient[:, None]).mean(0)",
+        "must get no weight",
+    ),
+    ("check_invert_noisy", " / (bias_gradient @ bias_gradient)", "", "division by Σ"),
+    ("check_invert_noisy", "(bias_gradient @ bias_gradient)", "bias_gradient.norm()", "divides by the norm"),
+    ("check_count_images", "(s > floor)", "(s > 0)", "every singular value is counted"),
+    ("check_count_images", "(s > floor)", "(s > 1e-6)", "relative to the largest"),
+    ("check_count_images", "torch.finfo(weight_gradient.dtype).eps", "1e-17", "every singular value is counted"),
+    ("check_count_images", "int((s > floor).sum())", "len(s)", "A gradient of zeros holds no image"),
+    ("check_count_images", "(s > floor).sum()", "(s > floor).sum() + bool(s[0])", "You count 2 (1 image"),
+    ("check_count_images", "int((s > floor).sum())", "s[s > floor]", "should be an integer"),
+    ("check_label_from_bias", LABEL_BODY, "return int(bias_gradient.argmax())", "largest entry"),
+    ("check_label_from_bias", LABEL_BODY, "return int(bias_gradient.abs().argmax())", "only the sign"),
+    ("check_label_from_bias", LABEL_BODY, "return int(bias_gradient.abs().argmin())", "look at the signs"),
+    ("check_label_from_bias", LABEL_BODY, "return int(bias_gradient.argmin())", "this is a batch"),
+    ("check_label_from_bias", "== 1 else None", "== 2 else None", "you returned None"),
+    ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient.sum(1).argmin())", "row sum"),
+    ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient.norm(dim=1).argmin())", "smallest row"),
+    ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient[:, 0].argmin())", "row sum"),
+    ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient.norm(dim=0).argmax())", "index of a column"),
+    ("check_label_from_weight", WEIGHT_BODY, "return int(r.argmin())", "Label"),
+    ("check_label_counts", "batch_size * (", "(", "Divide out the batch"),
+    ("check_label_counts", "1 / classes - bias", "-bias", "p = 1/K is still in it"),
+    ("check_label_counts", ".round().long()", "", "whole"),
+    ("check_label_counts", ".round().long()", ".long()", "Cut off"),
+    ("check_label_counts", "1 / classes - bias_gradient", "bias_gradient - 1 / classes", "wrong sign"),
+    ("check_label_counts", ".long()", "", "integer tensor"),
+    ("check_unmix_relu", "alive = bias_gradient != 0", "alive = bias_gradient > -torch.inf", "zero bias gradient"),
+    ("check_unmix_relu", "agree[j].sum() >= 2 and not seen[j]", "agree[j].sum() >= 2", "several times"),
+    ("check_unmix_relu", "agree[j].sum() >= 2 and not seen[j]", "not seen[j]", "mixtures"),
+    ("check_unmix_relu", "< 1e-6", "< 1e-30", "nothing found"),
+    ("check_unmix_relu", "return torch.stack(images)", "return images[0][None]", "you found 1 of 2"),
+    ("check_unmix_relu", " if images else ratios[:0]", "", "stack"),
+    ("check_unmix_relu", "torch.stack(images) if", "images if", "Return a tensor of shape"),
+    ("check_unmix_relu", "/ bias_gradient[alive, None]", "* 1", "nothing found"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_stub_is_called_a_stub(check: str) -> None:
+    exercise, checks = EXERCISES[check]
+    answer = tools.feedback(exercise, checks, exercise.stub)
+    assert not answer.passed
+    assert "stub" in answer.message
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_solution_passes(check: str) -> None:
+    exercise, checks = EXERCISES[check]
+    answer = tools.feedback(exercise, checks, exercise.solution)
+    assert answer.passed, answer.message
+
+
+@pytest.mark.parametrize(("check", "old", "new", "words"), MUTANTS)
+def test_a_mistake_is_named(check: str, old: str, new: str, words: str) -> None:
+    exercise, checks = EXERCISES[check]
+    answer = tools.feedback(exercise, checks, tools.mutate(exercise.solution, old, new))
+    assert not answer.passed
+    assert words in answer.message, answer.message
+
+
+def test_every_exercise_has_three_mutants() -> None:
+    named = [mutant[0] for mutant in MUTANTS]
+    assert all(named.count(check) >= 3 for check in EXERCISES)
+    assert len(EXERCISES) == 9
+
+
+@pytest.mark.parametrize(
+    ("check", "body"),
+    [
+        ("check_label_from_weight", "return int(weight_gradient.norm(dim=1).argmax())"),
+        ("check_label_from_bias", "n = (bias_gradient < 0).sum()\n    return bias_gradient.argmin() if n == 1 else None"),
+        ("check_count_images", "return int(torch.linalg.matrix_rank(weight_gradient))"),
+        ("check_invert_noisy", "return torch.linalg.lstsq(bias_gradient[:, None], weight_gradient).solution[0]"),
+        ("check_psnr", "return 20 * torch.log10(1 / (reconstruction - original).square().mean().sqrt())"),
+    ],
+)  # fmt: skip
+def test_another_right_way_passes_too(check: str, body: str) -> None:
+    exercise, checks = EXERCISES[check]
+    head = exercise.solution[: exercise.solution.index(":\n") + 2]
+    answer = tools.feedback(exercise, checks, f"{head}    {body}\n")
+    assert answer.passed, answer.message
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+@pytest.mark.parametrize("returned", ["None", "torch.full((3,), torch.nan)", "'text'", "(None, None)"])
+def test_nonsense_fails_in_words(check: str, returned: str) -> None:
+    exercise, checks = EXERCISES[check]
+    answer = tools.feedback(exercise, checks, f"def {exercise.name}(*_):\n    return {returned}\n")
+    assert not answer.passed
+    assert "Your code raised" not in answer.message
+    assert len(answer.message) > 20
+
+
+@pytest.mark.parametrize("chapter", CHECKS)
+def test_the_notebook_is_fit_to_be_read(chapter: str) -> None:
+    (path,) = tools.NOTEBOOKS.glob(f"{chapter}*.ipynb")
+    assert tools.lint(path) == []
+
+
+# --- Widgets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """Three small pictures, the gradients of a linear layer for one to three of them, and the δ behind these."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    delta = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    delta[:, 4] = 0
+    x = al.HALF.to_input(pictures).flatten(1)
+    gradients = {n: (delta[:n].T @ x[:n], delta[:n].sum(0)) for n in (1, 2, 3)}
+    return pictures, gradients, delta
+
+
+def test_mixture_weights_are_the_shares_of_the_pictures(batch) -> None:
+    pictures, _, _ = batch
+    wanted = torch.tensor([0.3, -0.5, 1.2], dtype=torch.float64)
+    found = widgets.mixture_weights(torch.einsum("b,bchw->chw", wanted, pictures), pictures)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_linear_batch_shows_the_loudest_units_shares(batch, batch_size: int) -> None:
+    pictures, gradients, delta = batch
+    fig = widgets.linear_batch(pictures, gradients, batch_size=batch_size)
+    unit = int(gradients[batch_size][1].abs().argmax())
+    wanted = delta[:batch_size, unit] / delta[:batch_size, unit].sum()
+    heights = torch.tensor([bar.get_height() for bar in fig.axes[1].patches], dtype=torch.float64)
+    torch.testing.assert_close(heights, wanted)
+    assert f"unit {unit}" in fig.axes[0].get_title()
+
+
+def test_linear_batch_says_that_a_silent_unit_has_no_picture(batch) -> None:
+    pictures, gradients, _ = batch
+    with pytest.raises(ValueError, match="unit 4 has a zero bias gradient"):
+        widgets.linear_batch(pictures, gradients, batch_size=2, rank=4)
+
+
+def test_the_federated_round_names_its_parts(batch) -> None:
+    fig = widgets.federated_round(batch[0])
+    words = " ".join(text.get_text() for text in fig.findobj(lambda artist: hasattr(artist, "get_text")))
+    for part in ("server", "client 1", "client 3", "weights", "gradient", "stays here"):
+        assert part in words
+    assert viz.to_png(fig).startswith(b"\x89PNG")
+
+
+def test_sliders_draw_again_with_words_for_the_new_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    ipywidgets = pytest.importorskip("ipywidgets")
+    drawn, shown = [], []
+
+    def render(size: int) -> Figure:
+        drawn.append(size)
+        return Figure()
+
+    monkeypatch.setattr(viz, "show", lambda figure, *, caption, alt: shown.append((caption, alt)))
+    slider = ipywidgets.IntSlider(2, 1, 4, continuous_update=False)
+    panel = widgets.sliders(render, size=slider, caption=lambda size: f"batch of {size}", alt="the same words")
+    slider.value = 3
+    assert drawn == [2, 3]
+    assert shown == [("batch of 2", "the same words"), ("batch of 3", "the same words")]
+    assert panel.children[0] is slider

@@ -1,0 +1,98 @@
+"""Chapter 03's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+
+import notebook_tools as tools
+import pytest
+
+from aprillab.exercises import chapter03
+
+EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("03"))}
+
+#: check, what to replace in the solution, by what, and a word of the message that should come
+MUTANTS = [
+    ("check_conditions", "n + 1 <= width", "n <= width", "class token"),
+    ("check_conditions", "n + 1 <= width", "n + 1 < width", "Equality"),
+    ("check_conditions", "p <= width", "p < width", "Equality"),
+    ("check_conditions", "channels * patch_size**2", "patch_size**2", "channels"),
+    ("check_conditions", "(image_size // patch_size) ** 2", "image_size // patch_size", "square"),
+    ("check_conditions", "n + 1 <= width, p <= width", "p <= width, n + 1 <= width", "determined for"),
+    (
+        "check_conditions",
+        "return n + 1 <= width, p <= width",
+        "return n + 1 <= width and p <= width",
+        "two truth values",
+    ),
+    ("check_tokens_from", "lstsq(G.T, M)", "lstsq(G.T, M.T)", "Mᵀ"),
+    ("check_tokens_from", "torch.linalg.lstsq(G.T, M).solution", "G @ M", "forgets to divide"),
+    ("check_tokens_from", ".solution", ".solution.T", "transpose"),
+    ("check_tokens_from", ".solution", ".solution[1:]", "One row is missing"),
+    ("check_tokens_from", "return ", "return -", "wrong sign"),
+    ("check_tokens_from", "lstsq(G.T, M)", "lstsq(G, M)", "raised"),
+    ("check_patches_from", " - b_e[:, None]", "", "bias b_e was not taken off"),
+    ("check_patches_from", " - b_e[:, None]", " + b_e[:, None]", "bias was added"),
+    ("check_patches_from", "(Z - E)[1:]", "(Z + E)[1:]", "position embedding was added"),
+    ("check_patches_from", "(Z - E)[1:]", "Z[1:]", "position embedding was not taken off"),
+    ("check_patches_from", "(Z - E)[1:]", "(Z[1:] - E[:-1])", "off by one token"),
+    ("check_patches_from", "(Z - E)[1:]", "(Z - E)[:-1]", "class token is the first"),
+    ("check_patches_from", "(Z - E)[1:]", "(Z - E)", "class token among the patches"),
+    ("check_patches_from", ".solution.T", ".solution", "transpose"),
+    ("check_damped", "a * b / (a**2 + damping)", "a**2 * b / (a**2 + damping)", "not yet divided by a"),
+    ("check_damped", "a * b / (a**2 + damping)", "a * b / (a**2 + damping**2)", "squared already"),
+    ("check_damped", "a * b / (a**2 + damping)", "b / (a + damping)", "shifts a"),
+    ("check_damped", "a * b / (a**2 + damping)", "b / a", "not damped"),
+    ("check_damped", "a * b / (a**2 + damping)", "(a**2 / (a**2 + damping)) * (b / a)", "NaN"),
+    ("check_damped", "a * b / (a**2 + damping)", "-a * b / (a**2 + damping)", "wrong sign"),
+    ("check_choose_damping", "min(candidates", "max(candidates", "greatest"),
+    ("check_choose_damping", "float(unused.sum() + spare) ** 2", "1.0", "misfit alone"),
+    ("check_choose_damping", "unused.sum() + spare", "unused.square().sum() + spare", "not squared"),
+    (
+        "check_choose_damping",
+        "(unused.sum() + spare) ** 2",
+        "(unused.square().sum() + spare)",
+        "not a sum of squares",
+    ),
+    ("check_choose_damping", " ** 2", "", "not squared"),
+    ("check_choose_damping", " + rest", "", "rest is missing"),
+    ("check_choose_damping", " + spare", "", "spare equations are missing"),
+    ("check_choose_damping", "damping / (a**2 + damping)", "a**2 / (a**2 + damping)", "least V"),
+    ("check_choose_damping", "return min(candidates, key=score)", "return 0.123", "one of the candidates"),
+    ("check_attack", 'weights.get("patch_embedding.bias", 0.0)', "0.0", "bias was not taken off"),
+    (
+        "check_attack",
+        'weights["position_embedding"][0])[-n:]',
+        'weights["position_embedding"][0])[:n]',
+        "class token",
+    ),
+    ("check_attack", ' - weights["position_embedding"][0])', ")", "position embedding was not taken off"),
+    ("check_attack", '(Z - weights["position_embedding"][0])', '(Z + weights["position_embedding"][0])', "was added"),
+    ("check_attack", "return al.HALF.to_pixels(images)", "return images", "model-input space"),
+    ("check_attack", "weights[part].T @ gradients[part]", "gradients[part].T @ weights[part]", "not right"),
+    ("check_attack", '("query", "key", "value")', '("query", "key")', "not right"),
+    ("check_attack", 'for part in ("query"', 'for part in ("out"', "not right"),
+    ("check_attack", 'weights.get("patch_embedding.bias", 0.0)', 'weights["patch_embedding.bias"]', "KeyError"),
+]
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_stub_is_called_a_stub(check: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter03, EXERCISES[check].stub)
+    assert not answer.passed
+    assert "stub" in answer.message
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_solution_passes(check: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter03, EXERCISES[check].solution)
+    assert answer.passed, answer.message
+
+
+@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
+def test_a_mistake_is_named(check: str, old: str, new: str, word: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter03, tools.mutate(EXERCISES[check].solution, old, new))
+    assert not answer.passed
+    assert word in answer.message, answer.message
+
+
+def test_every_exercise_has_three_mutants() -> None:
+    checks = [mutant[0] for mutant in MUTANTS]
+    assert all(checks.count(check) >= 3 for check in EXERCISES)
+    assert len(EXERCISES) >= 4
