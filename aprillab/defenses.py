@@ -167,9 +167,9 @@ def quantize(
 ) -> ClientUpdate:
     """Round each tensor to 2^bits − 1 equidistant levels from −max|g| to max|g|, zero among them.
 
-    *Does not protect against* an attacker content with less than an exact picture: rounding to b bits costs the
-    closed forms about 6 dB for every bit left out, and whether a picture is gone or merely noisy is a matter of the
-    model, not of the defence. Signs and largest entries survive even at 2 bits, and the label with them.
+    *Does not protect against* an attacker content with less than an exact picture: the closed forms lose about 6 dB
+    for every bit left out until the smallest entries round to zero, and where that happens is a matter of the
+    model, not of the defence. Signs of the largest entries survive even at 2 bits, and the label with them.
 
     Parameters
     ----------

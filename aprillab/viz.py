@@ -66,9 +66,9 @@ def draw(ax: Axes, pixels: Tensor, title: str = "") -> None:
     """Draw one picture (C, H, W) with pixels in [0, 1], clamped, without axes."""
     picture = pixels.detach().double().clamp(0, 1).cpu()
     if picture.shape[0] == 1:
-        ax.imshow(picture[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        ax.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     else:
-        ax.imshow(picture.permute(1, 2, 0), interpolation="nearest")
+        ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set_title(title)
     ax.set_xticks([])
     ax.set_yticks([])

@@ -1,6 +1,6 @@
 """Measure the closed forms: `python -m benchmarks.closed_forms` writes closed_forms.csv, .md and growth.csv.
 
-Random weights, a head that is not zero, one image, label 3; float32 gradients unless a row says so, solved in float64.
+Random weights, a head that is not zero, one image, label 3; float32 gradients unless a row says so, float64 solves.
 PSNR on pixels clamped to [0, 1]. Attack and gradient are timed on the same machine in the same run, after one warm-up
 gradient; a ratio of the two means more than either.
 """
@@ -210,7 +210,7 @@ def main() -> None:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / "closed_forms.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(
             {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in asdict(row).items()}

@@ -111,7 +111,8 @@ def test_withholding_another_tensor_stops_the_attack_that_reads_it_and_no_other(
     update, pixels = play(model)
     without_patches = defenses.withhold(update, ["patch_embedding.weight"])
     assert_refused(model, without_patches, "embedding", "patch_embedding.weight")
-    assert quality(model, without_patches, "april", pixels) > 100
+    april = al.april_closed_form(model, without_patches, regularization="none")
+    assert float(al.psnr(april.pixels, pixels)) > 100
     without_queries = defenses.withhold(update, "blocks.0.attention.query.weight")
     assert_refused(model, without_queries, "april", "query")
     assert_refused(model, without_queries, "span", "query")
@@ -246,8 +247,7 @@ def test_noise_comes_from_the_seed_or_the_generator() -> None:
     assert torch.equal(rounds[0], noisy[0])
     assert not torch.equal(rounds[0], rounds[1])
     assert all(
-        torch.equal(g, update.gradients[k])
-        for k, g in defenses.gaussian_noise(update, 0.0, seed=0).gradients.items()
+        torch.equal(g, update.gradients[k]) for k, g in defenses.gaussian_noise(update, 0.0, seed=0).gradients.items()
     )
     for options in ({}, {"seed": 1, "generator": generator}):
         with pytest.raises(ValueError, match="a seed or a generator"):
@@ -257,19 +257,19 @@ def test_noise_comes_from_the_seed_or_the_generator() -> None:
 
 
 def test_noise_hides_the_picture_but_neither_the_label_nor_from_the_mean_of_many() -> None:
-    model = vit(image_size=32, width=96)
+    model = vit(image_size=32, width=192)
     update, pixels = play(model)
     found = [
         quality(model, defenses.gaussian_noise(update, sigma, relative=True, seed=0), "embedding", pixels)
         for sigma in (0.0, 1e-4, 1e-2, 1.0)
     ]
-    assert found[0] > 100 > 60 > found[1] > found[2] + 10
+    assert found[0] > 100 > 60 > found[1] > found[2] + 15
     assert found[2] > found[3]
     assert found[3] < 15
     rounds = [defenses.gaussian_noise(update, 1e-2, relative=True, seed=seed) for seed in range(64)]
     assert {int(round_.gradients["head.bias"].argmin()) for round_ in rounds} == {3}
     mean = {name: sum(r.gradients[name] for r in rounds) / len(rounds) for name in update.gradients}
-    assert quality(model, al.ClientUpdate(mean, batch_size=1), "embedding", pixels) > found[2] + 5
+    assert quality(model, al.ClientUpdate(mean, batch_size=1), "embedding", pixels) > found[2] + 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -303,7 +303,7 @@ def test_prune_and_quantize_ties_zeros_and_limits() -> None:
 
 
 def test_pruning_stops_the_solve_and_not_the_label() -> None:
-    model = vit(image_size=32, width=96)
+    model = vit(image_size=32, width=192)
     update, pixels = play(model)
     sparse = defenses.prune(update, 0.1)
     assert quality(model, sparse, "embedding", pixels) < 20
@@ -329,24 +329,22 @@ def test_quantize_rounds_each_tensor_to_its_levels(bits: int) -> None:
 def test_stochastic_rounding_has_the_right_mean_and_rounding_to_nearest_has_not() -> None:
     g = torch.tensor([1.0, 0.3, -0.2, 0.0], dtype=torch.float64)
     update = al.ClientUpdate({"a": g})
-    drawn = torch.stack(
-        [defenses.quantize(update, 2, stochastic=True, seed=s).gradients["a"] for s in range(2000)]
-    )
+    drawn = torch.stack([defenses.quantize(update, 2, stochastic=True, seed=s).gradients["a"] for s in range(2000)])
     assert torch.allclose(drawn.mean(0), g, atol=5 * 0.5 / 2000**0.5)
     assert defenses.quantize(update, 2).gradients["a"].tolist() == [1, 0, 0, 0]
 
 
 def test_quantizing_degrades_the_picture_bit_by_bit_and_leaves_the_label() -> None:
-    model = vit(image_size=32, width=96)
+    model = vit(image_size=32, width=192)
     update, pixels = play(model)
-    found = [quality(model, defenses.quantize(update, bits), "embedding", pixels) for bits in (24, 20, 16, 4)]
-    assert found[0] > 60 > found[1] + 5 > found[2] + 15
-    assert found[3] < 15
+    found = [quality(model, defenses.quantize(update, bits), "embedding", pixels) for bits in (24, 20, 16)]
+    assert found[0] > found[1] + 15 > found[2] + 30
+    assert_refused(model, defenses.quantize(update, 2), "embedding", "gradient is zero")
     assert int(defenses.quantize(update, 2).gradients["head.bias"].argmin()) == 3
 
 
 def test_low_precision_is_seen_and_leaves_a_picture() -> None:
-    model = vit(image_size=32, width=96)
+    model = vit(image_size=32, width=192)
     update, pixels = play(model)
     for dtype, bits in ((torch.float32, 24), (torch.float16, 11), (torch.bfloat16, 8)):
         shared = defenses.to_precision(update, dtype)

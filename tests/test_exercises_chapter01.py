@@ -1,4 +1,4 @@
-"""Checks of chapters 00 and 01 against the notebooks' own stubs and solutions and against common mistakes; widgets."""
+"""Checks of chapters 00 and 01 against the notebooks' own stubs and solutions, and common mistakes; widgets."""
 
 import notebook_tools as tools
 import pytest
@@ -19,6 +19,8 @@ EXERCISES = {
 LABEL_BODY = (
     "negative = (bias_gradient < 0).nonzero().flatten()\n    return int(negative[0]) if len(negative) == 1 else None"
 )
+UNMIX_RETURN = "torch.stack(images) if images else ratios[:0]"
+RATIO = "weight_gradient[j] / bias_gradient[j]"
 WEIGHT_BODY = "return int(r.argmin()) if (r < 0).sum() == 1 else int(r.argmax())"
 
 #: check, what to replace in the solution, by what, and words of the message that should come
@@ -29,7 +31,7 @@ MUTANTS = [
     ("check_psnr", "torch.log10", "torch.log", "natural logarithm"),
     ("check_psnr", ".square().mean()", ".square().sum()", "sum of the squares"),
     ("check_psnr", ".square().mean()", ".abs().mean()", "mean absolute error"),
-    ("check_psnr", "return -10 * torch.log10(mean_square).item()", "return mean_square.item()", "not yet its logarithm"),
+    ("check_psnr", "-10 * torch.log10(mean_square).item()", "mean_square.item()", "not yet its logarithm"),
     ("check_psnr", "-10 * torch.log10(mean_square).item()", "(reconstruction - original) ** 2", "mean missing"),
     ("check_outer_product", "delta.T @ x", "x.T @ delta", "transpose"),
     ("check_outer_product", "delta.T @ x", "-delta.T @ x", "wrong sign"),
@@ -41,10 +43,10 @@ MUTANTS = [
     ("check_outer_product", "delta.T @ x", "2 * delta.T @ x", "factor of 2"),
     ("check_invert_linear", ".abs()", "", "by the size of its bias entry"),
     ("check_invert_linear", "j = bias_gradient.abs().argmax()", "j = 0", "divided by a zero"),
-    ("check_invert_linear", "weight_gradient[j] / bias_gradient[j]", "weight_gradient.sum(0) / bias_gradient.sum()", "zero"),
+    ("check_invert_linear", RATIO, "weight_gradient.sum(0) / bias_gradient.sum()", "zero"),
     ("check_invert_linear", " / bias_gradient[j]", "", "the row itself"),
     ("check_invert_linear", "weight_gradient[j] / bias", "weight_gradient[j] * bias", "needs a division"),
-    ("check_invert_linear", "weight_gradient[j] / bias_gradient[j]", "bias_gradient[j] / weight_gradient[j]", "exchanged"),
+    ("check_invert_linear", RATIO, "bias_gradient[j] / weight_gradient[j]", "exchanged"),
     ("check_invert_linear", "return weight", "return -weight", "wrong sign"),
     ("check_invert_linear", "weight_gradient[j] /", "weight_gradient[:, j] /", "should have shape"),
     (
@@ -83,22 +85,22 @@ MUTANTS = [
     ("check_label_from_bias", LABEL_BODY, "return int(bias_gradient.abs().argmax())", "only the sign"),
     ("check_label_from_bias", LABEL_BODY, "return int(bias_gradient.abs().argmin())", "look at the signs"),
     ("check_label_from_bias", LABEL_BODY, "return int(bias_gradient.argmin())", "this is a batch"),
-    ("check_label_from_bias", "== 1 else None", "== 2 else None", "you returned None"),
+    ("check_label_from_bias", "== 1 else None", "== 2 else None", "None, though exactly one"),
     ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient.sum(1).argmin())", "row sum"),
     ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient.norm(dim=1).argmin())", "smallest row"),
     ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient[:, 0].argmin())", "row sum"),
     ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient.norm(dim=0).argmax())", "index of a column"),
     ("check_label_from_weight", WEIGHT_BODY, "return int(r.argmin())", "Label"),
-    ("check_label_counts", "batch_size * (", "(", "Divide out the batch"),
+    ("check_label_counts", "batch_size * (", "(", "divided by the batch size"),
     ("check_label_counts", "1 / classes - bias", "-bias", "p = 1/K is still in it"),
     ("check_label_counts", ".round().long()", "", "whole"),
     ("check_label_counts", ".round().long()", ".long()", "Cut off"),
     ("check_label_counts", "1 / classes - bias_gradient", "bias_gradient - 1 / classes", "wrong sign"),
     ("check_label_counts", ".long()", "", "integer tensor"),
-    ("check_unmix_relu", "alive = bias_gradient != 0", "alive = bias_gradient > -torch.inf", "zero bias gradient"),
+    ("check_unmix_relu", UNMIX_RETURN, "weight_gradient / bias_gradient[:, None]", "zero bias gradient"),
     ("check_unmix_relu", "agree[j].sum() >= 2 and not seen[j]", "agree[j].sum() >= 2", "several times"),
     ("check_unmix_relu", "agree[j].sum() >= 2 and not seen[j]", "not seen[j]", "mixtures"),
-    ("check_unmix_relu", "< 1e-6", "< 1e-30", "nothing found"),
+    ("check_unmix_relu", "< 1e-6", "< 1e-30", "several times"),
     ("check_unmix_relu", "return torch.stack(images)", "return images[0][None]", "you found 1 of 2"),
     ("check_unmix_relu", " if images else ratios[:0]", "", "stack"),
     ("check_unmix_relu", "torch.stack(images) if", "images if", "Return a tensor of shape"),
@@ -139,7 +141,7 @@ def test_every_exercise_has_three_mutants() -> None:
     ("check", "body"),
     [
         ("check_label_from_weight", "return int(weight_gradient.norm(dim=1).argmax())"),
-        ("check_label_from_bias", "n = (bias_gradient < 0).sum()\n    return bias_gradient.argmin() if n == 1 else None"),
+        ("check_label_from_bias", "if (bias_gradient < 0).sum() == 1:\n        return bias_gradient.argmin()"),
         ("check_count_images", "return int(torch.linalg.matrix_rank(weight_gradient))"),
         ("check_invert_noisy", "return torch.linalg.lstsq(bias_gradient[:, None], weight_gradient).solution[0]"),
         ("check_psnr", "return 20 * torch.log10(1 / (reconstruction - original).square().mean().sqrt())"),

@@ -218,23 +218,27 @@ class Search:
     def _begin(self, offsets: range) -> Variables:
         """Unknowns and label logits to start from, drawn from the seed; one of each for each offset."""
         problem, init = self.problem, self.problem.options["init"]
-        grey = problem.preprocessing.to_input(torch.full(self.shape, 0.5, dtype=torch.float64))
-        images, logits = [], []
+        like, zeros = problem.targets[0], torch.zeros(self.shape, dtype=torch.float64)
+        to_input = problem.preprocessing.to_input
+        centre = init.cpu().double() if isinstance(init, Tensor) else to_input(zeros + 0.5)
+        unknowns, logits = [], []
         for offset in offsets:
             generator = torch.Generator().manual_seed(problem.seed + offset)
-            # Pixels of standard deviation 1/4 around mid-grey, in model-input space.
-            noise = torch.randn(self.shape, generator=generator, dtype=torch.float64) / 4
-            noise = problem.preprocessing.to_input(noise) - problem.preprocessing.to_input(torch.zeros_like(noise))
+            # Pixels of standard deviation 1/2, in model-input space.
+            noise = torch.randn(self.shape, generator=generator, dtype=torch.float64) / 2
+            noise = to_input(noise) - to_input(zeros)
             if isinstance(init, Tensor):
-                images.append(init.cpu().double() + (noise / 100 if offset else 0))
-            else:
-                images.append(grey + (noise if init == "noise" else noise / 1000))
+                noise *= 0.01 if offset else 0
+            elif init == "grey":
+                noise *= 0.001
+            start, spread = (problem.unknowns_of(images[None].to(like)) for images in (centre, noise))
+            if problem.basis is not None:  # the projection takes energy from the noise: give it back
+                spread *= math.sqrt(problem.basis.shape[1] / len(problem.basis))
+            unknowns.append((start + spread)[0])
             if problem.classes is not None:
                 drawn = torch.randn(self.shape[0], problem.classes, generator=generator, dtype=torch.float64)
                 logits.append(drawn)
-        like = problem.targets[0]
-        unknowns = problem.unknowns_of(torch.stack(images).to(like))
-        return unknowns, torch.stack(logits).to(like) if logits else None
+        return torch.stack(unknowns), torch.stack(logits).to(like) if logits else None
 
     def evaluate(self, unknowns: Tensor, logits: Tensor | None) -> Tensor:
         """One evaluation: loss and gradient (into ``.grad``), counted, recorded and checked against the budgets."""

@@ -52,7 +52,9 @@ def _pairs() -> list[tuple[list[Tensor], list[Tensor]]]:
     for k, shapes in enumerate(SHAPES):
         scales = [10.0 ** (-i) for i in range(len(shapes))]
         g = [s * _random(*shape, seed=10 * k + i) for i, (s, shape) in enumerate(zip(scales, shapes, strict=True))]
-        t = [s * _random(*shape, seed=90 + 10 * k + i) for i, (s, shape) in enumerate(zip(scales, shapes, strict=True))]
+        t = [
+            s * _random(*shape, seed=90 + 10 * k + i) for i, (s, shape) in enumerate(zip(scales, shapes, strict=True))
+        ]
         cases.append((g, t))
     return cases
 
@@ -82,7 +84,8 @@ def check_squared_distance(function: Distance) -> Feedback:
                 "It is a sum of absolute values: square each difference.": sum(abs(a - b) for a, b in pairs),
                 "That is the distance: square it.": math.sqrt(wanted),
                 "It has |g'| + |g|: subtract, don't add.": sum((a + b) ** 2 for a, b in pairs),
-                "It is the square of the summed difference: square first, then sum.": sum(a - b for a, b in pairs) ** 2,
+                "It is the square of the summed difference: square first, then sum.": sum(a - b for a, b in pairs)
+                ** 2,
                 "The shared gradients are not in it.": sum(a * a for a, _ in pairs),
             }
             answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t]), what)
@@ -98,17 +101,16 @@ def check_cosine_distance(function: Distance) -> Feedback:
 
     def check() -> str:
         what = "The cosine distance"
-        g = [_random(2, 3, seed=3), _random(4, seed=4)]
-        expect_close(_scalar(function(g, [3 * x for x in g]), what), _number(0.0), f"{what} of parallel gradients",
-            mistakes={"That is the cosine: parallel gradients should have distance 0.": _number(1.0)},
-            tolerance=1e300)  # the wanted value is 0, so a relative tolerance says nothing; compared by hand below
-        parallel, opposite = float(function(g, [3 * x for x in g])), float(function(g, [-x for x in g]))
+        g = [_random(2, 3, seed=3), _random(4, seed=4), _random(5, seed=5)]
+        parallel = float(_scalar(function(g, [3 * x for x in g]), what))
         if abs(parallel) > 1e-9:
-            cosine = " That is the cosine; the distance is 1 minus it." if abs(parallel - 1) < 1e-9 else ""
-            sign = " That is −cos; add 1." if abs(parallel + 1) < 1e-9 else ""
-            per = " Is it a sum of one cosine for each tensor?" if abs(parallel + 1) > 1e-9 and parallel < 0 else ""
-            length = " Divide by both lengths: the distance must not feel the factor 3." if not cosine + sign else ""
-            stop(f"{what} of parallel gradients should be 0, not {parallel:.4g}.{cosine}{sign}{per or length}")
+            tell = {
+                1.0: "That is the cosine; the distance is 1 minus it.",
+                -1.0: "That is −cos; add 1.",
+                -2.0: "A cosine for each tensor was summed; all tensors together make one vector, with one cosine.",
+            }.get(round(parallel, 9), "Divide by both lengths: the distance must not feel the factor 3.")
+            stop(f"{what} of gradients that are parallel should be 0, not {parallel:.4g}. {tell}")
+        opposite = float(function(g, [-x for x in g]))
         if abs(opposite - 2) > 1e-9:
             stop(f"{what} of opposite gradients should be 2, not {opposite:.4g}: the cosine has a sign.")
         for g, t in _pairs():
@@ -152,7 +154,7 @@ def check_total_variation(function: Callable[[Tensor], Tensor]) -> Feedback:
             expect_close(answer, _number(1.0), f"{what} of a ramp that rises by 1 a pixel {turned}",
                 mistakes={"Only one of the two directions is in it.": _number(0.0),
                           "It wraps around: the last pixel is no neighbour of the first.": _number(1.5),
-                          "The mean runs over all pixels; only n − 1 differences exist along n pixels.": _number(0.75),
+                          "The mean runs over all pixels; there are n − 1 differences along n pixels.": _number(0.75),
                           "It is the mean of the two directions; their sum is asked.": _number(0.5)})  # fmt: skip
         for k, shape in enumerate(((1, 1, 3, 3), (2, 3, 4, 5), (3, 1, 6, 4))):
             x = _random(*shape, seed=20 + k)
@@ -276,8 +278,8 @@ def _step(
     except RuntimeError as error:
         if "does not require grad" in str(error) or "not have been used in the graph" in str(error):
             stop(
-                "Autograd finds no path from the loss to the picture. Two things are needed: the picture must require "
-                "a gradient, and the first torch.autograd.grad needs create_graph=True."
+                "Autograd finds no path from the loss to the picture. Two things are needed: the picture must "
+                "require a gradient, and the first torch.autograd.grad needs create_graph=True."
             )
         raise
     if not (isinstance(answer, tuple) and len(answer) == 2):
