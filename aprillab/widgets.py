@@ -136,7 +136,9 @@ def linear_batch(
     ax = axes[0, 1]
     ax.bar(range(1, batch_size + 1), weights, color=viz.COLOURS["blue"], width=0.6)
     for b, value in enumerate(weights, start=1):
-        ax.annotate(f"{value:.2f}", (b, max(value, 0)), textcoords="offset points", xytext=(0, 3), ha="center")
+        ax.annotate(
+            f"{round(value, 2) + 0.0:.2f}", (b, max(value, 0)), textcoords="offset points", xytext=(0, 3), ha="center"
+        )
     ax.axhline(0, color="0.4", linewidth=0.8)
     ax.set(xlim=(0.3, len(pictures) + 0.7), ylim=(min(0, *weights, 0) - 0.1, max(1, *weights, 1) + 0.2))
     ax.set_xticks(range(1, len(pictures) + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -88,6 +89,29 @@ def mutate(code: str, old: str, new: str) -> str:
     """``code`` with ``old``, which must be there, replaced by ``new``."""
     assert old in code, f"{old!r} is not in the solution:\n{code}"
     return code.replace(old, new)
+
+
+def definitions(notebook: NotebookNode) -> dict[str, Any]:
+    """What a notebook's cells import and define, without running the rest: functions, classes, lambdas, CONSTANTS.
+
+    Stubs and checks are left out. A figure's callback can so be tried at states that the notebook does not show.
+    """
+    kept: list[ast.stmt] = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and not set(PARTS) & set(tags(cell)):
+            kept += [statement for statement in ast.parse(cell.source).body if _defines(statement)]
+    names: dict[str, Any] = {"torch": torch, "al": al, "device": "cpu"}
+    exec(compile(ast.Module(kept, []), "<notebook>", "exec"), names)
+    return names
+
+
+def _defines(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Assign):
+        # A matrix is an upper-case name too: a constant is one that is written out.
+        named = [name.id for target in statement.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        literal = not any(isinstance(part, ast.Name | ast.Call) for part in ast.walk(statement.value))
+        return isinstance(statement.value, ast.Lambda) or (literal and all(name.isupper() for name in named))
+    return isinstance(statement, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
 
 
 # --- Lint -----------------------------------------------------------------------------------------------------

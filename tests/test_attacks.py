@@ -357,9 +357,16 @@ def test_invert_takes_the_strongest_and_explains_the_rest():
 
 def test_invert_falls_back_where_pixels_exceed_the_width():
     model = make("prenorm", "none")
-    with pytest.raises(al.AttackNotApplicable, match="Gradient matching") as refusal:
+    with pytest.raises(al.AttackNotApplicable, match="no closed form fits") as refusal:
         attack(model, private(model), "auto")
     assert set(refusal.value.numbers) == set(CLOSED_FORMS)
+
+
+def test_invert_tries_one_closed_form_on_a_batch():
+    model = make("prenorm")
+    result = attack(model, private(model, batch=2), "auto", labels=(3, 4))
+    assert not result.exact
+    assert "not tried" in result.diagnostics["attacks"]["span"]
 
 
 def test_invert_with_bad_arguments():

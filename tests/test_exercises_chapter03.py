@@ -1,8 +1,12 @@
 """Chapter 03's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
 
+from typing import Any
+
 import notebook_tools as tools
 import pytest
+import torch
 
+import aprillab as al
 from aprillab.exercises import chapter03
 
 EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("03"))}
@@ -96,3 +100,36 @@ def test_every_exercise_has_three_mutants() -> None:
     checks = [mutant[0] for mutant in MUTANTS]
     assert all(checks.count(check) >= 3 for check in EXERCISES)
     assert len(EXERCISES) >= 4
+
+
+# --- The chapter's own functions, where its cells do not go ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chapter() -> dict[str, Any]:
+    return tools.definitions(tools.read("03"))
+
+
+@pytest.mark.parametrize(
+    ("patch", "width", "signs"), [(4, 24, ">>"), (4, 48, ">≤"), (4, 96, "≤≤"), (8, 48, "≤>"), (16, 384, "≤>")]
+)
+def test_the_slider_figure_says_which_condition_holds(
+    chapter: dict[str, Any], patch: int, width: int, signs: str
+) -> None:
+    picture, tokens, pixels = chapter["render"](patch=patch, width=width).axes
+    n, p = (32 // patch) ** 2, 3 * patch**2
+    assert tokens.get_title() == f"G: n + 1 = {n + 1} {signs[0]} {width}"
+    assert pixels.get_title() == f"$W_e$: p = {p} {signs[1]} {width}"
+    assert (chapter["attacked"](patch, width)[3] > 120) == (signs == "≤≤")
+    assert picture.get_title().startswith(f"patch {patch}, d = {width}")
+
+
+@pytest.mark.parametrize("options", [{"channels": 3, "class_token": False}, {"depth": 3, "seed": 5}])
+def test_the_chapters_solves_agree_with_the_package(chapter: dict[str, Any], options: dict[str, Any]) -> None:
+    model, private, update = chapter["client"]("coins", 16, width=96, **options)
+    plain = chapter["picture"](model, chapter["april_plain"](model, update))
+    assert torch.allclose(plain, al.april_closed_form(model, update, regularization="none").pixels, atol=1e-8)
+    assert torch.allclose(
+        chapter["april_damped"](model, update), al.april_closed_form(model, update).pixels, atol=1e-6
+    )
+    assert chapter["decibels"](plain, private) > 150

@@ -36,6 +36,8 @@ def test_the_set_up_cell_is_the_same_everywhere() -> None:
 
 def test_chapters_are_chained() -> None:
     for before, after in itertools.pairwise(PATHS):
+        if int(after.name[:2]) != int(before.name[:2]) + 1:
+            continue  # a chapter between them is not written yet
         for path, other in ((before, after), (after, before)):
             text = "\n".join(cell.source for cell in tools.read(path).cells if cell.cell_type == "markdown")
             assert f"]({other.name})" in text, f"{path.name} does not link to {other.name}"

@@ -90,7 +90,6 @@ def run(path: Path, *, timeout: float = 600) -> float:
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
-        store_widget_state=False,
     )
     start = time.perf_counter()
     try:

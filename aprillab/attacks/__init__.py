@@ -64,7 +64,8 @@ def invert(
     Raises
     ------
     AttackNotApplicable
-        If none applies; the message has all the reasons. Gradient matching may still work then.
+        If none applies; the message has all the reasons. Gradient matching may still work then, unless nothing
+        but zeros arrives below the head.
     UpdateError
         If the update does not belong to the model.
     ValueError
@@ -78,11 +79,15 @@ def invert(
     common: dict[str, Any] = {
         "anatomy": anatomy, "preprocessing": preprocessing, "labels": labels, "device": device,
     }  # fmt: skip
+    batch, batch_numbers = is_batch(anatomy, update)
     outcome: dict[str, str] = {}
     found: list[Reconstruction] = []
     for name in CLOSED_FORMS if attack == "auto" else [attack]:
         if found and found[-1].exact:
             outcome[name] = f"not needed: {found[-1].attack} is exact"
+            continue
+        if found and batch:
+            outcome[name] = f"not tried: every closed form needs one image, and {batch_numbers}"
             continue
         try:
             found.append(CLOSED_FORMS[name](model, update, **common, **options))
@@ -91,9 +96,7 @@ def invert(
             outcome[name] = f"refused: {refusal.reason}"
     if not found:
         reasons = "; ".join(f"{name} {text}" for name, text in outcome.items())
-        raise AttackNotApplicable(
-            "invert", f"no closed form: {reasons}. Gradient matching may still work.", **outcome
-        )
+        raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **outcome)
     best = max(found, key=lambda result: (result.exact, result.diagnostics["predicted_psnr"]))
     diagnostics = {**best.diagnostics, "attacks": outcome}
     if verify:

@@ -133,11 +133,11 @@ def check_clip_and_noise(
     """Exercise 6.3: ``function(gradients, norm, multiplier, generator)`` clips all together, then adds noise."""
 
     def check() -> str:
-        gradients = {"a": _random(3, 4, seed=1), "b": 5 * _random(7, seed=2)}
+        gradients = {"a": _random(3, 4, seed=1), "b": 2 * _random(7, seed=2)}
         total = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
         generator = torch.Generator().manual_seed(0)
         # Without noise first: the clipping alone.
-        for norm in (2 * total, total / 3):
+        for norm in (2 * total, total / 8):
             answer = _gradients(
                 function({k: g.clone() for k, g in gradients.items()}, norm, 0.0, generator), gradients
             )
@@ -147,7 +147,7 @@ def check_clip_and_noise(
                 expect_close(
                     answer[name],
                     factor * g,
-                    f"{name}, clipped to {'more' if factor == 1 else 'a third of'} the norm",
+                    f"{name}, clipped to {'more than' if factor == 1 else 'an eighth of'} the norm",
                     mistakes={
                         "It was scaled up: an update below the norm stays as it is.": g * norm / total,
                         "Every tensor was clipped by itself; the norm is that of all of them together.": alone * g,
@@ -212,6 +212,8 @@ def check_paired_interval(function: Callable[[Sequence[float], Sequence[float]],
 
     def check() -> str:
         mean, half = _pair(function([0.9, 0.8, 0.7], [0.8, 0.7, 0.6]))
+        if abs(mean + 0.1) < 1e-9:
+            stop("The mean has the wrong sign: it is a − b.")
         if abs(mean - 0.1) > 1e-9:
             stop(f"Three differences of 0.1 have the mean 0.1, not {mean:.4g}.")
         if not half < 1e-9:
@@ -272,20 +274,20 @@ def check_average(function: Callable[[list[ClientUpdate]], ClientUpdate]) -> Fee
     """Exercise 6.5: ``function(updates)`` is one update, the mean of many of the same image, in float64."""
 
     def check() -> str:
-        made = [ClientUpdate({"a": torch.tensor([float(i), 2.0], dtype=F64)}, batch_size=1) for i in range(4)]
+        made = [ClientUpdate({"a": torch.tensor([float(i**2), 2.0], dtype=F64)}, batch_size=1) for i in range(4)]
         answer = _update(function(list(made)))
         if answer.keys() != {"a"}:
             stop(f"The mean should have the updates' names, ['a'], not {sorted(answer)}.")
         expect_close(
             expect_tensor(answer["a"], (2,), "The mean"),
-            torch.tensor([1.5, 2.0], dtype=F64),
+            torch.tensor([3.5, 2.0], dtype=F64),
             "The mean",
             mistakes={
-                "It is the sum: divide by the number of updates.": torch.tensor([6.0, 8.0], dtype=F64),
+                "It is the sum: divide by the number of updates.": torch.tensor([14.0, 8.0], dtype=F64),
                 "It is the first update alone.": torch.tensor([0.0, 2.0], dtype=F64),
-                "It is the last update alone.": torch.tensor([3.0, 2.0], dtype=F64),
+                "It is the last update alone.": torch.tensor([9.0, 2.0], dtype=F64),
                 "It is the lower median.": torch.tensor([1.0, 2.0], dtype=F64),
-                "The last update is missing.": torch.tensor([1.0, 2.0], dtype=F64),
+                "The last update is missing.": torch.tensor([5 / 3, 2.0], dtype=F64),
             },
         )
         # 1 + 1/256 is no bfloat16 number; the mean of 1 and 1 + 2/256 is, in float64.

@@ -1,0 +1,69 @@
+"""Chapter 07's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+
+import notebook_tools as tools
+import pytest
+
+from aprillab.exercises import chapter07
+
+EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("07"))}
+
+BASIS = "torch.linalg.svd(dW, full_matrices=False).Vh[:n].T "
+CENTRING = "        columns = columns - columns.mean(0)\n"
+#: check, what to replace in the solution, by what, and a word of the message that should come
+MUTANTS = [
+    ("check_outside", "torch.eye(D.shape[1]).to(D) - Vh.T @ Vh", "Vh.T @ Vh", "onto the span"),
+    ("check_outside", "[:k] ", "[: k + 1] ", "too many"),
+    ("check_outside", "[:k] ", "[: k - 1] ", "too few"),
+    ("check_outside", "[:k] ", "[min(D.shape) - k : min(D.shape)] ", "weakest"),
+    ("check_outside", "svd(D).Vh[:k] ", "svd(D if len(D) != D.shape[1] else D.T).Vh[:k] ", "left singular"),
+    ("check_outside", "torch.eye(D.shape[1])", "torch.eye(len(D))", "RuntimeError"),
+    ("check_directions", "(u - beta) / gamma", "u / gamma", "β is still in it"),
+    ("check_directions", "(u - beta) / gamma", "(u + beta) / gamma", "wrong sign"),
+    ("check_directions", "(u - beta) / gamma", "(u - beta) * gamma", "division"),
+    ("check_directions", "(u - beta) / gamma", "u - beta", "γ is still in it"),
+    ("check_directions", "x / x.norm(dim=1, keepdim=True)", "x", "lengths"),
+    ("check_directions", "x / x.norm(dim=1, keepdim=True)", "-x / x.norm(dim=1, keepdim=True)", "wrong sign"),
+    ("check_width_needed", "min(pixels_per_patch, patches)", "pixels_per_patch", "row space"),
+    ("check_width_needed", "min(pixels_per_patch, patches)", "patches", "at most p unknowns"),
+    ("check_width_needed", "min(pixels_per_patch, patches)", "max(pixels_per_patch, patches)", "row space"),
+    ("check_width_needed", "min(pixels_per_patch, patches) + ", "", "pay for"),
+    ("check_width_needed", " + prefix", "", "before the patches"),
+    ("check_width_needed", " + prefix", " + 1", "more or less than one"),
+    ("check_width_needed", " + int(layernorm)", "", "mean takes one dimension"),
+    ("check_width_needed", " + int(layernorm)", " + 1", "no mean to lose"),
+    ("check_span_attack", "-outside(places.T)", "outside(places.T)", "right side's sign"),
+    ("check_span_attack", CENTRING, "", "centring"),
+    ("check_span_attack", "[: n + prefix]", "[:n]", "class token's direction"),
+    ("check_span_attack", BASIS, "torch.eye(dW.shape[1]).to(dW) ", "row space of ∂W_e"),
+    ("check_span_attack", "(R @ Y).T", "R @ Y", "transpose"),
+    ("check_twin", "twin[0] = X[0] + corners", "", "X' is X"),
+    ("check_twin", " - X[columns] + ", " + X[columns] - ", "signs + − − +"),
+    ("check_twin", "X[columns + 1]", "X[columns + 2]", "leaves the span"),
+    ("check_twin", "X[0] + corners", "X[0] + 1", "position embeddings"),
+    ("check_twin", "return twin", "return twin.T", "transpose"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_stub_is_called_a_stub(check: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter07, EXERCISES[check].stub)
+    assert not answer.passed
+    assert answer.message.startswith("Still a stub")
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_notebooks_own_solution_passes(check: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter07, EXERCISES[check].solution)
+    assert answer.passed, answer.message
+
+
+@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
+def test_a_mistake_fails_and_is_named(check: str, old: str, new: str, word: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter07, tools.mutate(EXERCISES[check].solution, old, new))
+    assert not answer.passed
+    assert word in answer.message, answer.message
+
+
+def test_every_exercise_has_three_mutants_at_least() -> None:
+    for check in EXERCISES:
+        assert sum(mutant[0] == check for mutant in MUTANTS) >= 3, check
