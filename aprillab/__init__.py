@@ -10,7 +10,7 @@
 Everything in the course is reached from here; each module is short and meant to be read.
 """
 
-from .anatomy import Anatomy, Rows, UnknownModelError, dissect
+from .anatomy import Anatomy, Rows, UnknownModelError, dissect, tensors_of
 from .attacks import (
     AttackNotApplicable,
     Labels,
@@ -82,6 +82,7 @@ __all__ = [
     "sinusoidal_2d",
     "span_closed_form",
     "ssim",
+    "tensors_of",
     "torchvision_dataset",
     "unpatchify",
     "update_from_states",

@@ -96,9 +96,9 @@ def gaussian_noise(
     noise multiplier z; what ε that buys depends on z and the number of rounds, is for an accountant to say, and is
     promised for real numbers, not for floating-point ones.
 
-    *Does not protect against* repetition (the mean of k noisy gradients of one image has noise σ/√k), nor well
-    against leaks that sum many entries: the label survives noise that drowns the picture. Noise too small to hurt
-    training is often too small to hide a picture.
+    *Does not protect against* repetition (the mean of k noisy gradients of one image has noise σ/√k), nor all patches
+    alike: those with large gradients, often the ones that matter, stay visible longest, and the label survives noise
+    that drowns the picture.
 
     Parameters
     ----------

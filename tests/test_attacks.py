@@ -221,6 +221,9 @@ def test_april_with_more_pixels_than_width():
     assert not alone.exact
     assert "pixels determined" in alone.reason
     assert db(alone, pixels) < 20
+    assert alone.diagnostics["predicted_psnr"] < 20
+    plain = attack(model, pixels, "april", systems="attention", regularization="none")
+    assert plain.diagnostics["predicted_psnr"] < 20
     default = attack(model, pixels, "april")
     assert default.diagnostics["systems"] == "row_space"
     assert default.diagnostics["pixels_lost"] == 0

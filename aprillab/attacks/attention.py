@@ -242,7 +242,8 @@ def _two_steps(M: Tensor, G: Tensor, E: Tensor, W_e: Tensor, prefix: int) -> _So
     residual = (M - G.T @ Z).norm()
     S, D = torch.linalg.svdvals(G)[: tokens - prefix], torch.linalg.svdvals(W_e)
     noise = residual**2 / max(d * (d - tokens), 1)
-    return _Solution(X, noise / (S[:, None] * D[None]) ** 2, residual, 0.0, D, p)
+    error = nn.functional.pad(noise / (S[:, None] * D[None]) ** 2, (0, p - len(D)), value=torch.inf)
+    return _Solution(X, error, residual, 0.0, D, p)
 
 
 def _one_system(
@@ -274,7 +275,8 @@ def _one_system(
     if float(unused.square().sum()) > 1:  # enough equations were left unused to see the noise among them too
         noise = torch.maximum(noise, (unused * b).square().sum() / unused.square().sum())
     residual = (B - Gp.T @ (X - X0) @ W_e.T).norm()
-    return _Solution(X, noise / (a**2 + damping).clamp_min(tiny), residual, damping, a.amax(0), r)
+    error = torch.where(a > 0, noise / (a**2 + damping).clamp_min(tiny), torch.inf)
+    return _Solution(X, error, residual, damping, a.amax(0), r)
 
 
 def _rank(singular_values: Tensor, eps: float) -> int:

@@ -175,9 +175,8 @@ def match_gradients(
         For the Adams: put pixels back into [0, 1] after every step.
     history_size : int, default 100, the curvature pairs L-BFGS keeps
     init : {"noise", "grey"} or Tensor (B, C, H, W) in model-input space
-        Normal noise of standard deviation 1/2, in pixels, around mid-grey (weaker noise was found to end in bad
-        minima more often); mid-grey with noise of 1/1000 of that (equal patches would stay equal); or a warm start
-        such as a closed form's ``images``.
+        Normal noise of standard deviation 1/4, in pixels, around mid-grey; mid-grey with noise of 1/1000 of that
+        (equal patches would stay equal); or a warm start such as a closed form's ``images``.
     restarts : int, default 1
         Runs from different noise; the one with the lowest loss is returned. A warm start is used by the first run,
         and perturbed by a hundredth of the noise above in the others.

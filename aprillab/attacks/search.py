@@ -122,6 +122,7 @@ class _Diverged(Exception):
     """Loss or gradient is not finite."""
 
 
+_STREAM = 20_220_307  # added to every seed
 _DIVERGENCES = 6  # a restart is given up after so many
 
 Variables = tuple[Tensor, Tensor | None]  # Problem.unknowns_of R restarts, and their label logits (R, B, classes)
@@ -223,9 +224,10 @@ class Search:
         centre = init.cpu().double() if isinstance(init, Tensor) else to_input(zeros + 0.5)
         unknowns, logits = [], []
         for offset in offsets:
-            generator = torch.Generator().manual_seed(problem.seed + offset)
-            # Pixels of standard deviation 1/2, in model-input space.
-            noise = torch.randn(self.shape, generator=generator, dtype=torch.float64) / 2
+            # A stream of our own: a victim drawn from the caller's seed must not resemble the first guess.
+            generator = torch.Generator().manual_seed(_STREAM + problem.seed + offset)
+            # Pixels of standard deviation 1/4, in model-input space.
+            noise = torch.randn(self.shape, generator=generator, dtype=torch.float64) / 4
             noise = to_input(noise) - to_input(zeros)
             if isinstance(init, Tensor):
                 noise *= 0.01 if offset else 0
