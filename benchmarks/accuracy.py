@@ -2,8 +2,8 @@
 
 The same small pre-norm ViT, six position embeddings, the same budget, several seeds. A seed means the same initial
 weights (but for the embedding), the same split into training and test images and the same order of batches for all
-six, so differences are taken seed by seed. The budget was chosen once and is not tuned for any of them; the accuracy is that
-of the last epoch, never the best one. Each run is written as soon as it ends, and `--resume` skips what is there.
+six, so differences are taken seed by seed. The budget was chosen once and is not tuned for any of them; the accuracy
+is that of the last epoch, never the best one. Each run is written as it ends, and `--resume` skips what is there.
 
     python -m benchmarks.accuracy                                 # MNIST-5k, minutes on two cores
     python -m benchmarks.accuracy --data cifar10 --root DIR       # if you have CIFAR-10 there; an afternoon, or a GPU
@@ -96,14 +96,13 @@ def measure(arguments: argparse.Namespace, done: set[tuple[str, int]], write: Ca
             )  # fmt: skip
             if len(history) < arguments.epochs:
                 raise KeyboardInterrupt
-            write(
-                Row(
-                    data=arguments.data, embedding=name, seed=seed, accuracy=history[-1]["test_accuracy"],
-                    loss=history[-1]["loss"], epochs=arguments.epochs,
-                    trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-                    train_images=len(x), test_images=len(test[0]), seconds=sum(e["seconds"] for e in history),
-                )  # fmt: skip
-            )
+            row = Row(
+                data=arguments.data, embedding=name, seed=seed, accuracy=history[-1]["test_accuracy"],
+                loss=history[-1]["loss"], epochs=arguments.epochs,
+                trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                train_images=len(x), test_images=len(test[0]), seconds=sum(e["seconds"] for e in history),
+            )  # fmt: skip
+            write(row)
             bar.update()
 
 
@@ -122,7 +121,7 @@ def summary(rows: list[Row]) -> str:
         by_name.setdefault(row.embedding, {})[row.seed] = row
     learned = by_name.get("learned", {})
     lines = [
-        "| position embedding | seeds | accuracy % | difference to learned, points | least and greatest % | s a run |",
+        "| position embedding | seeds | accuracy % | difference to learned, points | least to greatest % | s a run |",
         "|---|---|---|---|---|---|",
     ]
     for name, runs in by_name.items():
@@ -146,8 +145,8 @@ def report(rows: list[Row], arguments: argparse.Namespace) -> str:
         f"{arguments.data}: {first.train_images} training and {first.test_images} test images, pre-norm ViT of patch "
         f"{arguments.patch_size}, width {arguments.width}, {arguments.depth} blocks, 4 heads, {first.epochs} epochs, "
         f"batch 50, AdamW with learning rate 0.002. Mean and 95 % interval (Student's t) over seeds; a seed changes "
-        f"initial weights, order of batches{' and the split' if arguments.data == 'mnist5k' else ''}. Differences are "
-        f"paired by seed.\n\n{summary(rows)}\n\n"
+        f"initial weights, order of batches{' and the split' if arguments.data == 'mnist5k' else ''}. Differences "
+        f"are paired by seed.\n\n{summary(rows)}\n\n"
         "“frozen” keeps the initial values, deviation 0.02; “frozen, scaled” random ones of deviation "
         "0.71, a sinusoid's.\n\n"
         f"aprillab {al.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
@@ -161,7 +160,8 @@ def read_rows(path: Path) -> list[Row]:
         return []
     kinds = {"str": str, "int": int, "float": float}
     with path.open(newline="") as file:
-        return [Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+        lines = list(csv.DictReader(file))
+    return [Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)}) for line in lines]
 
 
 def main() -> None:
@@ -194,7 +194,8 @@ def main() -> None:
         with table.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=[f.name for f in fields(Row)])
             writer.writeheader()
-            writer.writerows(asdict(row) | {"loss": f"{row.loss:.4g}", "seconds": f"{row.seconds:.3g}"} for row in rows)
+            short = [asdict(row) | {"loss": f"{row.loss:.4g}", "seconds": f"{row.seconds:.3g}"} for row in rows]
+            writer.writerows(short)
         if rows:
             table.with_suffix(".md").write_text(report(rows, arguments), encoding="utf-8")
 
@@ -202,6 +203,7 @@ def main() -> None:
         measure(arguments, {(row.embedding, row.seed) for row in rows}, write)
     except KeyboardInterrupt:
         print("interrupted: what is done is in the table; --resume goes on")
+    write()  # the report, also where every row was there
     print(summary(rows))
 
 

@@ -26,13 +26,14 @@ from PIL import Image
 from torch import Tensor
 
 import aprillab as al
+from aprillab.models import Position
 
 RESULTS = Path(__file__).parent.parent / "data" / "results"
 SMALL: dict[str, Any] = {"width": 64, "depth": 2, "heads": 4, "classes": 10, "seed": 0}
 DIGIT = {"image_size": 28, "patch_size": 7, "channels": 1, **SMALL}
 PHOTOGRAPH = {"image_size": 32, "patch_size": 8, "channels": 3, **SMALL, "width": 96}
-TWIN_DIGITS, TWIN_POSITIONS, TWIN_SEEDS = (5, 3), ("learned", "frozen", "sinusoidal"), (0, 1, 2)
-TWIN_EVALUATIONS = 300
+TWIN_DIGITS, TWIN_SEEDS, TWIN_EVALUATIONS = (5, 3), (0, 1, 2), 300
+TWIN_POSITIONS: tuple[Position, ...] = ("learned", "frozen", "sinusoidal")
 SCRUB_EVALUATIONS, SCRUB_EVERY = 600, 12
 
 
@@ -81,13 +82,13 @@ def record_scrub() -> None:
 
     def record(entry: dict[str, Any], images: Tensor) -> None:
         pixels = al.HALF.to_pixels(images)
-        quality = f"{al.psnr(pixels, private).item():.2f}"
+        quality = f"{float(al.psnr(pixels, private)):.2f}"
         rows.append({"evaluation": entry["evaluation"], "loss": f"{entry['loss']:.4e}", "psnr": quality, "frame": ""})
 
     found = al.match_gradients(
         model, update, max_evaluations=SCRUB_EVALUATIONS, snapshots=SCRUB_EVERY, callback=record
     )
-    pictures = []
+    pictures: list[Tensor] = []
     for row, entry in zip(rows, found.history, strict=True):
         if "images" in entry:
             row["frame"] = len(pictures)
@@ -99,7 +100,8 @@ def record_scrub() -> None:
 
 def record_twins() -> None:
     """The same attack on the same digits, with three kinds of position embedding and three seeds."""
-    rows, pictures = [], []
+    rows: list[dict[str, Any]] = []
+    pictures: list[Tensor] = []
     for label in TWIN_DIGITS:
         private, labels = digit(label)
         for position in TWIN_POSITIONS:
@@ -116,7 +118,7 @@ def record_twins() -> None:
                     first_loss=float(f"{found.history[0]['loss']:.4e}"),
                     loss=float(f"{diagnostics['loss']:.4e}"),
                     residual=float(f"{diagnostics['residual']:.4e}"),
-                    psnr=round(al.psnr(found.pixels, private).item(), 2),
+                    psnr=round(float(al.psnr(found.pixels, private)), 2),
                     stopped=diagnostics["stopped"],
                     torch=torch.__version__,
                 )

@@ -11,6 +11,7 @@ ONE_FLAG = "dict(model.named_parameters())[name].requires_grad_(False)"
 CLIPPED = "factor * g + multiplier * norm * torch.randn(g.shape, generator=generator, dtype=g.dtype)"
 FACTOR = "norm / total if total > norm else 1.0"
 MEAN = "torch.stack([u.gradients[name].double() for u in updates]).mean(0)"
+RESULT = "al.ClientUpdate(gradients, withheld=first.withheld, batch_size=first.batch_size)"
 HALF = "float(stats.t.ppf(0.975, len(gaps) - 1)) * error"
 
 #: check, what to replace in the solution, by what, and a word of the message that should come
@@ -79,8 +80,8 @@ MUTANTS = [
     ("check_average", MEAN, "updates[-1].gradients[name]", "last update alone"),
     ("check_average", "mean(0)", "median(0).values", "median"),
     ("check_average", "for u in updates]", "for u in updates[:-1]]", "last update is missing"),
-    ("check_average", "al.ClientUpdate(gradients, withheld=first.withheld, batch_size=first.batch_size)", "gradients", "al.ClientUpdate"),
-]  # fmt: skip
+    ("check_average", RESULT, "gradients", "al.ClientUpdate"),
+]
 
 
 @pytest.mark.parametrize("check", EXERCISES)

@@ -34,7 +34,7 @@ PositionTerm = Literal["per_token", "whole"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Zhu et al., NeurIPS 2019: squared distance, L-BFGS, labels unknown and optimized along with the pictures.
-    # Published: 300 steps of torch's L-BFGS without a line search; here with one, or it diverges on a ViT.
+    # Published: 300 steps of torch's L-BFGS without a line search; here with one.
     "dlg": {"objective": "l2", "optimizer": "lbfgs", "labels": "optimize"},
     # Zhao et al., 2020: DLG with the label read off the head's gradient first (from its bias: see chapter 01).
     "idlg": {"objective": "l2", "optimizer": "lbfgs"},
@@ -188,7 +188,7 @@ def match_gradients(
         Stop when ‖g' − g‖ / ‖g‖ falls below; default is the update's ε times 10.
     loss : the client's loss, (logits, labels) to a scalar
     dtype : torch.dtype, default float64
-        To match in. float32 is faster and stalls near 1e-3 of the way: see chapter 05.
+        To match in, whatever the update's precision.
     device : where to search; default is where the update lies
     anatomy : Anatomy, optional; default is ``dissect(model)``
     preprocessing : Preprocessing, optional; default is the model family's own

@@ -264,18 +264,21 @@ def check_label_counts(function: Callable[[Tensor, int], Tensor]) -> Feedback:
         logits = torch.zeros(batch, classes, dtype=dtype, requires_grad=True)
         labels = torch.repeat_interleave(torch.arange(classes), wanted)
         gradient = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), logits)[0].sum(0)
-        answer = expect_tensor(function(gradient.clone(), batch), (classes,), "The counts")
+        answer = expect_tensor(function(gradient.clone(), batch), (classes,), "The tensor of counts")
         exact = batch * (1 / classes - gradient.double())
         expect_close(
             answer.double(),
             wanted.double(),
-            "The counts",
+            "The tensor of counts",
             tolerance=1e-9,
             mistakes={
                 "Divided by the batch size still: the gradient is a mean over B images.": exact / batch,
                 "Still divided by the batch size, and then rounded.": (exact / batch).round(),
                 "Off by B/K each: p = 1/K is still in it.": -batch * gradient.double(),
                 "Not whole numbers yet: round them.": exact,
+                "A sign is wrong: a label lowers its entry, so ∂l/∂b is subtracted from 1/K.": (
+                    batch * (1 / classes + gradient.double())
+                ).round(),
                 "Cut off where rounding is needed: 2.9999999 is three.": exact.long().double(),
             },
         )

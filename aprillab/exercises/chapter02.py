@@ -181,6 +181,11 @@ def check_sticks_out(function: Callable[[Tensor, Tensor], float]) -> Feedback:
         for message, wrong in candidates.items():
             if abs(answer - wrong) <= tolerance * max(1.0, wrong):
                 stop(f"{what}: {answer:.4g}, but it should be {out:.4g}. {message}")
+        if abs(answer - out) <= 1e-6:
+            stop(
+                f"{what}: {answer:.9g}, but it should be {out:.9g}. That is right to float32's precision only: "
+                "is there a conversion on the way, such as torch.tensor(number)?"
+            )
         stop(f"{what}: {answer:.4g}, but it should be {out:.4g}.")
 
     def body() -> str:

@@ -102,6 +102,8 @@ def check_patches_from(function: Callable[..., Tensor]) -> Feedback:
                 )
                 @ inverse,
                 "The last token was dropped; the class token is the first.": ((Z - E)[:-1] - bias) @ inverse,
+                "That multiplies by W_e where the system W_e x = z − E − b_e has to be solved.": ((Z - E)[1:] - bias)
+                @ W,
             }
             expect_close(answer, wanted, what, mistakes=mistakes)
         return "Right: class token dropped, embedding and bias off, one solve for all patches."
@@ -154,6 +156,7 @@ def check_choose_damping(function: Callable[[Tensor, Tensor, float, int, Sequenc
                 "squares, squared": (misfit + rest) / (float((1 - used).square().sum()) + spare) ** 2,
                 "unsquared": (misfit + rest) / (free + spare),
                 "used": (misfit + rest) / (float(used.sum()) + spare) ** 2,
+                "rest squared": (misfit + rest**2) / (free + spare) ** 2,
                 "no rest": misfit / (free + spare) ** 2,
                 "no spare": (misfit + rest) / free**2,
                 "neither": misfit / free**2,
@@ -171,6 +174,7 @@ def check_choose_damping(function: Callable[[Tensor, Tensor, float, int, Sequenc
         "squares": "The denominator is the square of a sum, not a sum of squares.",
         "squares, squared": "The denominator is the square of a sum; the terms of the sum are not squared.",
         "used": "The denominator has φ where it should have 1 − φ.",
+        "rest squared": "The rest is squared, but it is a squared residual already.",
     }
 
     def body() -> str:
@@ -219,8 +223,15 @@ def check_attack(function: Callable[[VisionTransformer, ClientUpdate], Tensor]) 
             private = torch.rand(size, generator=generator, dtype=torch.float64)
             update = client_update(model, HALF.to_input(private), torch.tensor([2]))
             what = f"The picture ({name})"
-            answer = expect_tensor(function(model, update), size, what).detach()
-            expect_close(answer, private, what, mistakes=_attack_mistakes(model, private), tolerance=1e-5)
+            try:
+                returned = function(model, update)
+            except NotImplementedError:
+                raise
+            except Exception as error:
+                stop(f"For {name} your code raised {type(error).__name__}: {error}")
+            answer = expect_tensor(returned, size, what).detach()
+            mistakes = _attack_mistakes(model, private) | _wrong_products(model, update)
+            expect_close(answer, private, what, mistakes=mistakes, tolerance=1e-5)
         return "Right. You have written APRIL's closed form, and it needs nothing but the model and the update."
 
     return run(body)
@@ -264,6 +275,27 @@ def _attack_mistakes(model: VisionTransformer, private: Tensor) -> dict[str, Ten
             late = (tokens[1:] - E[:-1] - bias) @ inverse
             mistakes["The position embedding is off by one token."] = shown(late)
     return mistakes
+
+
+def _wrong_products(model: VisionTransformer, update: ClientUpdate) -> dict[str, Tensor]:
+    """The picture, (1, C, H, W) in [0, 1], that the attack makes of a wrong M."""
+    weights = {name: w.detach() for name, w in model.state_dict().items()}
+    G, P, n = update.gradients["position_embedding"][0], model.patch_size, (model.image_size // model.patch_size) ** 2
+    names = [f"blocks.0.attention.{part}.weight" for part in ("query", "key", "value")]
+    products = [weights[name].T @ update.gradients[name] for name in names]
+
+    def shown(M: Tensor) -> Tensor:
+        tokens = (torch.linalg.lstsq(G.T, M).solution - weights["position_embedding"][0])[-n:]
+        tokens = tokens - weights.get("patch_embedding.bias", torch.zeros(()))
+        X = torch.linalg.lstsq(weights["patch_embedding.weight"].flatten(1), tokens.T).solution.T  # (n, p)
+        folded = torch.nn.functional.fold(X.T[None], (model.image_size, model.image_size), P, stride=P)
+        return HALF.to_pixels(folded)
+
+    wrong = {"M is transposed: it is W.T @ gradient, in this order.": shown(torch.stack(products).sum(0).T)}
+    for left_out, name in enumerate(("query", "key", "value")):
+        rest = [product for i, product in enumerate(products) if i != left_out]
+        wrong[f"The {name}'s product is missing in M."] = shown(torch.stack(rest).sum(0))
+    return wrong
 
 
 def _normal(generator: torch.Generator, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -39,11 +39,25 @@ def _scalar(answer: Any, what: str) -> Tensor:
     return expect_tensor(answer, (), what)
 
 
-def _must_differentiate(function: Callable[[Tensor], Tensor], at: Tensor, what: str) -> None:
-    """The value must carry a graph back to its input: the attack descends on it."""
+def _must_differentiate(function: Callable[[Tensor], Tensor], at: Tensor, what: str, h: float = 1e-6) -> None:
+    """The value must carry a graph back to its input, all of it: the attack descends on it."""
     probe = at.clone().requires_grad_()
-    if not function(probe).requires_grad:
+    value = function(probe)
+    if not value.requires_grad:
         stop(f"{what} has lost its graph: no .detach(), .item() or torch.no_grad(); the attack differentiates it.")
+    (slope,) = torch.autograd.grad(value, probe)
+    direction = _random(*at.shape, seed=7)
+    with torch.no_grad():
+        wanted = float(function(at + h * direction) - function(at - h * direction)) / (2 * h)
+    if abs(float((slope * direction).sum()) - wanted) > 1e-4 * max(1.0, abs(wanted)):
+        stop(f"{what} has the right value and a wrong derivative: a part of it has lost its graph (.detach()?).")
+
+
+def _compare(what: str, answers: list[Tensor], wanted: list[float], mistakes: list[dict[str, float]]) -> None:
+    """Several scalars at once, so that a common factor or sign is one, and no accident of a single number."""
+    columns = {m: torch.tensor([case[m] for case in mistakes], dtype=F64) for m in mistakes[0]}
+    expect_close(torch.stack([a.detach().double() for a in answers]), torch.tensor(wanted, dtype=F64), what,
+        mistakes=columns)  # fmt: skip
 
 
 def _pairs() -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -68,15 +82,22 @@ def check_squared_distance(function: Distance) -> Feedback:
     def check() -> str:
         what = "The squared distance"
         same = [_random(2, 3, seed=1), _random(4, seed=2)]
-        expect_close(_scalar(function(same, [t.clone() for t in same]), what), _number(0.0), f"{what} of equals")
+        alone = sum(v * v for v in _values(same))
+        answer = _scalar(function(same, [t.clone() for t in same]), what)
+        expect_close(answer, _number(0.0), f"{what} of equals",
+            mistakes={"It has g' + g: subtract, don't add.": _number(4 * alone),
+                      "The shared gradients are not in it.": _number(alone)})  # fmt: skip
         ones, zeros = [torch.ones(2, 3, dtype=F64), torch.ones(4, dtype=F64)], [torch.zeros(2, 3), torch.zeros(4)]
         zeros = [z.double() for z in zeros]
         expect_close(_scalar(function(ones, zeros), what), _number(10.0), f"{what} of ten ones from ten zeros",
             mistakes={"It is the mean over all numbers; DLG sums.": _number(1.0),
                       "It is a sum of the tensors' means; DLG sums over all numbers.": _number(2.0),
+                      "It is the square of a sum: square first, then sum.": _number(52.0),
+                      "It has the wrong sign.": _number(-10.0),
                       "Only the first tensor is in it.": _number(6.0),
                       "Only the last tensor is in it.": _number(4.0),
                       "That is the distance: square it.": _number(math.sqrt(10.0))})  # fmt: skip
+        found = []
         for g, t in _pairs():
             pairs = list(zip(_values(g), _values(t), strict=True))
             wanted = sum((a - b) ** 2 for a, b in pairs)
@@ -89,7 +110,9 @@ def check_squared_distance(function: Distance) -> Feedback:
                 "The shared gradients are not in it.": sum(a * a for a, _ in pairs),
             }
             answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t]), what)
-            expect_close(answer, _number(wanted), what, mistakes={m: _number(v) for m, v in mistakes.items()})
+            found.append((answer, wanted, mistakes))
+        _compare(what, *map(list, zip(*found, strict=True)))
+        for g, t in _pairs():
             _must_differentiate(lambda x, g=g, t=t: function([x, *g[1:]], t), g[0], what)  # type: ignore[misc]
         return "Right: one number for a whole model's worth of gradients. That is all of DLG's objective."
 
@@ -113,6 +136,7 @@ def check_cosine_distance(function: Distance) -> Feedback:
         opposite = float(function(g, [-x for x in g]))
         if abs(opposite - 2) > 1e-9:
             stop(f"{what} of opposite gradients should be 2, not {opposite:.4g}: the cosine has a sign.")
+        found = []
         for g, t in _pairs():
             a, b = _values(g), _values(t)
             wanted = 1 - _cosine(a, b)
@@ -128,7 +152,9 @@ def check_cosine_distance(function: Distance) -> Feedback:
                 - sum(x * y for x, y in zip(a, b, strict=True)) / (sum(x * x for x in a) * sum(y * y for y in b)),
             }
             answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t]), what)
-            expect_close(answer, _number(wanted), what, mistakes={m: _number(v) for m, v in mistakes.items()})
+            found.append((answer, wanted, mistakes))
+        _compare(what, *map(list, zip(*found, strict=True)))
+        for g, t in _pairs():
             _must_differentiate(lambda x, g=g, t=t: function([x, *g[1:]], t), g[0], what)  # type: ignore[misc]
         return "Right: it sees the gradient's direction and nothing of its length."
 
@@ -155,7 +181,10 @@ def check_total_variation(function: Callable[[Tensor], Tensor]) -> Feedback:
                 mistakes={"Only one of the two directions is in it.": _number(0.0),
                           "It wraps around: the last pixel is no neighbour of the first.": _number(1.5),
                           "The mean runs over all pixels; there are n − 1 differences along n pixels.": _number(0.75),
+                          "It is a sum over all pixels; the mean is asked, for each direction.": _number(15.0),
+                          "It has the wrong sign.": _number(-1.0),
                           "It is the mean of the two directions; their sum is asked.": _number(0.5)})  # fmt: skip
+        found = []
         for k, shape in enumerate(((1, 1, 3, 3), (2, 3, 4, 5), (3, 1, 6, 4))):
             x = _random(*shape, seed=20 + k)
             down, right = _differences(x), _differences(x.mT)
@@ -172,10 +201,14 @@ def check_total_variation(function: Callable[[Tensor], Tensor]) -> Feedback:
                 "The differences have a sign: take absolute values before the mean.": sum(
                     sum(part) / len(part) for part in (down, right)
                 ),
+                "The absolute value comes before the mean, not after it.": sum(
+                    abs(sum(part)) / len(part) for part in (down, right)
+                ),
             }
             answer = _scalar(function(x.clone()), what)
-            expect_close(answer, _number(sum(absolute)), what, mistakes={m: _number(v) for m, v in mistakes.items()})
-            _must_differentiate(function, x, what)
+            found.append((answer, sum(absolute), mistakes))
+        _compare(what, *map(list, zip(*found, strict=True)))
+        _must_differentiate(function, _random(2, 1, 3, 4, seed=29), what)
         return "Right: 0 for a flat wall, large for noise, and an edge costs the same sharp or blurred."
 
     return run(check)
@@ -205,6 +238,7 @@ def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
                 else " The tokens' lengths should not matter: normalize each token by itself, over its features."
             )  # fmt: skip
             stop(f"{what} of tokens that are parallel, each with a length of its own, is 0, not {same:.4g}.{tell}")
+        found = []
         for k, (tokens, d) in enumerate(((3, 5), (5, 4), (17, 8))):
             g, t = _random(1, tokens, d, seed=40 + k), _random(1, tokens, d, seed=50 + k)
             t[0, 0] *= 100  # the class token's row is the loudest where the head reads it
@@ -220,9 +254,10 @@ def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
                 "It is the mean cosine; take 1 minus it.": 1 - sum(each) / tokens,
             }
             answer = _scalar(function(g.clone(), t.clone()), what)
-            wanted = _number(sum(each) / tokens)
-            expect_close(answer, wanted, what, mistakes={m: _number(v) for m, v in mistakes.items()})
-            _must_differentiate(lambda x, t=t: function(x, t), g, what)  # type: ignore[misc]
+            found.append((answer, sum(each) / tokens, mistakes))
+        _compare(what, *map(list, zip(*found, strict=True)))
+        g, t = _random(1, 4, 6, seed=31), _random(1, 4, 6, seed=32)
+        _must_differentiate(lambda x: function(x, t), g, what)
         return "Right: every patch has one vote on where it stands, the quiet ones included."
 
     return run(check)

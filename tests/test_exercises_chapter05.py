@@ -1,0 +1,149 @@
+"""Chapter 05's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+
+import csv
+
+import notebook_tools as tools
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import aprillab as al
+from aprillab import viz
+from aprillab.exercises import chapter05
+
+NOTEBOOK = tools.read("05")
+EXERCISES = {exercise.check: exercise for exercise in tools.exercises(NOTEBOOK)}
+RESULTS = tools.ROOT / "data" / "results"
+
+TERM, COS, TV = "(g - t).square().sum()", "1 - a @ b / (a.norm() * b.norm())", "down + right"
+#: check, what to replace in the solution, by what, and a word of the message that should come
+MUTANTS = [
+    ("check_squared_distance", TERM, "(g - t).abs().sum()", "absolute values"),
+    ("check_squared_distance", TERM, "(g - t).square().mean()", "means"),
+    ("check_squared_distance", TERM, "(g + t).square().sum()", "subtract"),
+    ("check_squared_distance", TERM, "-(g - t).square().sum()", "sign"),
+    ("check_squared_distance", TERM, "(g - t).sum().square()", "square first"),
+    ("check_squared_distance", "zip(gradients, targets)", "zip(gradients[:1], targets[:1])", "first tensor"),
+    ("check_squared_distance", "zip(gradients, targets)", "zip(gradients[-1:], targets[-1:])", "last tensor"),
+    ("check_squared_distance", "zip(gradients, targets))", "zip(gradients, targets)).sqrt()", "square it"),
+    ("check_squared_distance", TERM, "(g - t).square().sum().item()", "tensor"),
+    ("check_squared_distance", TERM, "(g - t).detach().square().sum()", "graph"),
+    ("check_squared_distance", TERM, "g.square().sum()", "shared gradients"),
+    ("check_cosine_distance", COS, "a @ b / (a.norm() * b.norm())", "1 minus"),
+    ("check_cosine_distance", COS, "-a @ b / (a.norm() * b.norm())", "add 1"),
+    ("check_cosine_distance", COS, "1 - a @ b", "both lengths"),
+    ("check_cosine_distance", COS, "1 - (a @ b / (a.norm() * b.norm())).abs()", "has a sign"),
+    ("check_cosine_distance", COS, "1 - a.detach() @ b / (a.detach().norm() * b.norm())", "graph"),
+    ("check_cosine_distance", f"return {COS}",
+     "return sum(1 - (g * t).sum() / (g.norm() * t.norm()) for g, t in zip(gradients, targets)) / len(targets)",
+     "one long vector"),
+    ("check_cosine_distance", f"return {COS}",
+     "return 1 - sum((g * t).sum() / (g.norm() * t.norm()) for g, t in zip(gradients, targets))", "was summed"),
+    ("check_cosine_distance", "for t in targets", "for t in gradients", "opposite"),
+    ("check_total_variation", TV, "down", "one of the two directions"),
+    ("check_total_variation", TV, "(down + right) / 2", "mean of the two"),
+    ("check_total_variation", TV, "-(down + right)", "sign"),
+    ("check_total_variation", ".abs().mean()", ".square().mean()", "squared"),
+    ("check_total_variation", ".abs().mean()", ".abs().sum()", "sum over all pixels"),
+    ("check_total_variation", ".abs().mean()", ".mean().abs()", "before the mean, not after"),
+    ("check_total_variation", ".abs().mean()", ".mean()", "sign"),
+    ("check_total_variation", "images[..., 1:, :] - images[..., :-1, :]", "images - images.roll(1, -2)", "wraps"),
+    ("check_position_term", "(1 - dot / lengths).mean()", "(dot / lengths).mean()", "1 minus"),
+    ("check_position_term", "(1 - dot / lengths).mean()", "-(dot / lengths).mean()", "add 1"),
+    ("check_position_term", "(1 - dot / lengths).mean()", "(1 - dot / lengths).sum()", "summed"),
+    ("check_position_term", "(1 - dot / lengths).mean()", "(1 - dot / lengths)[:, 1:].mean()", "class token"),
+    ("check_position_term", "(1 - dot / lengths).mean()", "(1 - dot / lengths)[:, :-1].mean()", "last token"),
+    ("check_position_term", "(1 - dot / lengths).mean()", "1 - dot.sum() / (gradient.norm() * target.norm())",
+     "each token"),
+    ("check_position_term", "dim=-1", "dim=-2", "Error"),
+    ("check_position_term", "dot = (gradient", "dot = (gradient.detach()", "wrong derivative"),
+    ("check_dlg_step", "images - step * slope", "images + step * slope", "uphill"),
+    ("check_dlg_step", "images - step * slope", "images - 2 * step * slope", "twice"),
+    ("check_dlg_step", "images - step * slope", "images - step * slope.sign()", "sign"),
+    ("check_dlg_step", "(images - step * slope)", "images", "not moved"),
+    ("check_dlg_step", ", create_graph=True", "", "create_graph"),
+    ("check_dlg_step", "images.detach().requires_grad_()", "images.detach()", "require"),
+    ("check_dlg_step", "distance.item()", "distance.item() ** 0.5", "root"),
+    ("check_dlg_step", "distance.item()", "loss.item()", "loss"),
+    ("check_dlg_step", ".detach(), distance", ", distance", "detach"),
+    ("check_dlg_step", "(slope,) = torch.autograd.grad(distance, images)", "distance.backward(); slope = images.grad",
+     ".grad is filled"),
+    ("check_dlg_step", "    return (images - step * slope).detach(), distance.item()",
+     "    return (images - step * slope).detach()", "two things"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_stub_is_called_a_stub(check: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter05, EXERCISES[check].stub)
+    assert not answer.passed
+    assert answer.message.startswith("Still a stub")
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_notebooks_own_solution_passes(check: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter05, EXERCISES[check].solution)
+    assert answer.passed, answer.message
+
+
+@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
+def test_a_mistake_fails_and_is_named(check: str, old: str, new: str, word: str) -> None:
+    answer = tools.feedback(EXERCISES[check], chapter05, tools.mutate(EXERCISES[check].solution, old, new))
+    assert not answer.passed
+    assert word in answer.message, answer.message
+
+
+def test_every_exercise_has_three_mutants_at_least() -> None:
+    for check in EXERCISES:
+        assert sum(mutant[0] == check for mutant in MUTANTS) >= 3, check
+
+
+# --- The recordings and the interactive figure ----------------------------------------------------------------
+
+
+def test_recordings_are_whole_and_small() -> None:
+    rows = list(csv.DictReader((RESULTS / "matching_scrub.csv").read_text().splitlines()))
+    marked = [int(row["frame"]) for row in rows if row["frame"]]
+    assert [int(row["evaluation"]) for row in rows] == list(range(1, len(rows) + 1))
+    with Image.open(RESULTS / "matching_scrub.png") as strip:
+        assert strip.size == (32 * len(marked), 32)
+    assert marked == list(range(len(marked)))
+    twins = list(csv.DictReader((RESULTS / "matching_twins.csv").read_text().splitlines()))
+    with Image.open(RESULTS / "matching_twins.png") as strip:
+        assert strip.size == (28 * len(twins), 28)
+    assert sum(path.stat().st_size for path in RESULTS.glob("matching_*")) < 1_500_000
+
+
+def test_recorded_pictures_are_those_of_their_rows() -> None:
+    private = al.load_victim("astronaut", 32, dtype=torch.float64)
+    rows = csv.DictReader((RESULTS / "matching_scrub.csv").read_text().splitlines())
+    marked = [row for row in rows if row["frame"]]
+    with Image.open(RESULTS / "matching_scrub.png") as strip:
+        for k in (0, 10, len(marked) - 1):
+            data = torch.tensor(list(strip.crop((32 * k, 0, 32 * k + 32, 32)).tobytes()), dtype=torch.float64)
+            picture = data.reshape(32, 32, 3).permute(2, 0, 1) / 255
+            quality, noted = float(al.psnr(picture, private)), float(marked[k]["psnr"])
+            # Rounding does not show in a bad picture, and makes a very good one better: the victim has 8 bits itself.
+            assert quality >= noted - 0.5
+            assert quality <= noted + 0.5 or noted > 40
+
+
+def test_the_callbacks_of_the_interactive_figure_without_a_kernel() -> None:
+    (cell,) = tools.tagged(NOTEBOOK, "interactive-callback")
+    frames = [({"psnr": "9.00", "loss": "1.0", "evaluation": "1", "frame": "0"}, torch.full((3, 32, 32), 0.5))] * 2
+
+    def attack(update, model, max_evaluations, **options):  # type: ignore[no-untyped-def]
+        assert max_evaluations == 50
+        return al.match_gradients(model, update, max_evaluations=3, progress=False, **options)
+
+    names = {
+        "torch": torch, "al": al, "viz": viz, "frames": frames, "recorded": [row for row, _ in frames],
+        "attack": attack,
+    }  # fmt: skip
+    exec(compile(cell.source, "<interactive>", "exec"), names)
+    assert isinstance(names["scrub"](1), Figure)
+    more = names["fifty_more"](1)
+    assert more.images.shape == (1, 3, 32, 32)
+    assert more.diagnostics["loss"] < more.history[0]["loss"]
+    assert isinstance(names["scrub"](0, more.pixels[0], "live"), Figure)
