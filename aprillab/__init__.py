@@ -10,6 +10,7 @@
 Everything in the course is reached from here; each module is short and meant to be read.
 """
 
+from . import defenses, training
 from .anatomy import Anatomy, Rows, UnknownModelError, dissect, tensors_of
 from .attacks import (
     AttackNotApplicable,
@@ -60,6 +61,7 @@ __all__ = [
     "attention_product",
     "check_update",
     "client_update",
+    "defenses",
     "dissect",
     "embedding_closed_form",
     "gradient_residual",
@@ -84,6 +86,7 @@ __all__ = [
     "ssim",
     "tensors_of",
     "torchvision_dataset",
+    "training",
     "unpatchify",
     "update_from_states",
     "victim_info",

@@ -252,6 +252,14 @@ def test_more_tokens_than_width_are_refused(name):
         attack(model, private(model), name)
 
 
+def test_april_without_the_patch_embeddings_gradient():
+    model = make("april")
+    pixels = private(model)
+    assert db(attack(model, pixels, "april", withhold=["patch_embedding.weight"]), pixels) > 150
+    with pytest.raises(al.AttackNotApplicable, match="row_space"):
+        attack(model, pixels, "april", withhold=["patch_embedding.weight"], systems="row_space")
+
+
 def test_april_unknown_options():
     model = make("april")
     with pytest.raises(ValueError, match="regularization"):

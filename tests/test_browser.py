@@ -80,6 +80,8 @@ def test_a_slider_changes_the_picture(lab: str) -> None:
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.goto(f"{lab}/lab/tree/chapter.ipynb?reset", timeout=120_000)
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
+        with contextlib.suppress(playwright.TimeoutError):  # which kernel? only asked when the server just started
+            page.locator(".jp-Dialog").get_by_role("button", name="Select").click(timeout=15_000)
         page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
         page.locator('li[data-command="runmenu:run-all"]').click()
         slider = page.locator(".widget-slider, .widget-hslider").first

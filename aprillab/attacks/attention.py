@@ -143,7 +143,10 @@ def april_closed_form(
     else:
         grey = preprocessing.to_input(torch.full((1, C, 1, 1), prior_pixel).to(G)).flatten()
         X0 = grey.repeat_interleave(p // C).expand(n, p)  # (n, p)
-        patch_gradient = gradients[anatomy.patch_weight].to(G).flatten(1)  # (d, p)
+        shared = gradients.get(anatomy.patch_weight)
+        if shared is None and systems != "attention":
+            raise AttackNotApplicable(name, f'systems="{systems}" needs the gradient of {anatomy.patch_weight}')
+        patch_gradient = torch.zeros_like(W_e) if shared is None else shared.to(G).flatten(1)  # (d, p)
         found = _one_system(M, G, E, W_e, prefix, X0, patch_gradient, systems, regularization, eps)
 
     spread = (
