@@ -392,7 +392,8 @@ def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, options:
     size = gradient.shape[-1]
     tokens = batch_size * (height // size) * (width // size)  # B·n
     s, Vt = torch.linalg.svd(gradient.double().flatten(1), full_matrices=False)[1:]
-    rank = min(tokens, int((s > torch.finfo(gradient.dtype).eps * s[0]).sum()))
+    # Well above rounding: directions of pure rounding noise would differ from run to run.
+    rank = min(tokens, int((s > 100 * torch.finfo(gradient.dtype).eps * s[0]).sum()))
     return Vt[:rank] if 0 < rank < gradient[0].numel() else None
 
 
