@@ -302,17 +302,34 @@ def test_span_needs_no_position_gradient(block, position):
 
 
 def test_span_with_a_shifted_and_scaled_layernorm():
-    """γ of either sign and β ≠ 0: β/γ joins the span and costs one direction."""
+    """γ of either sign and β ≠ 0: β/γ joins the span, in the place of the mean's direction."""
     model = make("prenorm", "frozen")
     generator = torch.Generator().manual_seed(1)
     norm = model.blocks[0].attention_norm
     with torch.no_grad():
-        norm.weight.copy_(torch.randn(96, generator=generator, dtype=torch.float64))
+        size = 0.1 + torch.rand(96, generator=generator, dtype=torch.float64)
+        norm.weight.copy_(size * torch.randn(96, generator=generator, dtype=torch.float64).sign())
         norm.bias.copy_(torch.randn(96, generator=generator, dtype=torch.float64))
     pixels = private(model)
     result = attack(model, pixels, "span")
-    assert result.diagnostics["width_needed"] == 16 + 17 + 2
+    assert result.diagnostics["width_needed"] == 16 + 17 + 1
+    assert result.diagnostics["usable_width"] == 96
     assert db(result, pixels) > 110
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_span_at_the_least_width(beta):
+    """n = 16 patches, 17 tokens: d = 34 suffices and d = 33 is refused, with a β or without."""
+    for width in (33, 34):
+        model = make("prenorm", "frozen", width=width, heads=1)
+        generator = torch.Generator().manual_seed(1)
+        torch.nn.init.normal_(model.blocks[0].attention_norm.bias, std=beta, generator=generator)
+        pixels = private(model)
+        if width == 33:
+            with pytest.raises(al.AttackNotApplicable, match="34 > 33"):
+                attack(model, pixels, "span")
+        else:
+            assert db(attack(model, pixels, "span"), pixels) > 90
 
 
 def test_span_with_dead_features():

@@ -35,7 +35,8 @@ def embedding_closed_form(
     """Solve ``∂l/∂W_e = Gᵀ X`` for the patches of one private image.
 
     Needs the gradients of the patch embedding and of the position embedding, one image, and
-    rank(G) = n ≤ d: independent gradients at the n patches. Solved in float64 whatever the update's precision.
+    rank(G) = n ≤ d: independent gradients at the n patches (in architecture B n ≤ d − 1: only LayerNorms read the
+    tokens, so every row of G sums to zero). Solved in float64 whatever the update's precision.
 
     Parameters
     ----------

@@ -47,7 +47,7 @@ def span_closed_form(
 
     Needs the gradients of the first attention's projections and of the patch embedding, the position
     embedding's *values* (public: it is part of the model), one image, and enough width:
-    min(p, n) + tokens (+ 1 for the LayerNorm's mean, + 1 where β ≠ 0) ≤ d. Besides, the E_i + b_e must be
+    min(p, n) + tokens (+ 1 for the LayerNorm's mean) ≤ d, features with γ = 0 not counted. The E_i + b_e must be
     independent modulo the image of W_e, to the gradient's precision; sinusoids are not, in float32.
 
     Parameters
@@ -94,15 +94,15 @@ def span_closed_form(
     (width, p), n = A.shape, e.shape[1]
     d = patch_gradient.shape[0]
     tokens = n + anatomy.position_prefix + (_extra_prefix(anatomy, weights))
-    has_beta = bool(beta.any())
-    needed = min(p, n) + tokens + prenorm + has_beta
-    if strict and needed > width:
+    usable = width + bool(beta.any())  # the direction of β/γ was projected out, and with it the mean's
+    needed = min(p, n) + tokens + prenorm
+    if strict and needed > usable:
         raise AttackNotApplicable(
             name,
-            f"min(p, n) + tokens{' + 1' if prenorm else ''}{' + 1' if has_beta else ''} = {needed} > {width} = d: "
+            f"min(p, n) + tokens{' + 1' if prenorm else ''} = {needed} > {usable} = d: "
             f"the span of {tokens} tokens leaves {width - tokens} equations for {min(p, n)} unknowns a patch",
             width_needed=needed,
-            width=width,
+            width=usable,
         )
     if not D.any() or not patch_gradient.any():
         raise AttackNotApplicable(name, "the first attention's gradient is zero: the head passes nothing down")
@@ -123,7 +123,7 @@ def span_closed_form(
     batch, batch_numbers = is_batch(anatomy, update)
     exact, reason = verdict(
         {
-            "enough width": (needed <= width, f"{needed} needed of {width}"),
+            "enough width": (needed <= usable, f"{needed} needed of {usable}"),
             "one image": (not batch, batch_numbers),
             "no more directions than tokens": (
                 token_side.excess < 1e3 * eps,
@@ -147,7 +147,7 @@ def span_closed_form(
             "patches": n,
             "tokens": tokens,
             "width": d,
-            "usable_width": width,
+            "usable_width": usable,
             "width_needed": needed,
             "pixels_per_patch": p,
             "tokens_above_noise": token_side.above_noise,
