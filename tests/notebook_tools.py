@@ -137,6 +137,9 @@ def lint(path: Path) -> list[str]:
     notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     wrong = [*_lint_outputs(code), *_lint_exercises(notebook, path), *_lint_links(notebook, path)]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            wrong += lint_mathematics(cell.source)
     if path.stat().st_size > MAX_BYTES:
         wrong.append(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
     if "widgets" in notebook.metadata:
@@ -209,3 +212,103 @@ def _lint_links(notebook: NotebookNode, path: Path) -> list[str]:
             elif anchor and anchor.lower() not in anchors(there):
                 wrong.append(f"a link to {target}, but {there.name} has no such heading")
     return wrong
+
+
+# --- Lint of mathematics --------------------------------------------------------------------------------------
+
+#: What MathJax, in JupyterLab's set of packages, knows and a chapter may use. A misspelt macro shows as red text.
+_MACROS = """
+    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi varpi rho varrho
+    sigma varsigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega
+    ell hbar imath jmath Re Im partial nabla infty emptyset varnothing forall exists neg top bot prime star
+
+    arccos arcsin arctan arg cos cosh cot det dim exp gcd inf ker lim liminf limsup ln log max min Pr sin sinh sup
+    tan tanh operatorname
+
+    sum prod int oint bigcup bigcap bigoplus bigotimes bigodot limits nolimits
+    pm mp times div cdot ast circ bullet oplus ominus otimes oslash odot cup cap setminus wedge vee land lor dagger
+    le leq ge geq ne neq ll gg lt gt approx sim simeq cong equiv propto prec succ mid parallel perp
+    in notin ni subset subseteq supset supseteq not
+    to gets mapsto leftarrow rightarrow leftrightarrow longleftarrow longrightarrow longmapsto uparrow downarrow
+    Leftarrow Rightarrow Leftrightarrow Longleftarrow Longrightarrow Longleftrightarrow implies iff hookrightarrow
+    dots ldots cdots vdots ddots colon
+
+    hat widehat tilde widetilde bar vec dot ddot check overline underline overbrace underbrace overset underset
+    stackrel mathrm mathbf mathbb mathcal mathit mathsf mathtt boldsymbol text textbf textit
+    frac tfrac dfrac binom sqrt boxed phantom substack tag displaystyle textstyle
+    quad qquad hspace
+
+    left right middle big Big bigg Bigg bigl bigr bigm Bigl Bigr Bigm biggl biggr Biggl Biggr
+    vert Vert lvert rvert lVert rVert langle rangle lfloor rfloor lceil rceil lbrace rbrace lbrack rbrack
+    begin end hline
+    , ; : ! | { } \\ % # & _ $
+"""
+MACROS = frozenset([*_MACROS.split(), " ", "\n"])
+
+_ENVIRONMENTS = """
+    matrix pmatrix bmatrix Bmatrix vmatrix Vmatrix smallmatrix array cases aligned gathered split
+    equation equation* align align* gather gather* multline multline*
+"""
+ENVIRONMENTS = frozenset(_ENVIRONMENTS.split())
+
+_STRETCHED = re.compile(
+    r"""\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])      # is followed by a delimiter:
+        (?!\s*(?: [()\[\]|./<>]
+             | \\[{}|]
+             | \\(?:[lr]?[vV]ert|[lr](?:angle|floor|ceil|brace|brack)|[Uu]parrow|[Dd]ownarrow)(?![A-Za-z])))""",
+    re.VERBOSE,
+)
+_SCANNED = re.compile(r"\\(begin|end)\s*\{([^{}]*)\}|\\(left|right)(?![A-Za-z])|\\(?:[A-Za-z]+|.|\n)|([{}])", re.S)
+
+
+def formulas(markdown: str) -> tuple[list[tuple[str, bool]], list[str]]:
+    """The formulas of a Markdown text as (TeX, displayed?), code left out, and what is wrong with its dollars."""
+    text = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.M | re.S)
+    text = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", text, flags=re.S)
+    found: list[tuple[str, bool]] = []
+
+    def displayed(match: re.Match[str]) -> str:
+        found.append((match[1], True))
+        return ""
+
+    text = re.sub(r"(?<!\\)\$\$(.+?)(?<!\\)\$\$", displayed, text, flags=re.S)
+    wrong = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        pieces = re.split(r"(?<!\\)\$", paragraph)
+        found += [(piece, False) for piece in pieces[1::2]]
+        if len(pieces) % 2 == 0:
+            wrong.append(f"a $ that is not closed in its paragraph: {paragraph.strip()[:60]!r}")
+    return found, wrong
+
+
+def lint_mathematics(markdown: str) -> list[str]:
+    """What MathJax would refuse in a Markdown text: unknown macros and environments, what does not balance."""
+    found, wrong = formulas(markdown)
+    for tex, displayed in found:
+        start = " ".join(tex.split())[:60]
+        if not tex.strip():
+            wrong.append("an empty formula")
+        for macro in dict.fromkeys(re.findall(r"\\([A-Za-z]+|.|\n)", tex)):
+            if macro not in MACROS:
+                wrong.append(f"\\{macro} is no macro that a chapter may use: ${start}$")
+        if r"\tag" in tex and not displayed:
+            wrong.append(f"\\tag in a formula within a line: ${start}$")
+        if _STRETCHED.search(tex):
+            wrong.append(f"no delimiter after a \\left, \\right or \\big: ${start}$")
+        wrong += [f"{problem}: ${start}$" for problem in _unbalanced(tex)]
+    return wrong
+
+
+def _unbalanced(tex: str) -> list[str]:
+    """Braces, \\left with \\right, \\begin with \\end: each closes the one that was opened last."""
+    closes = {"}": "{", "right": "left", "end": "begin"}
+    opened: list[tuple[str, str]] = []
+    for match in _SCANNED.finditer(tex):
+        kind, name = match[1] or match[3] or match[4], match[2] or ""
+        if match[1] and name not in ENVIRONMENTS:
+            return [f"unknown environment {name!r}"]
+        if kind in closes.values():
+            opened.append((kind, name))
+        elif kind and (not opened or opened.pop() != (closes[kind], name)):
+            return [f"{kind}{f' {name}' if name else ''} closes nothing"]
+    return [f"{kind}{f' {name}' if name else ''} is not closed" for kind, name in opened[-1:]]

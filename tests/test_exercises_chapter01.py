@@ -96,6 +96,8 @@ MUTANTS = [
     ("check_label_counts", ".round().long()", "", "whole"),
     ("check_label_counts", ".round().long()", ".long()", "Cut off"),
     ("check_label_counts", "1 / classes - bias_gradient", "bias_gradient - 1 / classes", "wrong sign"),
+    ("check_label_counts", "1 / classes - bias", "1 / classes + bias", "subtracted from 1/K"),
+    ("check_label_counts", "batch_size * (", "(", "Still divided by the batch size, and then rounded"),
     ("check_label_counts", ".long()", "", "integer tensor"),
     ("check_unmix_relu", UNMIX_RETURN, "weight_gradient / bias_gradient[:, None]", "zero bias gradient"),
     ("check_unmix_relu", "agree[j].sum() >= 2 and not seen[j]", "agree[j].sum() >= 2", "several times"),

@@ -54,6 +54,12 @@ MUTANTS = [
     ("check_sticks_out", "/ M.norm())", "/ M.norm()) ** 2", "squared"),
     ("check_sticks_out", "torch.linalg.qr(G.T).Q", "G.T", "should be"),
     ("check_sticks_out", "return float(", "return None and float(", "one number"),
+    (
+        "check_sticks_out",
+        "float((M - B @ (B.T @ M)).norm() / M.norm())",
+        "torch.tensor(float((M - B @ (B.T @ M)).norm() / M.norm()))",
+        "right to float32's precision only",
+    ),
 ]
 
 

@@ -235,7 +235,7 @@ def test_april_on_a_vit() -> None:
     assert result.images.dtype == torch.float64
     torch.testing.assert_close(HALF.to_pixels(result.images), result.pixels)
     # Four patches of 16 pixels: the search went through 4 coefficients a patch, and the truth lies there.
-    assert result.diagnostics["row_space"] == 4
+    assert result.diagnostics["directions"] == 4
     rows = update.gradients["patch_embedding.weight"].flatten(1)
     for images in (result.images, HALF.to_input(pixels)):
         patches = patchify(images, 4)[0]
@@ -247,7 +247,7 @@ def test_row_space_is_idle_where_it_restricts_nothing() -> None:
     model = small_vit()  # four patches of four pixels
     _, update = attacked(model)
     one, other = (quietly(model, update, row_space=on, max_evaluations=5) for on in (True, False))
-    assert one.diagnostics["row_space"] is None
+    assert one.diagnostics["directions"] is None
     assert torch.equal(one.images, other.images)
 
 
@@ -570,7 +570,7 @@ def test_noise_keeps_its_energy_in_the_row_space() -> None:
     model = small_vit(image_size=16, patch_size=8)  # four patches of 64 pixels
     _, update = attacked(model, size=16)
     result = quietly(model, update, max_evaluations=1)
-    assert result.diagnostics["row_space"] == 4
+    assert result.diagnostics["directions"] == 4
     assert result.images.std().item() == pytest.approx(0.5, rel=0.4)
 
 

@@ -111,12 +111,64 @@ def output(kind: str, data: object, **more: object) -> Callable[[NotebookNode], 
         (append("[paper](bibliography.md#may)"), "no such heading"),
         (append("[above](#00--another)"), "no such heading"),
         (append("![](https://example.org/cat.png)"), "without alternative text"),
+        (append(r"the loss $l$ and $\frac{\partiall l}{\partial W}$"), r"\partiall is no macro"),
         (append("x" * 2_000_000), "bytes"),
     ],
 )
 def test_the_lint_finds(sound: Callable[..., Path], change: Callable[[NotebookNode], object], word: str) -> None:
     found = tools.lint(sound(change))
     assert any(word in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("tex", "word"),
+    [
+        (r"$\partiall l$", r"\partiall is no macro"),
+        (r"$$\frac{\partial l}{\partial W} = \sun_i x_i$$", r"\sun is no macro"),
+        (r"$\Partial l$", r"\Partial is no macro"),
+        (r"$W\top$ and then $\mathbff{W}$", r"\mathbff is no macro"),
+        (r"$\newcommand{\W}{W}$", r"\newcommand is no macro"),
+        ("$W\\$", "a $ that is not closed"),
+        (r"$$\begin{pmatrx} a \\ b \end{pmatrx}$$", "unknown environment 'pmatrx'"),
+        (r"$$\begin{pmatrix} a \\ b \end{bmatrix}$$", "end bmatrix closes nothing"),
+        (r"$$\begin{pmatrix} a \\ b$$", "begin pmatrix is not closed"),
+        (r"$\frac{a}{b$", "{ is not closed"),
+        (r"$\frac{a}b}$", "} closes nothing"),
+        (r"$\{a, b}$", "} closes nothing"),
+        (r"$\left( a$", "left is not closed"),
+        (r"$a \right)$", "right closes nothing"),
+        (r"$\left( {a \right)}$", "right closes nothing"),
+        (r"$\left a \right)$", "no delimiter"),
+        (r"$\big x$", "no delimiter"),
+        (r"$x = 1 \tag{1.1}$", r"\tag in a formula within a line"),
+        ("a price of $5 in a text", "a $ that is not closed"),
+        ("one $x$ and one $y\n\nnext$ paragraph", "a $ that is not closed"),
+        ("$$x$$ and $ $", "an empty formula"),
+    ],
+)
+def test_wrong_mathematics_is_found(sound: Callable[..., Path], tex: str, word: str) -> None:
+    assert any(word in problem for problem in tools.lint_mathematics(tex)), tools.lint_mathematics(tex)
+    assert any(word in problem for problem in tools.lint(sound(append(tex))))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"$$\frac{\partial l}{\partial W} = \sum_{i=1}^n \delta_i x_i^\top \quad\text{for } n \ge 1. \tag{1.1}$$",
+        r"$$M = \begin{pmatrix} a & b \\ c & d \end{pmatrix}, \quad \left\lVert \frac{\{a\}}{b} \right\rVert \le 1$$",
+        r"$\operatorname{rank} G = n$ and $\big(W^\top\big)^{\!\top}$, $\Big\{a\Big\}$, 5\% of \$5, $\|x\|\,\cdot$",
+        r"`$\partiall$` and ``a ` $\sun``",
+        "```python\nprice = '$\\partiall'\n```\n\n$x$",
+        "no formula, 100 % text",
+    ],
+)
+def test_right_mathematics_passes(text: str) -> None:
+    assert tools.lint_mathematics(text) == []
+
+
+def test_the_course_is_full_of_formulas() -> None:
+    cells = [cell.source for path in PATHS for cell in tools.read(path).cells if cell.cell_type == "markdown"]
+    assert sum(len(tools.formulas(cell)[0]) for cell in cells) > 500  # or the lint looks past them
 
 
 def test_the_lint_counts_exercises(sound: Callable[..., Path]) -> None:

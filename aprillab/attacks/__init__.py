@@ -13,7 +13,9 @@ from ..anatomy import Anatomy, dissect
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .attention import april_closed_form, attention_product
+from .coordinates import Coordinates
 from .embedding import embedding_closed_form
+from .hybrid import span_then_match
 from .labels import Labels, is_batch, one_image_residual, recover_labels
 from .matching import PRESETS, match_gradients
 from .result import AttackNotApplicable, Reconstruction, decibels, predicted_psnr, verdict
@@ -108,6 +110,7 @@ __all__ = [
     "CLOSED_FORMS",
     "PRESETS",
     "AttackNotApplicable",
+    "Coordinates",
     "Labels",
     "Reconstruction",
     "april_closed_form",
@@ -122,5 +125,6 @@ __all__ = [
     "predicted_psnr",
     "recover_labels",
     "span_closed_form",
+    "span_then_match",
     "verdict",
 ]

@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from ..anatomy import Anatomy, UnknownModelError, dissect
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, check_update
+from .coordinates import Coordinates
 from .labels import recover_labels
-from .objectives import DISTANCES, Distance, l2_l1
+from .objectives import DISTANCES, Distance, l2_l1, relative_l2
 from .result import AttackNotApplicable, Reconstruction
 from .search import Problem, Search
 
@@ -78,6 +79,7 @@ _DEFAULTS: dict[str, Any] = {
     "alpha": 0.0,
     "position_term": "per_token",
     "row_space": False,
+    "coordinates": None,
     "total_variation": 0.0,
     "image_norm": 0.0,
     "box": 0.0,
@@ -89,6 +91,7 @@ _DEFAULTS: dict[str, Any] = {
     "history_size": 100,
     "init": "noise",
     "restarts": 1,
+    "patience": None,
     "labels": "recover",
 }
 
@@ -108,6 +111,7 @@ def match_gradients(
     alpha: float | None = None,
     position_term: PositionTerm | None = None,
     row_space: bool | None = None,
+    coordinates: Coordinates | None = None,
     total_variation: float | None = None,
     image_norm: float | None = None,
     box: float | None = None,
@@ -119,6 +123,8 @@ def match_gradients(
     history_size: int | None = None,
     init: str | Tensor | None = None,
     restarts: int | None = None,
+    patience: int | None = None,
+    resume: Reconstruction | None = None,
     seed: int = 0,
     max_evaluations: int | None = 2000,
     max_seconds: float | None = None,
@@ -162,6 +168,8 @@ def match_gradients(
         Look for the patches in the row space of ∂l/∂W_e = Σ_i (∂l/∂z_i) x_iᵀ, which holds them: B·n coefficients a
         patch in place of p pixels. Without effect where B·n ≥ p, or that gradient is not shared. Not for gradients
         with noise added, whose row space is another.
+    coordinates : Coordinates, optional
+        Where to look for the patches instead: what another attack knows of them. Overrides ``row_space``.
     total_variation, image_norm, box : float, default 0
         Weights of priors: :func:`total_variation`, :func:`image_norm`, :func:`outside_box`.
     group_consistency : float, default 0
@@ -179,7 +187,13 @@ def match_gradients(
         (equal patches would stay equal); or a warm start such as a closed form's ``images``.
     restarts : int, default 1
         Runs from different noise; the one with the lowest loss is returned. A warm start is used by the first run,
-        and perturbed by a hundredth of the noise above in the others.
+        and perturbed by a hundredth of the noise above in the others. The budget is shared out equally.
+    patience : int, optional
+        Give a restart up when its loss has not halved in so many evaluations, and spend what is left of the budget
+        on the next, in the end on the best of them. Without effect for one restart or with group consistency.
+    resume : Reconstruction, optional
+        An earlier result of this function, with the same options: the search goes on from its pictures, and
+        evaluations, seconds and ``history`` go on counting, so budgets are those of both together.
     seed : int
         The same seed gives the same result on one machine, unless ``max_seconds`` ends the run.
     max_evaluations, max_seconds : budget over all restarts; None for no limit
@@ -244,7 +258,7 @@ def match_gradients(
 
     copied = copy.deepcopy(model).to(device, dtype)
     parameters = dict(copied.named_parameters())
-    basis = _row_space(update, anatomy, batch_size, options)
+    coordinates = options["coordinates"] or _row_space(update, anatomy, batch_size, options)
     problem = Problem(
         model=copied,
         parameters=[parameters[name].requires_grad_() for name in names],
@@ -253,12 +267,10 @@ def match_gradients(
         labels=None if known is None else known.to(device),
         loss=loss,
         preprocessing=preprocessing,
-        distance=_distance(options),
+        distance=_distance(options, torch.finfo(update.dtype).eps),
         options=options,
         seed=seed,
-        basis=None if basis is None else basis.to(device, dtype),
-        patch_size=0 if basis is None else parameters[anatomy.patch_weight].shape[-1],
-        image_size=anatomy.image_size,
+        coordinates=None if coordinates is None else coordinates.to(torch.zeros(0, device=device, dtype=dtype)),
     )
     # The copy may draw random numbers (dropout) and the fused attention kernels have no second derivative.
     cuda = [device] if device.type == "cuda" else []
@@ -281,6 +293,8 @@ def match_gradients(
             bar=bar,
             start=start,
         )
+        if resume is not None:
+            _go_on(search, resume)
         stopped = search.run()
     best = search.best
     if best.images is None or best.distances is None or best.residuals is None:
@@ -300,7 +314,7 @@ def match_gradients(
     ]
     if stopped in _ENDS:
         notes.append(f"the search {_ENDS[stopped]}, and this is the best it saw")
-    seconds = time.perf_counter() - start
+    seconds = search.seconds
     return Reconstruction(
         attack=f"match_gradients({preset or 'custom'})",
         images=images,
@@ -322,8 +336,8 @@ def match_gradients(
             "labels": labels_how,
             "batch_size": batch_size,
             "matched": len(names),
-            "row_space": None if problem.basis is None else len(problem.basis),
-            "options": {k: "given tensor" if isinstance(v, Tensor) else v for k, v in options.items()},
+            "directions": None if coordinates is None else len(coordinates.basis),
+            "options": {k: "given" if isinstance(v, (Tensor, Coordinates)) else v for k, v in options.items()},
             "seed": seed,
             "precision": _short(update.dtype),
             "dtype": _short(dtype),
@@ -359,8 +373,8 @@ def _options(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
     for name in weights:
         if not (math.isfinite(options[name]) and options[name] >= 0):
             raise ValueError(f"{name}={options[name]} must be a number ≥ 0")
-    for name in ("restarts", "history_size"):
-        if options[name] < 1:
+    for name in ("restarts", "history_size", "patience"):
+        if options[name] is not None and options[name] < 1:
             raise ValueError(f"{name}={options[name]} must be at least 1")
     if options["optimizer"] == "lbfgs":
         if wrong := [name for name in ("schedule", "clamp") if given.get(name)]:
@@ -376,14 +390,18 @@ def _options(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _distance(options: dict[str, Any]) -> Distance:
+def _distance(options: dict[str, Any], eps: float) -> Distance:
     objective = options["objective"]
+    if objective == "relative_l2":
+        return partial(relative_l2, eps=eps)
     if objective == "l2_l1":
         return partial(l2_l1, l1_weight=options["l1_weight"])
     return objective if callable(objective) else DISTANCES[objective]
 
 
-def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, options: dict[str, Any]) -> Tensor | None:
+def _row_space(
+    update: ClientUpdate, anatomy: Anatomy, batch_size: int, options: dict[str, Any]
+) -> Coordinates | None:
     """Orthonormal basis (k, p) of the row space of ∂l/∂W_e, k ≤ B·n < p; None where it restricts nothing."""
     gradient = update.gradients.get(anatomy.patch_weight)
     if not options["row_space"] or gradient is None:
@@ -394,7 +412,28 @@ def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, options:
     s, Vt = torch.linalg.svd(gradient.double().flatten(1), full_matrices=False)[1:]
     # Well above rounding: directions of pure rounding noise would differ from run to run.
     rank = min(tokens, int((s > 100 * torch.finfo(gradient.dtype).eps * s[0]).sum()))
-    return Vt[:rank] if 0 < rank < gradient[0].numel() else None
+    if not 0 < rank < gradient[0].numel():
+        return None
+    return Coordinates(torch.zeros_like(Vt[:1]), Vt[:rank], size, anatomy.image_size)
+
+
+def _go_on(search: Search, earlier: Reconstruction) -> None:
+    """Put a new search where an earlier one ended."""
+    problem, numbers = search.problem, earlier.diagnostics
+    if tuple(earlier.images.shape) != search.shape or "best_restart" not in numbers:
+        raise ValueError(
+            f"resume: {earlier.attack} with pictures {tuple(earlier.images.shape)} is no earlier search for "
+            f"pictures {search.shape}"
+        )
+    like = problem.targets[0]
+    logits = None
+    if problem.classes is not None and earlier.labels is not None:
+        logits = 10 * nn.functional.one_hot(earlier.labels, problem.classes)[None].to(like)
+    search.resumed = problem.unknowns_of(earlier.images[None].to(like)), logits
+    search.history, search.restarts = list(earlier.history), list(numbers["restarts"])
+    search.evaluations, search.restart = numbers["evaluations"], numbers["best_restart"]
+    search.divergences = numbers["divergences"]
+    search.start -= earlier.seconds
 
 
 def _anatomy_of(model: nn.Module, image_shape: tuple[int, int, int] | None) -> Anatomy:

@@ -26,15 +26,17 @@ def l2(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     return torch.stack(_squares(gradients, targets)).sum()
 
 
-def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, eps: float | None = None) -> Tensor:
     """The mean over tensors of ‖g' − g‖² / ‖g‖²: every tensor has a say, however small its gradient.
 
     A tensor whose gradient is only rounding noise (a key bias: softmax does not see it) would drown the others:
-    the denominator is at least the square of the dtype's ε^¾ times the largest tensor's norm.
+    below ε^¾ times the largest tensor's norm it is left out. ε is that of the precision in which the gradients were
+    *shared* (``eps``), which may be coarser than the dtype they are compared in, the default.
     """
     norms = torch.stack([t.norm() for t in targets])
-    floor = norms.max() * torch.finfo(norms.dtype).eps ** 0.75
-    weights = 1 / norms.clamp_min(floor).square()
+    floor = norms.max() * (eps or torch.finfo(norms.dtype).eps) ** 0.75
+    tiny = torch.finfo(norms.dtype).tiny
+    weights = torch.where(norms < floor, 0, 1 / norms.square().clamp_min(tiny))
     return (weights * torch.stack(_squares(gradients, targets))).mean()
 
 

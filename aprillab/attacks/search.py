@@ -10,15 +10,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models import patchify, unpatchify
 from ..preprocessing import Preprocessing
 from ..update import logits_of
 from . import objectives
+from .coordinates import Coordinates
 from .objectives import Distance, position_cosine
 
 # --- The problem: loss and gradient for pictures on trial -------------------------------------------------------
@@ -38,25 +39,22 @@ class Problem:
     distance: Distance
     options: dict[str, Any]
     seed: int
-    basis: Tensor | None = None  # (k, p), where the patches are looked for in its span
-    patch_size: int = 0
-    image_size: tuple[int, int] = (0, 0)
+    coordinates: Coordinates | None = None  # of the patches; None: the unknowns are the pixels
     classes: int | None = None  # where the labels are unknowns
 
     def images_of(self, unknowns: Tensor) -> Tensor:
         """Pictures (R, B, C, H, W) of the optimizer's unknowns: pixels, or coefficients (R, B, n, k) of patches."""
-        if self.basis is None:
-            return unknowns
-        patches = (unknowns @ self.basis).flatten(0, 1)  # (R·B, n, p)
-        images = unpatchify(patches, self.patch_size, self.image_size)
-        return images.unflatten(0, unknowns.shape[:2])
+        return unknowns if self.coordinates is None else self.coordinates.images_of(unknowns)
 
     def unknowns_of(self, images: Tensor) -> Tensor:
         """The nearest unknowns to pictures (R, B, C, H, W)."""
-        if self.basis is None:
-            return images.clone()
-        patches = patchify(images.flatten(0, 1), self.patch_size)  # (R·B, n, p)
-        return (patches @ self.basis.T).unflatten(0, images.shape[:2])
+        return images.clone() if self.coordinates is None else self.coordinates.coefficients_of(images)
+
+    def noisy(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Unknowns near pictures (R, B, C, H, W), with noise of that shape added."""
+        if self.coordinates is None:
+            return images + noise
+        return self.coordinates.coefficients_of(images) + self.coordinates.coefficients_of_noise(noise)
 
     def count_classes(self, shape: tuple[int, ...]) -> int:
         with torch.no_grad():
@@ -158,6 +156,9 @@ class Search:
     evaluations: int = 0
     restart: int = 0
     limits: tuple[float, float] = (math.inf, math.inf)  # evaluations and seconds at which this restart ends
+    patience: float = math.inf  # evaluations in which the loss must halve, or this restart is given up
+    milestone: tuple[float, int] = (math.inf, 0)  # the loss when it last halved, and the evaluation
+    resumed: Variables | None = None  # where an earlier search ended
     divergences: int = 0
     best: _Best = field(default_factory=_Best)
     best_here: _Best = field(default_factory=_Best)
@@ -172,34 +173,48 @@ class Search:
         """All restarts, together (group consistency) or one after the other. Returns why it ended."""
         count = self.problem.options["restarts"]
         together = count if self.problem.options["group_consistency"] else 1
+        patient = together == count or not self.problem.options["patience"]
         stopped = "stalled"
         try:
+            if self.resumed is not None:
+                return self._run_one(lambda: self.resumed, 1.0)  # type: ignore[arg-type, return-value]
+            self.patience = math.inf if patient else self.problem.options["patience"]
             for self.restart in range(0, count, together):
-                left = count - self.restart  # each has its share of what is left
-                self.limits = (
-                    self.evaluations + _left(self.max_evaluations, self.evaluations) * together / left,
-                    self.seconds + _left(self.max_seconds, self.seconds) * together / left,
-                )
-                self.best_here = _Best()
-                first = self.evaluations
-                try:
-                    stopped = self._restart(together)
-                finally:
-                    self.restarts.append(
-                        {"loss": self.best_here.loss, "evaluations": self.evaluations - first, "ended": stopped}
-                    )
-                if stopped == "tolerance":
-                    break
+                # Each has its share of what is left, or all of it where patience ends those that lead nowhere.
+                share = together / (count - self.restart) if patient else 1.0
+                stopped = self._run_one(partial(self._begin, self.restart, together), share)
+                if stopped == "tolerance" or (not patient and stopped in ("evaluations", "seconds")):
+                    return stopped
+            if not patient and self.best.images is not None:  # the best of them has what is left of the budget
+                self.patience, self.restart = math.inf, self.best.restart
+                stopped = self._run_one(self._best_again, 1.0)
         except KeyboardInterrupt:
             stopped = "interrupted"
         return stopped
 
-    def _restart(self, together: int) -> str:
+    def _run_one(self, begin: Callable[[], Variables], share: float) -> str:
+        """One restart, with a share of the budget that is left, entered into ``restarts``."""
+        self.limits = (
+            self.evaluations + _left(self.max_evaluations, self.evaluations) * share,
+            self.seconds + _left(self.max_seconds, self.seconds) * share,
+        )
+        self.best_here = _Best()
+        self.milestone = (math.inf, self.evaluations)
+        first, stopped = self.evaluations, "interrupted"
+        try:
+            stopped = self._restart(begin)
+        finally:
+            self.restarts.append(
+                {"loss": self.best_here.loss, "evaluations": self.evaluations - first, "ended": stopped}
+            )
+        return stopped
+
+    def _restart(self, begin: Callable[[], Variables]) -> str:
         """One restart, begun again with a smaller step from its best point whenever it diverges."""
         options = self.problem.options
         minimize = _lbfgs if options["optimizer"] == "lbfgs" else _adam
         learning_rate = options["learning_rate"]
-        variables = self._begin(range(self.restart, self.restart + together))
+        variables = begin()
         for trial in range(_DIVERGENCES):
             try:
                 minimize(self, variables, learning_rate)
@@ -212,18 +227,20 @@ class Search:
                 if self.best_here.images is not None:
                     variables = self.problem.unknowns_of(self.best_here.images), _clone(self.best_here.logits)
                 else:
-                    fresh = 1000 * (trial + 1) + self.restart
-                    variables = self._begin(range(fresh, fresh + together))
+                    variables = self._begin(1000 * (trial + 1) + self.restart, len(variables[0]))
         return "diverged"
 
-    def _begin(self, offsets: range) -> Variables:
-        """Unknowns and label logits to start from, drawn from the seed; one of each for each offset."""
+    def _best_again(self) -> Variables:
+        return self.problem.unknowns_of(self.best.images), _clone(self.best.logits)  # type: ignore[arg-type]
+
+    def _begin(self, first: int, count: int) -> Variables:
+        """Unknowns and label logits of ``count`` restarts, drawn from the seed and their numbers from ``first``."""
         problem, init = self.problem, self.problem.options["init"]
         like, zeros = problem.targets[0], torch.zeros(self.shape, dtype=torch.float64)
         to_input = problem.preprocessing.to_input
         centre = init.cpu().double() if isinstance(init, Tensor) else to_input(zeros + 0.5)
         unknowns, logits = [], []
-        for offset in offsets:
+        for offset in range(first, first + count):
             # A stream of our own: a victim drawn from the caller's seed must not resemble the first guess.
             generator = torch.Generator().manual_seed(_STREAM + problem.seed + offset)
             # Pixels of standard deviation 1/4, in model-input space.
@@ -233,10 +250,7 @@ class Search:
                 noise *= 0.01 if offset else 0
             elif init == "grey":
                 noise *= 0.001
-            start, spread = (problem.unknowns_of(images[None].to(like)) for images in (centre, noise))
-            if problem.basis is not None:  # the projection takes energy from the noise: give it back
-                spread *= math.sqrt(problem.basis.shape[1] / len(problem.basis))
-            unknowns.append((start + spread)[0])
+            unknowns.append(problem.noisy(centre[None].to(like), noise[None].to(like))[0])
             if problem.classes is not None:
                 drawn = torch.randn(self.shape[0], problem.classes, generator=generator, dtype=torch.float64)
                 logits.append(drawn)
@@ -257,11 +271,15 @@ class Search:
         if not (math.isfinite(value) and all(bool(g.isfinite().all()) for g in gradients)):
             raise _Diverged
         for variable, gradient in zip(variables, gradients, strict=True):
-            variable.grad = gradient
+            variable.grad = gradient.contiguous()  # L-BFGS takes views of it
         here = _Best(value, images.detach(), logits, distances, residuals, terms, self.evaluations, self.restart)
         self._record(here)
         if residuals.min() <= self.tolerance:
             raise _Stop("tolerance")
+        if value < self.milestone[0] / 2:
+            self.milestone = (value, self.evaluations)
+        if self.evaluations - self.milestone[1] >= self.patience:
+            raise _Stop("patience")
         return loss.detach()
 
     def _record(self, here: _Best) -> None:

@@ -74,9 +74,116 @@ def span_closed_form(
         If the update does not belong to the model.
     """
     start = time.perf_counter()
-    name = "span_closed_form"
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
+    solution = solve_span(model, update, anatomy=anatomy, strict=strict, device=device)
+    predicted = predicted_psnr(solution.mean_square_error, preprocessing)
+    images = solution.images
+    found, found_how = labels_or_none(model, update, anatomy, labels)
+    batch, batch_numbers = is_batch(anatomy, update)
+    token_side, eps = solution.token_side, torch.finfo(update.dtype).eps
+    needed, usable = solution.width_needed, solution.usable_width
+    exact, reason = verdict(
+        {
+            "enough width": (needed <= usable, f"{needed} needed of {usable}"),
+            "one image": (not batch, batch_numbers),
+            "no more directions than tokens": (
+                token_side.excess < 1e3 * eps,
+                f"{token_side.excess:.1e} of the gradient lies outside {token_side.tokens} directions, "
+                f"in {update.dtype}",
+            ),
+            "tokens stand out from the noise": (
+                token_side.gap > 2,
+                f"the weakest token's singular value is {token_side.gap:.1f} times the strongest of the noise",
+            ),
+        },
+        predicted,
+    )
+    return Reconstruction(
+        attack="span_closed_form",
+        images=images,
+        pixels=preprocessing.to_pixels(images),
+        labels=found,
+        exact=exact,
+        reason=reason,
+        diagnostics={
+            **solution.numbers,
+            "predicted_psnr": predicted,
+            "precision": str(update.dtype).removeprefix("torch."),
+            "labels": found_how,
+            "batch": batch_numbers,
+        },
+        seconds=time.perf_counter() - start,
+    )
+
+
+@dataclass(frozen=True)
+class SpanSolution:
+    """What the span says of the patches: the most probable ones, and how uncertain each direction is.
+
+    Attributes
+    ----------
+    patches : Tensor (p, n), in model-input space
+    root : Tensor (p, p)
+        H, with (HᵀH)⁻¹ · ``variance`` the covariance of a patch's error; it is the same for all patches.
+    variance : float
+    patch_size, image_size : in pixels
+    token_side : the noisy span of the tokens
+    width_needed, usable_width : int
+    numbers : dict, for ``diagnostics``
+    """
+
+    patches: Tensor
+    root: Tensor
+    variance: float
+    patch_size: int
+    image_size: tuple[int, int]
+    token_side: _Span
+    width_needed: int
+    usable_width: int
+    numbers: dict[str, float]
+
+    @property
+    def images(self) -> Tensor:
+        """(1, C, H, W)"""
+        return unpatchify(self.patches.T[None], self.patch_size, self.image_size)
+
+    @property
+    def mean_square_error(self) -> float:
+        """Of the pixels, in model-input space, as least squares predicts it from its own minimum.
+
+        Where the problem is so ill-conditioned that the minimum itself shrinks, this is too optimistic.
+        """
+        inverse = torch.linalg.solve_triangular(self.root, torch.eye(len(self.root)).to(self.root), upper=True)
+        return float(self.variance * inverse.square().sum() / len(self.root))
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Orthonormal directions in a patch, in rows (p, p), and the standard deviation of the error in each (p,)."""
+        s, Vt = torch.linalg.svd(self.root)[1:]
+        return Vt, self.variance**0.5 / s.clamp_min(torch.finfo(s.dtype).tiny)
+
+
+def solve_span(
+    model: nn.Module,
+    update: ClientUpdate,
+    *,
+    anatomy: Anatomy,
+    batch_size: int = 1,
+    strict: bool = True,
+    device: torch.device | str | None = None,
+) -> SpanSolution:
+    """The linear algebra of the span attack, for one image or for a batch.
+
+    With B images the span has the B·n + 1 directions of all their tokens, and a patch is known up to combinations of
+    the differences between the images at each place: (B − 1)·n directions of p are open, and the rest is known and
+    the same for all images of the batch but for these.
+
+    Raises
+    ------
+    AttackNotApplicable
+        As :func:`span_closed_form`.
+    """
+    name = "span_closed_form"
     check_update(model, update)
     _check_applies(name, anatomy, update)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
@@ -93,14 +200,17 @@ def span_closed_form(
         D, A, e, beta = _undo_layernorm(anatomy, weights, D, A, e)
     (width, p), n = A.shape, e.shape[1]
     d = patch_gradient.shape[0]
-    tokens = n + anatomy.position_prefix + (_extra_prefix(anatomy, weights))
+    tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
     usable = width + bool(beta.any())  # the direction of β/γ was projected out, and with it the mean's
-    needed = min(p, n) + tokens + prenorm
+    unknowns = min(p, batch_size * n)
+    needed = unknowns + tokens + prenorm
+    if batch_size > 1:
+        needed -= (batch_size - 1) * n  # directions that no width would close
     if strict and needed > usable:
         raise AttackNotApplicable(
             name,
             f"min(p, n) + tokens{' + 1' if prenorm else ''} = {needed} > {usable} = d: "
-            f"the span of {tokens} tokens leaves {width - tokens} equations for {min(p, n)} unknowns a patch",
+            f"the span of {tokens} tokens leaves {width - tokens} equations for {unknowns} unknowns a patch",
             width_needed=needed,
             width=usable,
         )
@@ -108,7 +218,7 @@ def span_closed_form(
         raise AttackNotApplicable(name, "the first attention's gradient is zero: the head passes nothing down")
 
     token_side = _noisy_span(D, tokens, eps)
-    pixel_side = _noisy_span(patch_gradient, n, eps)
+    pixel_side = _noisy_span(patch_gradient, batch_size * n, eps)
     T, t = token_side.coefficients(A), token_side.coefficients(e)  # ‖T x + t‖ = ‖c‖
     R = pixel_side.coefficients(torch.eye(p).to(A))  # ‖R x‖ = ‖c'‖
     X, _ = _smallest(T, t, R, 1.0)
@@ -117,33 +227,17 @@ def span_closed_form(
     ratio = float((c / c_pixel.clamp_min(1e-300)).median().sqrt())
     X, H = _smallest(T, t, R, ratio)  # (p, n)
     objective = (T @ X + t).square().sum(0) + ratio**2 * (R @ X).square().sum(0)  # (n,)
-    predicted = predicted_psnr(_predicted_error(H, objective, len(T) + len(R)), preprocessing)
-    images = unpatchify(X.T[None], weights[anatomy.patch_weight].shape[-1], anatomy.image_size)
-    found, found_how = labels_or_none(model, update, anatomy, labels)
-    batch, batch_numbers = is_batch(anatomy, update)
-    exact, reason = verdict(
-        {
-            "enough width": (needed <= usable, f"{needed} needed of {usable}"),
-            "one image": (not batch, batch_numbers),
-            "no more directions than tokens": (
-                token_side.excess < 1e3 * eps,
-                f"{token_side.excess:.1e} of the gradient lies outside {tokens} directions, in {update.dtype}",
-            ),
-            "tokens stand out from the noise": (
-                token_side.gap > 2,
-                f"the weakest token's singular value is {token_side.gap:.1f} times the strongest of the noise",
-            ),
-        },
-        predicted,
-    )
-    return Reconstruction(
-        attack=name,
-        images=images,
-        pixels=preprocessing.to_pixels(images),
-        labels=found,
-        exact=exact,
-        reason=reason,
-        diagnostics={
+    return SpanSolution(
+        patches=X,
+        root=H,
+        # What is left of the objective, over the equations to spare, is the variance of one coefficient.
+        variance=float(objective.mean()) / max(len(T) + len(R) - p, 1),
+        patch_size=weights[anatomy.patch_weight].shape[-1],
+        image_size=anatomy.image_size,
+        token_side=token_side,
+        width_needed=needed,
+        usable_width=usable,
+        numbers={
             "patches": n,
             "tokens": tokens,
             "width": d,
@@ -154,12 +248,7 @@ def span_closed_form(
             "gap": token_side.gap,
             "outside": token_side.excess,
             "ratio": ratio,
-            "predicted_psnr": predicted,
-            "precision": str(update.dtype).removeprefix("torch."),
-            "labels": found_how,
-            "batch": batch_numbers,
         },
-        seconds=time.perf_counter() - start,
     )
 
 
@@ -229,18 +318,6 @@ def _smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float) -> tuple[Tensor, Te
     Q, H = torch.linalg.qr(stacked)
     right = Q[: len(T)].T @ -t
     return torch.linalg.solve_triangular(H, right, upper=True), H
-
-
-def _predicted_error(H: Tensor, objective: Tensor, equations: int) -> float:
-    """Mean squared error of the pixels, in model-input space, as least squares predicts it from its own minimum.
-
-    What is left of the objective, over the equations to spare, is the variance of one coefficient; (HᵀH)⁻¹ carries it
-    to the pixels. Where the problem is so ill-conditioned that the minimum itself shrinks, this is too optimistic.
-    """
-    p = len(H)
-    inverse = torch.linalg.solve_triangular(H, torch.eye(p).to(H), upper=True)
-    variance = objective.mean() / max(equations - p, 1)
-    return float(variance * inverse.square().sum() / p)
 
 
 def _projections(anatomy: Anatomy) -> list:

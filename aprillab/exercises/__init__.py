@@ -90,6 +90,9 @@ def expect_close(
 ) -> None:
     """Compare, and where it differs say which mistake it looks like.
 
+    A tensor is tried for its sign, its transpose and a factor. Any two numbers differ by a factor, so of a single
+    number only the plainest relations are said: sign, double, half, inverse, square, root.
+
     Parameters
     ----------
     answer, wanted : tensors of the same shape
@@ -109,6 +112,8 @@ def expect_close(
     for message, value in (mistakes or {}).items():
         if same(answer, value):
             stop(f"{what} is not right yet. {message}")
+    if wanted.numel() == 1:
+        stop(_wrong_number(what, float(answer), float(wanted), tolerance))
     if same(-answer, wanted):
         stop(f"{what} has the wrong sign everywhere.")
     if answer.ndim == 2 and answer.shape[0] == answer.shape[1] and same(answer.T, wanted):
@@ -121,3 +126,25 @@ def expect_close(
     stop(
         f"{what} is not right yet: the largest deviation is {worst:.3g}, the largest entry {wanted.abs().max():.3g}."
     )
+
+
+def _wrong_number(what: str, got: float, wanted: float, tolerance: float) -> str:
+    """What to say of a single number, which is ``got`` and should be ``wanted``."""
+
+    def same(a: float, b: float) -> bool:
+        return abs(a - b) <= tolerance * abs(b)
+
+    if same(-got, wanted):
+        return f"{what} has the wrong sign: you have {got:.6g}."
+    relations = {
+        "twice": same(got, 2 * wanted),
+        "half": same(got, wanted / 2),
+        "the inverse of": same(got * wanted, 1.0),
+        "the square of": same(got, wanted**2),
+        "the square root of": got > 0 and same(got**2, wanted),
+    }
+    if wanted and (true := [relation for relation, holds in relations.items() if holds]):
+        return f"{what} is {got:.6g}, {' or '.join(true)} what it should be."
+    if (relative := abs(got - wanted) / max(abs(wanted), 1e-300)) < 1e-3:
+        return f"{what} is {got:.6g}, close to the value it should be, but off by {relative:.1e} of it."
+    return f"{what} is {got:.6g}, not the value it should be."
