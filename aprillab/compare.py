@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .anatomy import dissect
-from .attacks import CLOSED_FORMS, PRESETS, AttackNotApplicable, Reconstruction, match_gradients
+from .attacks import (
+    CLOSED_FORMS,
+    PRESETS,
+    AttackNotApplicable,
+    Reconstruction,
+    match_gradients,
+    span_then_match,
+)
 from .compare_records import (
     DTYPES,
     POINT_COLUMNS,
@@ -64,6 +71,7 @@ def _closed_form(function: Callable[..., Reconstruction]) -> Callable[..., Recon
 #: Attacks by name: callables of (model, update, *, labels, seed, max_evaluations, max_seconds, callback, progress).
 ATTACKS: dict[str, Callable[..., Reconstruction]] = {
     **{name: _closed_form(function) for name, function in CLOSED_FORMS.items()},
+    "span_then_match": span_then_match,
     **{f"match:{name}": functools.partial(match_gradients, preset=name) for name in PRESETS},
 }
 

@@ -192,8 +192,8 @@ def _folder(name: str, holding: str) -> Traversable:
         if (folder / holding).is_file():
             return folder
     raise FileNotFoundError(
-        f"{holding} is neither in {installed} nor in {checkout}: install aprillab again from a complete checkout of its "
-        "repository (in its folder: pip install -e .)"
+        f"{holding} is neither in {installed} nor in {checkout}: install aprillab again from a complete checkout of "
+        "its repository (in its folder: pip install -e .)"
     )
 
 

@@ -2,8 +2,8 @@
 
 The span attack says of every direction in a patch how uncertain it is. For a frozen embedding nothing is left to ask.
 For sinusoids in float32, or for more than one image, most directions are known to rounding and a few are open; a
-search over all pixels would spend its time on what is known. So gradient matching runs in coordinates whose rows are as
-long as the uncertainty: it starts from the span's picture and moves where the span could not see. Chapter 07.
+search over all pixels would spend its time on what is known. So gradient matching runs in coordinates whose rows are
+as long as the uncertainty: it starts from the span's picture and moves where the span could not see. Chapter 07.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, dissect
-from ..models import patchify
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .coordinates import Coordinates
@@ -109,7 +108,7 @@ def span_then_match(
     return replace(
         result,
         attack="span_then_match",
-        reason=f"the span left {opened} of {p} directions a patch open, and the search went on there; {result.reason}",
+        reason=f"the span left {opened} of {p} directions a patch open, and the search went on; {result.reason}",
         diagnostics={**result.diagnostics, "span": solution.numbers, "open_directions": opened},
         seconds=time.perf_counter() - start,
     )
