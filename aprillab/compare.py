@@ -144,7 +144,8 @@ def run(
     resume : bool
         Skip what the CSV has; False begins it anew.
     max_evaluations, max_seconds : budget of each search, over all its restarts
-        With ``max_seconds`` the result depends on the machine's speed.
+        With ``max_seconds`` the result depends on the machine's speed. Another attack may have another budget, in
+        another call with the same ``path``.
     curve_every : int
         Score a search at every so many of its evaluations.
     pictures : bool
@@ -160,7 +161,8 @@ def run(
     Raises
     ------
     CompareError
-        If the CSV cannot be gone on with: other columns, another budget; or a victim cannot be had.
+        If the CSV cannot be gone on with: other columns, the same search with another budget; or a victim cannot
+        be had.
     ModelError
         If a model cannot be built. All are built once before the first attack.
     KeyboardInterrupt
@@ -385,11 +387,13 @@ def _check_rows(
     path: Path, rows: Sequence[Row], asked: set[Case], max_evaluations: int, max_seconds: float | None
 ) -> None:
     """Refuse to go on with rows that new ones could not stand beside."""
+    searches = {case.attack for case in asked} - set(CLOSED_FORMS)  # a closed form has no budget
     for row in rows:
-        if (row.max_evaluations, row.max_seconds) != (max_evaluations, max_seconds):
+        if row.case.attack in searches and (row.max_evaluations, row.max_seconds) != (max_evaluations, max_seconds):
             raise CompareError(
-                f"{path} holds rows with max_evaluations={row.max_evaluations}, max_seconds={row.max_seconds}, not "
-                f"{max_evaluations} and {max_seconds}: name another file, or begin this one again"
+                f"{path} holds rows of {row.case.attack} with max_evaluations={row.max_evaluations}, "
+                f"max_seconds={row.max_seconds}, not {max_evaluations} and {max_seconds}: name another file, or begin "
+                "this one again"
             )
     for file, digest in {(row.case.weights_file, row.weights_sha256) for row in rows if row.case in asked}:
         if file and file.is_file() and _digest(file) != digest:

@@ -318,9 +318,10 @@ def test_a_line_that_was_cut_short_is_made_again(path: Path, calls: list[str]) -
 
 
 def test_tables_that_cannot_be_gone_on_with(path: Path) -> None:
-    cases = cross(victims=["coffee"], attacks=["span"], **TINY)
+    cases = cross(victims=["coffee"], attacks=["span", "match:april"], **TINY)
     run(cases, path=path, **QUICK)
-    with pytest.raises(CompareError, match="holds rows with max_evaluations=12, max_seconds=None, not 13 and None"):
+    said = "holds rows of match:april with max_evaluations=12, max_seconds=None, not 13 and None"
+    with pytest.raises(CompareError, match=said):
         run(cases, path=path, max_evaluations=13, progress=False)
     text = path.read_text()
     for wrong, fragment in (
@@ -336,6 +337,15 @@ def test_tables_that_cannot_be_gone_on_with(path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CompareError, match="not a CSV file"):
         run(cases, path=path, **QUICK)
+
+
+def test_each_search_has_one_budget_and_a_closed_form_none(path: Path, calls: list[str]) -> None:
+    both = cross(victims=["coffee"], attacks=["span", "match:april"], **TINY)
+    (other,) = cross(victims=["coffee"], attacks=["match:idlg"], **TINY)
+    run(both, path=path, **QUICK)
+    run([both[0], other], path=path, max_evaluations=13, progress=False)
+    assert calls == ["span", "match:april", "match:idlg"]
+    assert [row.max_evaluations for row in read_rows(path)] == [12, 12, 13]
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,10 @@ class Coordinates:
     def coefficients_of(self, images: Tensor) -> Tensor:
         """Coefficients (…, n, k) of the pictures nearest to ``images`` (…, C, H, W), by least squares."""
         patches = patchify(images.flatten(0, -4), self.patch_size) - self.origin  # (…, n, p)
-        # In float64: rows may differ in length by far more than float32 can take.
-        coefficients = (patches.double() @ torch.linalg.pinv(self.basis.double())).to(images)
+        # In float64 and for rows of length 1: they may differ by far more than float32 can take.
+        lengths = torch.linalg.vector_norm(self.basis.double(), dim=1)  # (k,)
+        rows = self.basis.double() / lengths[:, None]
+        coefficients = (patches.double() @ torch.linalg.pinv(rows) / lengths).to(images)
         return coefficients.unflatten(0, images.shape[:-3])
 
     def coefficients_of_noise(self, images: Tensor) -> Tensor:

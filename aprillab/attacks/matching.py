@@ -68,8 +68,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Lu et al., CVPR 2022, as we make it strong: every tensor's distance relative to its size, the position embedding
     # term token by token (position_term="whole" is the paper's), patches in the row space of ∂l/∂W_e, and L-BFGS with
-    # a line search. No prior: the minimum is the picture itself.
-    "april": {"objective": "relative_l2", "alpha": 1.0, "row_space": True, "optimizer": "lbfgs"},
+    # a line search, another start where the loss stops falling. No prior: the minimum is the picture itself.
+    "april": {
+        "objective": "relative_l2",
+        "alpha": 1.0,
+        "row_space": True,
+        "optimizer": "lbfgs",
+        "restarts": 5,
+        "patience": 200,
+    },
 }
 """Published recipes by name: keywords of :func:`match_gradients`, each of which can be overridden."""
 
@@ -222,7 +229,7 @@ def match_gradients(
     Raises
     ------
     ValueError
-        If an option is unknown or makes no sense.
+        If an option is unknown or makes no sense, or the search to resume has used up the budget.
     AttackNotApplicable
         If the image shape cannot be known, or the search yields no finite loss.
     UpdateError
@@ -233,7 +240,9 @@ def match_gradients(
     options = _options(preset, given)
     if max_evaluations is None and (max_seconds is None or options["schedule"]):
         raise ValueError("max_evaluations: a limit is needed, by the schedule or since max_seconds gives none")
-    if max_evaluations is not None and max_evaluations < options["restarts"]:
+    # With patience a later restart begins only if the ones before leave it something.
+    least = 1 if options["patience"] and not options["group_consistency"] else options["restarts"]
+    if max_evaluations is not None and max_evaluations < least:
         raise ValueError(
             f"max_evaluations={max_evaluations} is less than one for each of {options['restarts']} restarts"
         )
@@ -425,6 +434,15 @@ def _go_on(search: Search, earlier: Reconstruction) -> None:
             f"resume: {earlier.attack} with pictures {tuple(earlier.images.shape)} is no earlier search for "
             f"pictures {search.shape}"
         )
+    for name, limit, used in (
+        ("max_evaluations", search.max_evaluations, numbers["evaluations"]),
+        ("max_seconds", search.max_seconds, earlier.seconds),
+    ):
+        if limit is not None and used >= limit:
+            raise ValueError(
+                f"{name}={limit} is the budget of both searches together, and the one to resume has used {used:.6g}: "
+                "give more"
+            )
     like = problem.targets[0]
     logits = None
     if problem.classes is not None and earlier.labels is not None:

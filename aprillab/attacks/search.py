@@ -122,6 +122,7 @@ class _Diverged(Exception):
 
 _STREAM = 20_220_307  # added to every seed
 _DIVERGENCES = 6  # a restart is given up after so many
+_MATCHED = 1e-3  # relative residual from which another restart is not worth its time
 
 Variables = tuple[Tensor, Tensor | None]  # Problem.unknowns_of R restarts, and their label logits (R, B, classes)
 
@@ -185,6 +186,8 @@ class Search:
                 stopped = self._run_one(partial(self._begin, self.restart, together), share)
                 if stopped == "tolerance" or (not patient and stopped in ("evaluations", "seconds")):
                     return stopped
+                if not patient and self.best.residuals is not None and self.best.residuals.min() < _MATCHED:
+                    break
             if not patient and self.best.images is not None:  # the best of them has what is left of the budget
                 self.patience, self.restart = math.inf, self.best.restart
                 stopped = self._run_one(self._best_again, 1.0)
