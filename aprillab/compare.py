@@ -269,7 +269,7 @@ def _warm_up() -> None:
     """The first search of a process spends seconds on imports, which belong to no attack."""
     model = VisionTransformer(image_size=4, patch_size=2, width=4, depth=1, heads=1, classes=2)
     update = client_update(model, torch.ones(1, 3, 4, 4), torch.tensor([0]))
-    match_gradients(model, update, max_evaluations=2, progress=False)
+    match_gradients(model, update, restarts=1, max_evaluations=2, progress=False)
 
 
 def _play_client(case: Case, device: torch.device) -> _Client:
@@ -392,8 +392,8 @@ def _check_rows(
         if row.case.attack in searches and (row.max_evaluations, row.max_seconds) != (max_evaluations, max_seconds):
             raise CompareError(
                 f"{path} holds rows of {row.case.attack} with max_evaluations={row.max_evaluations}, "
-                f"max_seconds={row.max_seconds}, not {max_evaluations} and {max_seconds}: name another file, or begin "
-                "this one again"
+                f"max_seconds={row.max_seconds}, not {max_evaluations} and {max_seconds}: name another file, or "
+                "begin this one again"
             )
     for file, digest in {(row.case.weights_file, row.weights_sha256) for row in rows if row.case in asked}:
         if file and file.is_file() and _digest(file) != digest:

@@ -6,6 +6,7 @@ A CSV ends between two lines whenever the program ends, and what is read back is
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -93,7 +94,7 @@ class Case:
             name = name.replace(f"{{{part}}}", str(getattr(self, part)))
         return Path(name)
 
-    @property
+    @functools.cached_property
     def update(self) -> str:
         """Twelve hexadecimal digits that all attacks on the same update share."""
         facts = {name: _text(value) for name, value in asdict(self).items() if name not in ("attack", "labels")}

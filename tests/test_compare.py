@@ -368,7 +368,7 @@ def test_runs_that_cannot_be(path: Path) -> None:
     (case,) = cross(victims=["coffee"], attacks=["deep"], **TINY)
     with pytest.raises(CompareError, match="no attack 'deep'; there are embedding, april, span"):
         run([case], path=path, **QUICK)
-    with pytest.raises(CompareError, match="max_evaluations=2 must be 3"):
+    with pytest.raises(CompareError, match=r"max_evaluations=2 must be \d or more"):
         run(cross(victims=["coffee"], **TINY), path=path, max_evaluations=2)
     with pytest.raises(CompareError, match="a batch of 3 cannot be made of 2"):
         cross(victims=["coffee", "clock"], batch_sizes=[3])
