@@ -250,9 +250,9 @@ def freeze_position(model: nn.Module) -> nn.Module:
     Its values stay, and they are public: each client was sent them.
 
     *Does not protect against* :func:`~aprillab.span_closed_form`, which reads the patches from the first attention's
-    gradients and those values (float32 is enough for random and trained values; chapter 07), nor against gradient
-    matching given time, nor does it hide the label. Values frozen at a small initialization also tell the model
-    little about position, which costs accuracy.
+    gradients and those values (float32 is enough for random and trained values; chapter 07), nor, for batches,
+    against :func:`~aprillab.span_then_match`, nor against gradient matching given time, nor does it hide the label.
+    Values frozen at a small initialization also tell the model little about position, which costs accuracy.
 
     Parameters
     ----------
@@ -280,10 +280,11 @@ def use_sinusoidal(
 ) -> nn.Module:
     """Replace the position embedding's values by sinusoids and freeze them.
 
-    *Does not protect against* the span attack where gradients are shared in float64: the sinusoids are known to
-    the attacker. In float32 that attack mostly fails, since the table of sinusoids has a low numerical rank. That is
-    protection by rounding error: it depends on ``base``, ``scale``, kind, width and number of patches, nothing proves
-    it, and an attack that starts gradient matching from the span's blurred picture gets further (chapter 07).
+    *Does not protect against* :func:`~aprillab.span_then_match`: with 16 patches it restores 1-D and 2-D sinusoids'
+    pictures from float32 gradients (chapter 07; larger numbers of patches are harder). The span attack alone mostly
+    fails on 1-D sinusoids in float32, whose table has a low numerical rank: protection by rounding error, which
+    depends on the fastest frequency, the number of patches and even the precision in which the table is stored
+    (data/results/conditioning.md). On 2-D sinusoids it fails at any precision, for their rank is low exactly.
 
     Parameters
     ----------

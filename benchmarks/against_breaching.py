@@ -179,6 +179,7 @@ SIDES: dict[str, Callable[[Path, str, str, float, int], tuple[Diary, Tensor]]] =
 def worker(job: dict[str, Any]) -> None:
     """One attack; its diary goes to ``job["out"]``, versions to standard output's last line."""
     torch.set_num_threads(1)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # PyTorch's first optimizer imports its compiler: seconds
     arguments = (Path(job["folder"]), job["attack"], job["dtype"], job["seconds"], job["iterations"])
     diary, final = SIDES[job["side"]](*arguments)
     diary.save(Path(job["out"]), final)

@@ -61,7 +61,7 @@ class Study:
 
     settings: tuple[Setting, ...] = (*map(Setting, (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)), Setting(1.0, "whole"))
     digits: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     evaluations: int = 400
     width: int = 128
     depth: int = 4

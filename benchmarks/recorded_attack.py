@@ -7,8 +7,8 @@ Written to data/results/:
 - matching_twins.csv and .png: where attacks end on the same digits with a learned position embedding, with its
   gradient withheld ("frozen") and with a sinusoidal one; the strip has one picture for each row.
 
-Random weights (seed 0), float64 gradients, one image, label recovered, the preset "april". Budgets are evaluations,
-so the same machine gives the same result; another machine rounds otherwise, and a search of hundreds of steps then
+Random weights (seed 0), float64 gradients, one image, label recovered, the preset "april" with one start. Budgets are
+evaluations, so the same machine gives the same result; another machine rounds otherwise, and a search of hundreds of steps then
 takes another path. PSNR is of pixels clamped to [0, 1]; the strips are rounded to 8 bits.
 """
 
@@ -86,7 +86,7 @@ def record_scrub() -> None:
         rows.append({"evaluation": entry["evaluation"], "loss": f"{entry['loss']:.4e}", "psnr": quality, "frame": ""})
 
     found = al.match_gradients(
-        model, update, max_evaluations=SCRUB_EVALUATIONS, snapshots=SCRUB_EVERY, callback=record
+        model, update, max_evaluations=SCRUB_EVALUATIONS, restarts=1, snapshots=SCRUB_EVERY, callback=record
     )
     pictures: list[Tensor] = []
     for row, entry in zip(rows, found.history, strict=True):
@@ -108,7 +108,7 @@ def record_twins() -> None:
             model = al.VisionTransformer(**DIGIT, position=position).double()
             update = al.client_update(model, al.HALF.to_input(private), labels)
             for seed in TWIN_SEEDS:
-                found = al.match_gradients(model, update, seed=seed, max_evaluations=TWIN_EVALUATIONS)
+                found = al.match_gradients(model, update, seed=seed, restarts=1, max_evaluations=TWIN_EVALUATIONS)
                 diagnostics = found.diagnostics
                 twin = Twin(
                     digit=label,

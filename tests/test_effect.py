@@ -143,15 +143,49 @@ def test_the_grid_puts_rows_where_they_belong() -> None:
 
 def test_pictures_show_victims_whose_learned_run_came_home() -> None:
     def twin(victim: str, seed: int, psnr: float) -> Twin:
-        return Twin(row(psnr, victims=(victim,), seed=seed), 1.0, 5.0)
+        return Twin(row(psnr, victims=(victim,), seed=seed), 1.0, 5.0, psnr + 1)
 
     runs = [twin("coffee", 0, 8.0), twin("cell", 0, 40.0), twin("coffee", 1, 90.0), twin("clock", 0, 12.0)]
-    assert effect.shown_twins({"learned": runs}) == [("coffee", 1), ("cell", 0)]
+    assert effect.shown_twins({"learned": runs}) == [("cell", 0), ("coffee", 1)]
     assert effect.shown_twins({"learned": [runs[0], runs[3]]}) == [("coffee", 0), ("clock", 0)]
     text = effect.twin_table({"learned": runs, "frozen": []})
     assert "| learned | 4 | 1 | 0.001 | 1e+03 |" in text
-    assert "26.0 (8.0 to 90.0) | 2 |" in text
+    assert "26.0 (8.0 to 90.0) | 2 | 27.0 |" in text
     assert "| frozen | 0 | not run |" in text
+
+
+def test_patches_are_put_where_they_fit_best() -> None:
+    private = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    patches = al.patchify(private, 7)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    shuffled = al.unpatchify(patches[:, order], 7, (28, 28))
+    assert al.psnr(shuffled[0], private[0]) < 10
+    assert effect.reordered_psnr(private, shuffled, 7) > 100
+    assert effect.reordered_psnr(private, (shuffled + 0.1).clamp_max(1), 7) == pytest.approx(
+        al.psnr((private + 0.1).clamp_max(1)[0].double(), private[0].double()), abs=1e-6
+    )
+    turned = al.unpatchify(patches.flip(-1), 7, (28, 28))  # the patches themselves upside down
+    assert effect.reordered_psnr(private, turned, 7) < 15
+
+
+def test_a_surer_head_shrinks_the_miss_and_hurts_no_closed_form(tmp_path: Path) -> None:
+    study = replace(SMALLEST, checkpoints=tmp_path, victims=("mnist:7",))
+    for position in ("learned", "frozen"):
+        effect.trained(study, "prenorm", position, 0, "late")
+    found = effect.saturated(study)
+    assert [(entry.attack, entry.factor) for entry in found] == [
+        (attack, factor) for attack in ("embedding", "span") for factor in effect.FACTORS
+    ]
+    model = build_model(
+        "prenorm", position="learned", seed=0, **study.shape,
+        weights=study.weights("late").format(model="prenorm", position="learned", seed=0),
+    )  # fmt: skip
+    images, labels = al.mnist5k("test")
+    update = al.client_update(model, al.HALF.to_input(images[7:8]), labels[7:8])
+    assert found[0].miss == pytest.approx(update.gradients["head.bias"].norm().item(), rel=1e-4)
+    assert len({entry.miss for entry in found}) == len(found)
+    assert all(entry.psnr > 60 for entry in found)
+    assert "| above 1e-01 |" in effect.saturation_table(found)
 
 
 # --- The smallest study ---------------------------------------------------------------------------------------
@@ -219,9 +253,8 @@ def test_a_second_run_trains_and_attacks_nothing(
     monkeypatch.setattr(effect, "train", never)
     monkeypatch.setattr(compare, "_play_client", never)
     before = (folder / "effect.csv").read_bytes()
-    page = (folder / "effect.md").read_text()
+    monkeypatch.setattr(effect, "write", lambda *_: None)  # the page costs more than all the rest
     monkeypatch.setattr(sys, "argv", ["effect", "--quick", "--output", str(folder)])
     effect.main()
     assert (folder / "effect.csv").read_bytes() == before
-    assert (folder / "effect.md").read_text() == page
-    assert "| twins | 6 | 6 | 6 |" in capsys.readouterr().out
+    assert "| twins | 6 | 6 | 5 |" in capsys.readouterr().out

@@ -210,6 +210,8 @@ def test_sinusoids_in_float32_fall() -> None:
     assert result.diagnostics["dtype"] == "float32"
     opened = result.diagnostics["open_directions"]
     assert 0 < opened < 16
+    assert result.diagnostics["directions"] == 16  # none is impossible, but they are the span's
+    assert result.diagnostics["options"]["coordinates"] == "given"
     assert f"left {opened} of 16 directions" in result.reason
     assert result.diagnostics["span"]["tokens"] == 17
     assert quietly(model, update, dtype=torch.float64, max_evaluations=2).diagnostics["dtype"] == "float64"

@@ -296,12 +296,12 @@ def test_a_batch_with_known_labels() -> None:
     assert result.diagnostics["batch_size"] == 2
 
 
-def test_dlg_takes_a_batch() -> None:
-    """The labels' gradient comes with strides that L-BFGS cannot view as a vector."""
-    model = small_vit()
-    _, update = attacked(model, batch=2)
+def test_dlg_takes_a_batch_in_colour() -> None:
+    """In colour, the pictures' gradient has its channels last in memory, and L-BFGS takes views of it."""
+    model = small_vit(channels=3)
+    _, update = attacked(model, batch=2, channels=3)
     result = quietly(model, update, preset="dlg", max_evaluations=8)
-    assert result.images.shape == (2, 1, 4, 4)
+    assert result.images.shape == (2, 3, 4, 4)
     assert result.labels.shape == (2,)
     assert result.diagnostics["loss"] < result.history[0]["loss"]
 

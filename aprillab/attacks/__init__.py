@@ -29,6 +29,9 @@ CLOSED_FORMS: dict[str, Callable[..., Reconstruction]] = {
     "span": span_closed_form,
 }
 
+#: All that :func:`invert` takes by name: the closed forms, and the search that goes on where the span attack ends.
+ATTACKS: dict[str, Callable[..., Reconstruction]] = {**CLOSED_FORMS, "span_then_match": span_then_match}
+
 
 def invert(
     model: nn.Module,
@@ -48,9 +51,10 @@ def invert(
     ----------
     model : nn.Module
     update : ClientUpdate
-    attack : {"auto", "embedding", "april", "span"}
-        ``"auto"`` tries them in this order and stops at the first that is exact; if none is, the one with the
-        highest predicted PSNR is returned, marked as not exact.
+    attack : {"auto", "embedding", "april", "span", "span_then_match"}
+        ``"auto"`` tries the closed forms in this order and stops at the first that is exact; if none is, the one with
+        the highest predicted PSNR is returned, marked as not exact. ``"span_then_match"`` searches for minutes, so it
+        is never run unasked; ``diagnostics["attacks"]`` says where it would go on.
     verify : bool
         Also replay the client with the reconstruction (one more gradient): ``diagnostics["gradient_residual"]``.
     anatomy, preprocessing, labels, device
@@ -61,7 +65,7 @@ def invert(
     Returns
     -------
     Reconstruction
-        ``diagnostics["attacks"]`` maps each closed form to what became of it, in words.
+        ``diagnostics["attacks"]`` maps each attack to what became of it, in words.
 
     Raises
     ------
@@ -73,8 +77,8 @@ def invert(
     ValueError
         If ``attack`` is unknown, or options are given with ``"auto"``.
     """
-    if attack != "auto" and attack not in CLOSED_FORMS:
-        raise ValueError(f"attack={attack!r} is neither 'auto' nor one of {', '.join(CLOSED_FORMS)}")
+    if attack != "auto" and attack not in ATTACKS:
+        raise ValueError(f"attack={attack!r} is neither 'auto' nor one of {', '.join(ATTACKS)}")
     if attack == "auto" and options:
         raise ValueError(f"options {', '.join(options)} need a named attack, not 'auto'")
     anatomy = anatomy or dissect(model)
@@ -92,14 +96,16 @@ def invert(
             outcome[name] = f"not tried: every closed form needs one image, and {batch_numbers}"
             continue
         try:
-            found.append(CLOSED_FORMS[name](model, update, **common, **options))
+            found.append(ATTACKS[name](model, update, **common, **options))
             outcome[name] = ("exact: " if found[-1].exact else "not exact: ") + found[-1].reason
         except AttackNotApplicable as refusal:
             outcome[name] = f"refused: {refusal.reason}"
     if not found:
         reasons = "; ".join(f"{name} {text}" for name, text in outcome.items())
         raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **outcome)
-    best = max(found, key=lambda result: (result.exact, result.diagnostics["predicted_psnr"]))
+    if attack == "auto" and found[-1].attack == "span_closed_form" and not found[-1].exact:
+        outcome["span_then_match"] = "not tried, a search of minutes: name it to go on from the span's picture"
+    best = max(found, key=lambda result: (result.exact, result.diagnostics.get("predicted_psnr", 0.0)))
     diagnostics = {**best.diagnostics, "attacks": outcome}
     if verify:
         diagnostics["gradient_residual"] = gradient_residual(model, update, best)
@@ -107,6 +113,7 @@ def invert(
 
 
 __all__ = [
+    "ATTACKS",
     "CLOSED_FORMS",
     "PRESETS",
     "AttackNotApplicable",

@@ -103,7 +103,7 @@ def span_then_match(
         device=device,
         anatomy=anatomy,
         preprocessing=preprocessing,
-        **{"tolerance": torch.finfo(update.dtype).eps, **options},
+        **{"tolerance": torch.finfo(update.dtype).eps, "restarts": 1, **options},
     )
     p = len(coordinates.basis)
     return replace(
