@@ -22,8 +22,9 @@ help:  ## list the commands
 demo: $(VENV)/.installed-base  ## get a private photograph back from gradients; writes demo.png and prints a table
 	$(BIN)/aprillab demo --out demo.png
 
+# Two workers, a file each at a time, one thread each: on two cores nearly twice as fast as one after the other.
 test: lint  ## run the linters, the tests and every notebook
-	$(BIN)/python -m pytest tests \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile tests \
 	    $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks)
 
 lint: $(VENV)/.installed-test  ## check style, formatting and types

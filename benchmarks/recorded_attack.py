@@ -8,8 +8,8 @@ Written to data/results/:
   gradient withheld ("frozen") and with a sinusoidal one; the strip has one picture for each row.
 
 Random weights (seed 0), float64 gradients, one image, label recovered, the preset "april" with one start. Budgets are
-evaluations, so the same machine gives the same result; another machine rounds otherwise, and a search of hundreds of steps then
-takes another path. PSNR is of pixels clamped to [0, 1]; the strips are rounded to 8 bits.
+evaluations, so the same machine gives the same result; another machine rounds otherwise, and a search of hundreds of
+steps then takes another path. PSNR is of pixels clamped to [0, 1]; the strips are rounded to 8 bits.
 """
 
 from __future__ import annotations
