@@ -85,7 +85,7 @@ def report(found: dict[str, list[Row]]) -> str:
 {__doc__.split(chr(10), 2)[2].strip()}
 
 aprillab {row.aprillab}, torch {row.torch}, Python {row.python}, {row.machine}, {row.threads} thread(s). At
-most {EVALUATIONS} evaluations and {SECONDS:.0f} s a search; the machine was shared, so the seconds are an upper bound.
+most {EVALUATIONS} evaluations and {SECONDS:.0f} s a search, on a shared machine: the seconds are an upper bound.
 PSNR of a batch is the mean after assignment. hybrid.csv has a row for each attack, hybrid_curves.csv how it went.
 
 {table(found)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import aprillab as al
 from aprillab.anatomy import dissect
 from aprillab.attacks.coordinates import Coordinates
 from aprillab.attacks.hybrid import open_coordinates, span_then_match
@@ -317,3 +318,30 @@ def test_the_width_does_not_matter_here() -> None:
     result = quietly(narrow, update, max_evaluations=10)
     assert result.diagnostics["open_directions"] > 0
     assert result.diagnostics["loss"] < result.history[0]["loss"]
+
+
+# --- As one of the attacks that invert knows ------------------------------------------------------------------
+
+
+def test_invert_takes_it_by_name() -> None:
+    model, pixels, update = sinusoidal()
+    options = {"max_evaluations": 60, "progress": False}
+    named = al.invert(model, update, attack="span_then_match", **options)
+    assert named.attack == "span_then_match"
+    assert torch.equal(named.images, al.span_then_match(model, update, **options).images)
+    assert named.diagnostics["attacks"]["span_then_match"].startswith("not exact: the span left")
+    assert al.psnr(named.pixels, pixels).item() > al.psnr(al.invert(model, update).pixels, pixels).item() + 15
+
+
+def test_invert_says_where_it_would_go_on_but_searches_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a search was run unasked")
+
+    monkeypatch.setitem(al.attacks.ATTACKS, "span_then_match", never)
+    model, _, update = sinusoidal()
+    outcome = al.invert(model, update).diagnostics["attacks"]
+    assert "name it to go on from the span's picture" in outcome["span_then_match"]
+    frozen, _, exactly = frozen_batch(1)
+    exact = al.invert(frozen, exactly)
+    assert exact.exact
+    assert "span_then_match" not in exact.diagnostics["attacks"]

@@ -28,8 +28,8 @@ from ..update import ClientUpdate, check_update
 from .labels import is_batch, labels_or_none
 from .result import AttackNotApplicable, Reconstruction, predicted_psnr, verdict
 
-# Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted from the least-squares
-# minimum was too small by at most this.
+# Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted from the minimum
+# of the least squares was too small by at most this.
 _MARGIN_DB = 7.0
 
 
