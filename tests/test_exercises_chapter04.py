@@ -40,6 +40,7 @@ MUTANTS = [
     ("check_attack", CUT, "[1:]", "Error"),
     ("check_attack", CUT, f"{CUT}.flip(0)", "not right"),
     ("check_attack", "if n > d:", "if False:", "must refuse"),
+    ("check_attack", "if n > d:", "if n + anatomy.position_prefix > d:", "do not count the 2 prefix rows"),
     ("check_attack", "    if weight is None or position is None:", "    if False:", "AttributeError"),
     ("check_predicted_mse", "(d - n)", "d", "d·p equations"),
     ("check_predicted_mse", "** 2).mean()", ").mean()", "1/s²"),

@@ -33,7 +33,7 @@ MUTANTS = [
     ("check_width_needed", " + int(layernorm)", " + 1", "no mean to lose"),
     ("check_span_attack", "-outside(places.T)", "outside(places.T)", "right side's sign"),
     ("check_span_attack", CENTRING, "", "centring"),
-    ("check_span_attack", "[: n + prefix]", "[:n]", "class token's direction"),
+    ("check_span_attack", "[: n + prefix]", "[:n]", "A direction is missing"),
     ("check_span_attack", BASIS, "torch.eye(dW.shape[1]).to(dW) ", "row space of ∂W_e"),
     ("check_span_attack", "(R @ Y).T", "R @ Y", "transpose"),
     ("check_twin", "twin[0] = X[0] + corners", "", "X' is X"),

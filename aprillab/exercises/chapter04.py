@@ -166,13 +166,19 @@ def check_attack(function: Callable[[ClientUpdate, Anatomy], Tensor]) -> Feedbac
     """Exercise 4.4: ``function(update, anatomy)`` is the picture (1, C, H, W) in model-input space, or a refusal."""
 
     def check() -> str:
-        for prefix, size, d in ((1, (4, 4), 9), (0, (4, 6), 16), (2, (6, 4), 11)):
+        for prefix, size, d in ((1, (4, 4), 9), (0, (4, 6), 16), (2, (6, 4), 11), (2, (4, 4), 5)):
             update, anatomy, X = _synthetic(prefix, size, d, seed=d)
             wanted = unpatchify(X[None], 2, size)
             rows, columns = size[0] // 2, size[1] // 2
             by_columns = X.reshape(columns, rows, 12).transpose(0, 1).reshape(1, -1, 12)
             channels_last = X.reshape(-1, 2, 2, 3).permute(0, 3, 1, 2).reshape(1, -1, 12)
-            answer = expect_tensor(function(update, anatomy), (1, 3, *size), "The picture")
+            try:
+                found = function(update, anatomy)
+            except AttackNotApplicable:
+                stop(
+                    f"n = {len(X)} patches fit into a width of {d}: do not count the {prefix} prefix rows, nor refuse."
+                )
+            answer = expect_tensor(found, (1, 3, *size), "The picture")
             expect_close(
                 answer,
                 wanted,

@@ -158,10 +158,11 @@ def check_span_attack(function: Callable[..., Tensor]) -> Feedback:
     """Exercise 7.4: ``function(D, dW, W_e, places, prefix)`` is the patches X (n, p), for γ = 1 and β = 0."""
 
     def check() -> str:
-        for size, patch, width in ((8, 4, 56), (12, 6, 40)):
+        for size, patch, width, prefix in ((8, 4, 56, 1), (12, 6, 40, 1), (8, 4, 56, 0)):
             model = VisionTransformer(
-                image_size=size, patch_size=patch, width=width, depth=2, heads=4, classes=4, position="frozen", seed=3
-            ).double()
+                image_size=size, patch_size=patch, width=width, depth=2, heads=4, classes=4, position="frozen",
+                class_token=bool(prefix), seed=3,
+            ).double()  # fmt: skip
             images = _random(1, 3, size, size, seed=5)
             gradients = client_update(model, images, torch.tensor([2])).gradients
             D = torch.cat([gradients[f"blocks.0.attention.{part}.weight"] for part in ("query", "key", "value")])
@@ -169,10 +170,10 @@ def check_span_attack(function: Callable[..., Tensor]) -> Feedback:
             W_e = model.patch_embedding.weight.detach().flatten(1)
             assert model.position_embedding is not None
             assert model.patch_embedding.bias is not None
-            places = model.position_embedding.detach()[0, 1:] + model.patch_embedding.bias.detach()
+            places = model.position_embedding.detach()[0, prefix:] + model.patch_embedding.bias.detach()
             X = patchify(images, patch)[0]
-            answer = expect_tensor(function(D, dW, W_e, places, 1), tuple(X.shape), "X")
-            known = (D, dW, W_e, places, 1)
+            answer = expect_tensor(function(D, dW, W_e, places, prefix), tuple(X.shape), "X")
+            known = (D, dW, W_e, places, prefix)
             expect_close(
                 answer,
                 X,
@@ -183,9 +184,7 @@ def check_span_attack(function: Callable[..., Tensor]) -> Feedback:
                     "LayerNorm's centring is missing: C z lies in the span, z does not.": _candidate(
                         *known, centre=False
                     ),
-                    "The class token's direction is missing: the span has n + prefix dimensions.": _candidate(
-                        *known, extra=-1
-                    ),
+                    "A direction is missing: the span has n + prefix dimensions.": _candidate(*known, extra=-1),
                     "Among all solutions it is not the one in the row space of ∂W_e.": _candidate(*known, rows=False),
                 },
                 tolerance=1e-6,
@@ -218,7 +217,7 @@ def check_twin(function: Callable[[Tensor, int, int], Tensor]) -> Feedback:
                 stop(
                     f"Patch {worst} (from 0, grid {rows} × {columns}): {away[worst]:.1e} of its token leaves the "
                     "span. Do the position embeddings of what you added cancel? Four corners of a rectangle with the "
-                    f"signs + − − +, do; patch (r, c) is row r·{columns} + c of X."
+                    f"signs + − − + do. Patch (r, c) is row r·{columns} + c of X."
                 )
             if float(pixels_away) > 1e-8:
                 stop("Some patch leaves the row space of X: add combinations of patches, nothing else.")
