@@ -175,9 +175,7 @@ def check_attack(function: Callable[[ClientUpdate, Anatomy], Tensor]) -> Feedbac
             try:
                 found = function(update, anatomy)
             except AttackNotApplicable:
-                stop(
-                    f"n = {len(X)} patches fit into a width of {d}: do not count the {prefix} prefix rows, nor refuse."
-                )
+                stop(f"n = {len(X)} patches fit into a width of {d}: do not count the {prefix} prefix rows.")
             answer = expect_tensor(found, (1, 3, *size), "The picture")
             expect_close(
                 answer,
