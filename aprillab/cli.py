@@ -250,7 +250,7 @@ def _add_compare(commands: Any) -> None:
         ("--positions", ["learned", "frozen", "sinusoidal"], str, "P,…", f"of {', '.join(get_args(Position))}"),
         ("--weights", ["init"], str, "W,…", "init: random, or files; see below"),
         ("--dtypes", ["float32"], str, "D,…", f"of the client: {', '.join(DTYPES)}"),
-        ("--attacks", ["embedding", "span", "match:april"], str, "A,…", "see below; all for every one"),
+        ("--attacks", _ATTACKS_COMPARED, str, "A,…", "see below; all for every one"),
         ("--seeds", [0], _whole(0), "N,…", "of random weights, labels and first guesses"),
         ("--batch-sizes", [1], whole, "B,…", "the victims are cut into batches in their order"),
     ):
@@ -272,7 +272,7 @@ def _add_compare(commands: Any) -> None:
         help="whether attacks have to find the labels or are told (%(default)s)",
     )  # fmt: skip
     compare.add_argument(
-        "--max-evaluations", default=500, type=whole, metavar="N", help="of each search (%(default)s)"
+        "--max-evaluations", default=400, type=whole, metavar="N", help="of each search (%(default)s)"
     )
     compare.add_argument(
         "--max-seconds", type=_positive, metavar="S", help="of each search; results then depend on the machine"
@@ -294,6 +294,7 @@ weights: safetensors files: checkpoints of aprillab.training.train, or state dic
   embedding. {{position}}, {{model}} and {{seed}} in a name are filled in: late/{{position}}-{{seed}}.safetensors
 files: NAME.csv (a row an attack), NAME.md (the table), NAME_curves.csv (searches on their way), NAME_pictures/
   (8-bit pixels, safetensors), and figures as PNG: pictures, curves, PSNR against seconds."""
+_ATTACKS_COMPARED = ["embedding", "span", "span_then_match", "match:april"]
 _PHOTO = "a picture file, or one of the victims that come along"
 _MODELS = f"""models: {MODEL_NAMES}
   april and prenorm are this package's architectures A and B. At image sizes from 112 up that are multiples of 16
