@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..anatomy import Anatomy, dissect
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .coordinates import Coordinates
+from .labels import assumed_batch_size
 from .matching import match_gradients
 from .result import Reconstruction
 from .span import SpanSolution, solve_span
@@ -33,7 +34,7 @@ def span_then_match(
     model: nn.Module,
     update: ClientUpdate,
     *,
-    labels: Tensor | None = None,
+    labels: Tensor | Literal["recover", "optimize"] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -51,8 +52,8 @@ def span_then_match(
     ----------
     model : nn.Module
     update : ClientUpdate
-    labels : int64 Tensor of shape (B,), optional
-        Known to the attacker; default is to recover them from the head's gradient.
+    labels : int64 Tensor of shape (B,), or "recover" (default) or "optimize"
+        As in ``match_gradients``.
     batch_size : int, optional
         B; default is the number of labels, else what the client says, else 1.
     seed : int
@@ -79,7 +80,7 @@ def span_then_match(
     """
     start = time.perf_counter()
     anatomy = anatomy or dissect(model)
-    batch_size = batch_size or (None if labels is None else len(labels)) or update.batch_size or 1
+    batch_size = assumed_batch_size(update, labels, batch_size)
     solution = solve_span(model, update, anatomy=anatomy, batch_size=batch_size, strict=False, device=device)
     coordinates, opened = open_coordinates(solution)
     images = solution.images.expand(batch_size, -1, -1, -1)

@@ -159,3 +159,8 @@ def labels_or_none(
     except AttackNotApplicable as refusal:
         return None, refusal.reason
     return found.labels, f"recovered, {'exact' if found.exact else 'not certain'}: {found.reason}"
+
+
+def assumed_batch_size(update: ClientUpdate, labels: object, batch_size: int | None) -> int:
+    """B as an attack takes it: as told, else as many as it knows labels, else as the client says, else 1."""
+    return batch_size or (len(labels) if isinstance(labels, Tensor) else 0) or update.batch_size or 1

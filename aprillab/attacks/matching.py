@@ -25,7 +25,7 @@ from ..anatomy import Anatomy, UnknownModelError, dissect
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, check_update
 from .coordinates import Coordinates
-from .labels import recover_labels
+from .labels import assumed_batch_size, recover_labels
 from .objectives import DISTANCES, Distance, l2_l1, relative_l2
 from .result import AttackNotApplicable, Reconstruction
 from .search import Problem, Search
@@ -255,7 +255,7 @@ def match_gradients(
     preprocessing = preprocessing or anatomy.preprocessing
     device = torch.device(device) if device is not None else next(iter(update.gradients.values())).device
     labels = options["labels"]
-    batch_size = batch_size or (len(labels) if isinstance(labels, Tensor) else None) or update.batch_size or 1
+    batch_size = assumed_batch_size(update, labels, batch_size)
     known, labels_how = _labels(model, update, anatomy, labels, batch_size)
     shape = (batch_size, *(image_shape or (_channels(model, anatomy), *anatomy.image_size)))
     if isinstance(options["init"], Tensor) and options["init"].shape != shape:
