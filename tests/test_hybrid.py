@@ -119,7 +119,7 @@ def test_noise_is_as_long_in_rows_of_any_length() -> None:
 # --- What the span leaves open ----------------------------------------------------------------------------------
 
 
-def test_rows_are_as_long_as_the_error_to_be_expected() -> None:
+def test_rows_are_the_longer_the_greater_the_error_to_be_expected() -> None:
     s = torch.tensor([1e4, 20.0, 4.0, 0.5, 1e-6, 1e9], dtype=torch.float64)
     Q = rotation(6)  # its columns are the directions
     upper = torch.linalg.qr(s[:, None] * Q.T).R
@@ -128,7 +128,8 @@ def test_rows_are_as_long_as_the_error_to_be_expected() -> None:
         token_side=None, width_needed=0, usable_width=0, numbers={},
     )  # fmt: skip
     found, opened = open_coordinates(solution)  # deviations 0.2 / s
-    lengths = torch.tensor([2e-5, 0.01, 0.05, 0.4, 0.5, 1e-6], dtype=torch.float64)
+    errors = torch.tensor([2e-5, 0.01, 0.05, 0.4, 0.5], dtype=torch.float64)
+    lengths = torch.cat([(errors / 2).sqrt(), torch.tensor([1e-6], dtype=torch.float64)])
     assert opened == 4  # wrong by more than 1e-3 are all but the first and the last
     for length, direction in zip(lengths, Q.T, strict=True):
         along = (found.basis @ direction).abs()

@@ -3,7 +3,7 @@
 The span attack says of every direction in a patch how uncertain it is. For a frozen embedding nothing is left to ask.
 For sinusoids in float32, or for more than one image, most directions are known to rounding and a few are open; a
 search over all pixels would spend its time on what is known. So gradient matching runs in coordinates whose rows are
-as long as the uncertainty: it starts from the span's picture and moves where the span could not see. Chapter 07.
+the longer the greater the uncertainty: it starts from the span's picture and moves where the span could not see. Chapter 07.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .matching import match_gradients
 from .result import Reconstruction
 from .span import SpanSolution, solve_span
 
-# Of the pixels' scale in model-input space, about 1: what is known to less is known well enough to start.
+# In model-input space, where pixels are of the order of 1.
+_LONGEST = 0.5  # as far as a picture may be off
 _SHORTEST = 1e-6
-_LONGEST = 0.5
+_KNOWN = 1e-5  # what is known so well is left to the last
 _OPEN = 1e-3  # a direction counts as open where the picture may be wrong by so much
 
 
@@ -117,8 +118,16 @@ def span_then_match(
 
 
 def open_coordinates(solution: SpanSolution) -> tuple[Coordinates, int]:
-    """Coordinates around the span's patches, their rows as long as the error to be expected; how many are open."""
+    """Coordinates around the span's patches, and how many of their directions are open.
+
+    A row is √(τ/2) long, τ the error to be expected in its direction. Rows of length τ, the preconditioner that
+    suggests itself, make the search blind where the span was too sure of itself; rows of equal length make it start
+    blind everywhere. Measured between them: data/results/hybrid.md.
+    """
     directions, deviations = solution.directions()
-    basis = deviations.clamp(_SHORTEST, _LONGEST)[:, None] * directions
-    coordinates = Coordinates(solution.patches.T, basis, solution.patch_size, solution.image_size)
+    lengths = (_LONGEST * deviations).sqrt().clamp_max(_LONGEST)
+    lengths = torch.where(deviations > _KNOWN, lengths, _SHORTEST)
+    coordinates = Coordinates(
+        solution.patches.T, lengths[:, None] * directions, solution.patch_size, solution.image_size
+    )
     return coordinates, int((deviations > _OPEN).sum())
