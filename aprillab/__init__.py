@@ -26,6 +26,7 @@ from .attacks import (
     recover_labels,
     span_closed_form,
     span_then_match,
+    span_then_round,
 )
 from .data import load_victim, load_victims, mnist5k, read_picture, torchvision_dataset, victim_info, victims
 from .metrics import EXACT_TO_8_BITS_DB, match_batch, mse, psnr, score, ssim
@@ -85,6 +86,7 @@ __all__ = [
     "sinusoidal_2d",
     "span_closed_form",
     "span_then_match",
+    "span_then_round",
     "ssim",
     "tensors_of",
     "torchvision_dataset",

@@ -34,6 +34,7 @@ from .attacks import (
     Reconstruction,
     match_gradients,
     span_then_match,
+    span_then_round,
 )
 from .compare_records import (
     DTYPES,
@@ -72,6 +73,7 @@ def _closed_form(function: Callable[..., Reconstruction]) -> Callable[..., Recon
 ATTACKS: dict[str, Callable[..., Reconstruction]] = {
     **{name: _closed_form(function) for name, function in CLOSED_FORMS.items()},
     "span_then_match": span_then_match,
+    "span_then_round": span_then_round,
     **{f"match:{name}": functools.partial(match_gradients, preset=name) for name in PRESETS},
 }
 

@@ -19,6 +19,7 @@ from .hybrid import span_then_match
 from .labels import Labels, is_batch, one_image_residual, recover_labels
 from .matching import PRESETS, match_gradients
 from .result import AttackNotApplicable, Reconstruction, decibels, predicted_psnr, verdict
+from .rounding import span_then_round
 from .span import span_closed_form
 from .verify import gradient_residual
 
@@ -29,8 +30,12 @@ CLOSED_FORMS: dict[str, Callable[..., Reconstruction]] = {
     "span": span_closed_form,
 }
 
-#: All that :func:`invert` takes by name: the closed forms, and the search that goes on where the span attack ends.
-ATTACKS: dict[str, Callable[..., Reconstruction]] = {**CLOSED_FORMS, "span_then_match": span_then_match}
+#: All that :func:`invert` takes by name: the closed forms, and the two that go on where the span attack ends.
+ATTACKS: dict[str, Callable[..., Reconstruction]] = {
+    **CLOSED_FORMS,
+    "span_then_round": span_then_round,
+    "span_then_match": span_then_match,
+}
 
 
 def invert(
@@ -51,10 +56,10 @@ def invert(
     ----------
     model : nn.Module
     update : ClientUpdate
-    attack : {"auto", "embedding", "april", "span", "span_then_match"}
+    attack : {"auto", "embedding", "april", "span", "span_then_round", "span_then_match"}
         ``"auto"`` tries the closed forms in this order and stops at the first that is exact; if none is, the one with
-        the highest predicted PSNR is returned, marked as not exact. ``"span_then_match"`` searches for minutes, so it
-        is never run unasked; ``diagnostics["attacks"]`` says where it would go on.
+        the highest predicted PSNR is returned, marked as not exact. The last two can search for minutes, so they are
+        never run unasked; ``diagnostics["attacks"]`` says where they would go on.
     verify : bool
         Also replay the client with the reconstruction (one more gradient): ``diagnostics["gradient_residual"]``.
     anatomy, preprocessing, labels, device
@@ -104,6 +109,7 @@ def invert(
         reasons = "; ".join(f"{name} {text}" for name, text in outcome.items())
         raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **outcome)
     if attack == "auto" and found[-1].attack == "span_closed_form" and not found[-1].exact:
+        outcome["span_then_round"] = "not tried: name it to look for whole grey levels, seconds to minutes"
         outcome["span_then_match"] = "not tried, a search of minutes: name it to go on from the span's picture"
     best = max(found, key=lambda result: (result.exact, result.diagnostics.get("predicted_psnr", 0.0)))
     diagnostics = {**best.diagnostics, "attacks": outcome}
@@ -133,5 +139,6 @@ __all__ = [
     "recover_labels",
     "span_closed_form",
     "span_then_match",
+    "span_then_round",
     "verdict",
 ]

@@ -23,36 +23,40 @@ class Coordinates:
 
     Attributes
     ----------
-    origin : Tensor (n, p) or (1, p), in model-input space
+    origin : Tensor (n, p), (1, p) or (B, n, p), in model-input space
         The patches whose coefficients are zero.
     basis : Tensor (k, p), rows linearly independent
     patch_size : int, in pixels
     image_size : (height, width), in pixels
+    free : Tensor (B, n), optional
+        1 for patches to look for, 0 for those that stay at the origin; default is all.
     """
 
     origin: Tensor
     basis: Tensor
     patch_size: int
     image_size: tuple[int, int]
+    free: Tensor | None = None
 
     def to(self, like: Tensor) -> Coordinates:
         """On the device and in the dtype of a tensor."""
-        return Coordinates(self.origin.to(like), self.basis.to(like), self.patch_size, self.image_size)
+        free = None if self.free is None else self.free.to(like)
+        return Coordinates(self.origin.to(like), self.basis.to(like), self.patch_size, self.image_size, free)
 
     def images_of(self, coefficients: Tensor) -> Tensor:
         """Pictures (…, C, H, W) of coefficients (…, n, k)."""
-        patches = self.origin + coefficients @ self.basis  # (…, n, p)
+        patches = self.origin + self._freely(coefficients) @ self.basis  # (…, n, p)
         images = unpatchify(patches.flatten(0, -3), self.patch_size, self.image_size)
         return images.unflatten(0, coefficients.shape[:-2])
 
     def coefficients_of(self, images: Tensor) -> Tensor:
         """Coefficients (…, n, k) of the pictures nearest to ``images`` (…, C, H, W), by least squares."""
-        patches = patchify(images.flatten(0, -4), self.patch_size) - self.origin  # (…, n, p)
+        patches = patchify(images.flatten(0, -4), self.patch_size).unflatten(0, images.shape[:-3])  # (…, n, p)
+        patches = patches - self.origin
         # In float64 and for rows of length 1: they may differ by far more than float32 can take.
         lengths = torch.linalg.vector_norm(self.basis.double(), dim=1)  # (k,)
         rows = self.basis.double() / lengths[:, None]
-        coefficients = (patches.double() @ torch.linalg.pinv(rows) / lengths).to(images)
-        return coefficients.unflatten(0, images.shape[:-3])
+        return self._freely((patches.double() @ torch.linalg.pinv(rows) / lengths).to(images))
 
     def coefficients_of_noise(self, images: Tensor) -> Tensor:
         """Coefficients (…, n, k) as large as the noise (…, C, H, W), whatever the length of the rows.
@@ -62,4 +66,7 @@ class Coordinates:
         k, p = self.basis.shape
         rows = self.basis / torch.linalg.vector_norm(self.basis, dim=1, keepdim=True)
         coefficients = math.sqrt(p / k) * patchify(images.flatten(0, -4), self.patch_size) @ rows.T
-        return coefficients.unflatten(0, images.shape[:-3])
+        return self._freely(coefficients.unflatten(0, images.shape[:-3]))
+
+    def _freely(self, coefficients: Tensor) -> Tensor:
+        return coefficients if self.free is None else coefficients * self.free[..., None].to(coefficients)

@@ -3,7 +3,7 @@
 The span attack says of every direction in a patch how uncertain it is. For a frozen embedding nothing is left to ask.
 For sinusoids in float32, or for more than one image, most directions are known to rounding and a few are open; a
 search over all pixels would spend its time on what is known. So gradient matching runs in coordinates whose rows are
-the longer the greater the uncertainty: it starts from the span's picture and moves where the span could not see. Chapter 07.
+longer where more is uncertain: it starts from the span's picture and moves where the span could not see. Chapter 07.
 """
 
 from __future__ import annotations
