@@ -170,19 +170,20 @@ def span_then_round(
     with tqdm(total=state.settled.numel(), desc="settled patches", unit=" patch", disable=not progress) as bar:
         while not stopped:
             bar.update(int(state.settled.sum()) - bar.n)
-            if state.settled.all():
-                residual = replay()
-                if residual is None or residual <= limit:
-                    stopped = "settled"
-                    break
-                state.release()  # some patch was settled wrongly
-            if state.stuck and batch_size > 1:
-                state.try_whole_patches(grid, mismatch)
             spent = time.perf_counter() - start
             left = max_evaluations - len(state.history)
+            if state.settled.all():
+                residual = replay()
+                if residual is None or residual <= limit or state.settled_so_before():
+                    stopped = "settled"
+                    break
             if left <= 0 or (max_seconds is not None and spent >= max_seconds):
                 stopped = "evaluations" if left <= 0 else "seconds"
                 break
+            if state.settled.all():
+                state.release()  # some patch was settled wrongly, or the gradient is not what the client computed
+            elif state.stuck and batch_size > 1:
+                state.try_whole_patches(grid, mismatch)
             result = match_gradients(
                 model,
                 update,
@@ -380,6 +381,7 @@ class _State:
     best_loss: float = math.inf
     last_loss: float = math.inf  # of the round before
     history: list[dict[str, Any]] = field(default_factory=list)
+    doubted: list[Tensor] = field(default_factory=list)
 
     def settle(
         self,
@@ -470,8 +472,13 @@ class _State:
         self.stuck = taken < max(1, before // 20) and loss > self.last_loss / 2
         self.last_loss = loss
 
+    def settled_so_before(self) -> bool:
+        """Whether the same pictures were settled, and doubted, once already."""
+        return any(torch.equal(self.patches, before) for before in self.doubted)
+
     def release(self) -> None:
         """Doubt a random half of what is settled."""
+        self.doubted.append(self.patches.clone())
         self.settled &= torch.rand(self.settled.shape, generator=self.generator).to(self.patches) < 0.5
         self.stuck, self.best_loss = True, math.inf
 
