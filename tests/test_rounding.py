@@ -15,7 +15,7 @@ from aprillab.attacks.coordinates import Coordinates
 from aprillab.attacks.result import AttackNotApplicable, Reconstruction
 from aprillab.attacks.rounding import _Grid, _State, span_then_round
 from aprillab.attacks.span import solve_span
-from aprillab.defenses import to_precision
+from aprillab.defenses import gaussian_noise, to_precision
 from aprillab.metrics import match_batch
 from aprillab.models import VisionTransformer, patchify, sinusoidal_2d
 from aprillab.preprocessing import HALF, IMAGENET, Preprocessing
@@ -303,3 +303,14 @@ def test_candidates_are_whole_inside_and_hold_the_truth() -> None:
         assert listed.max() <= 255
         for image in truth:
             assert (listed == image[place].round()).all(1).any()
+
+
+def test_doubt_ends_where_the_gradient_itself_is_off() -> None:
+    """Noise above rounding: the pictures are right, the replay says no, and doubting them brings them back."""
+    model, pixels = vit(image_size=8), photographs("coffee", size=8)
+    noisy = gaussian_noise(client(model, pixels), 1e-5, relative=True, seed=0)
+    result = quietly(model, noisy, max_evaluations=3000)
+    assert result.diagnostics["stopped"] == "settled"
+    assert result.diagnostics["evaluations"] < 3000
+    assert torch.equal((255 * result.pixels).round(), (255 * pixels).round())
+    assert not result.exact

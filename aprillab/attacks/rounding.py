@@ -174,7 +174,7 @@ def span_then_round(
             left = max_evaluations - len(state.history)
             if state.settled.all():
                 residual = replay()
-                if residual is None or residual <= limit or state.settled_so_before():
+                if residual is None or residual <= limit or state.doubted_in_vain():
                     stopped = "settled"
                     break
             if left <= 0 or (max_seconds is not None and spent >= max_seconds):
@@ -381,7 +381,7 @@ class _State:
     best_loss: float = math.inf
     last_loss: float = math.inf  # of the round before
     history: list[dict[str, Any]] = field(default_factory=list)
-    doubted: list[Tensor] = field(default_factory=list)
+    doubted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # pictures, and which patches were kept
 
     def settle(
         self,
@@ -472,14 +472,18 @@ class _State:
         self.stuck = taken < max(1, before // 20) and loss > self.last_loss / 2
         self.last_loss = loss
 
-    def settled_so_before(self) -> bool:
-        """Whether the same pictures were settled, and doubted, once already."""
-        return any(torch.equal(self.patches, before) for before in self.doubted)
+    def doubted_in_vain(self) -> bool:
+        """Whether the same pictures came back after each of their halves had been doubted."""
+        return sum(torch.equal(self.patches, before) for before, _ in self.doubted) >= 2
 
     def release(self) -> None:
-        """Doubt a random half of what is settled."""
-        self.doubted.append(self.patches.clone())
-        self.settled &= torch.rand(self.settled.shape, generator=self.generator).to(self.patches) < 0.5
+        """Doubt a random half of what is settled, and the other half if the same pictures come back."""
+        if self.doubted and torch.equal(self.patches, self.doubted[-1][0]):
+            kept = ~self.doubted[-1][1]
+        else:
+            kept = torch.rand(self.settled.shape, generator=self.generator).to(self.patches) < 0.5
+        self.doubted.append((self.patches.clone(), kept))
+        self.settled &= kept
         self.stuck, self.best_loss = True, math.inf
 
     def listen(self, callback: Callable[[dict[str, Any], Tensor], None] | None, start: float) -> Callable[..., None]:
