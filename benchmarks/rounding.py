@@ -34,7 +34,7 @@ from aprillab.compare import Case, Row, cross, run
 from aprillab.compare_figures import picture_pages
 
 RESULTS = Path(__file__).parent.parent / "data" / "results"
-EVALUATIONS, SECONDS = 4000, 180.0
+EVALUATIONS, SECONDS = 4000, 170.0
 VICTIMS = ("astronaut", "chelsea", "coffee", "rocket")
 ATTACKS = ("span", "span_then_round")
 

@@ -9,6 +9,11 @@ EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read
 
 BASIS = "torch.linalg.svd(dW, full_matrices=False).Vh[:n].T "
 CENTRING = "        columns = columns - columns.mean(0)\n"
+ZEROS = "z = torch.zeros_like(y)"
+BACKWARD = "range(len(y) - 1, -1, -1)"
+ROWS = f"{BACKWARD}:\n        later = S[k, k + 1 :] @ z[k + 1 :]"
+ROWS_OF_THE_TRANSPOSE = "range(len(y)):\n        later = S[:k, k] @ z[:k]"
+ROUNDED = "((y[k] - later) / S[k, k]).round()"
 #: check, what to replace in the solution, by what, and a word of the message that should come
 MUTANTS = [
     ("check_outside", "torch.eye(D.shape[1]).to(D) - Vh.T @ Vh", "Vh.T @ Vh", "onto the span"),
@@ -41,6 +46,18 @@ MUTANTS = [
     ("check_twin", "X[columns + 1]", "X[columns + 2]", "leaves the span"),
     ("check_twin", "X[0] + corners", "X[0] + 1", "position embeddings"),
     ("check_twin", "return twin", "return twin.T", "transpose"),
+    ("check_nearest_plane", ZEROS, "return torch.linalg.solve(S, y).round()", "all at once"),
+    ("check_nearest_plane", ZEROS, "return torch.linalg.solve(S, y)", "not made of whole numbers"),
+    ("check_nearest_plane", ROUNDED, ROUNDED.removesuffix(".round()"), "not made of whole numbers"),
+    ("check_nearest_plane", ".round()", ".floor()", "floor"),
+    ("check_nearest_plane", ".round()", ".trunc()", "int()"),
+    ("check_nearest_plane", BACKWARD, "range(len(y))", "from the first to the last"),
+    ("check_nearest_plane", "y[k] - later", "y[k]", "Nothing was subtracted"),
+    ("check_nearest_plane", "y[k] - later", "y[k] + later", "were added"),
+    ("check_nearest_plane", "S[k, k + 1 :]", "S[k + 1 :, k]", "Is S transposed?"),
+    ("check_nearest_plane", ROWS, ROWS_OF_THE_TRANSPOSE, "S is transposed"),
+    ("check_nearest_plane", "/ S[k, k]", "/ S[k, k].abs()", "wrong sign"),
+    ("check_nearest_plane", "return z", "return z[:, None]", "shape (1,), not (1, 1)"),
 ]  # fmt: skip
 
 
@@ -55,6 +72,21 @@ def test_the_stub_is_called_a_stub(check: str) -> None:
 def test_the_notebooks_own_solution_passes(check: str) -> None:
     answer = tools.feedback(EXERCISES[check], chapter07, EXERCISES[check].solution)
     assert answer.passed, answer.message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(ZEROS, "z = y"), ("return z", "return z.long()"), (ROUNDED, f"{ROUNDED}\n        S[k] = 0")]
+)
+def test_the_nearest_plane_may_overwrite_what_it_gets_and_answer_in_integers(old: str, new: str) -> None:
+    exercise = EXERCISES["check_nearest_plane"]
+    answer = tools.feedback(exercise, chapter07, tools.mutate(exercise.solution, old, new))
+    assert answer.passed, answer.message
+
+
+def test_a_mistake_that_also_overwrites_what_it_gets_is_named() -> None:
+    exercise = EXERCISES["check_nearest_plane"]
+    code = tools.mutate(tools.mutate(exercise.solution, ZEROS, "z = y"), "y[k] - later", "y[k] + later")
+    assert "were added" in tools.feedback(exercise, chapter07, code).message
 
 
 @pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)

@@ -45,6 +45,7 @@ _BLIND = 30.0  # what is known no better than this is not known
 _ROUGHNESS, _CONTRAST = 15.0, 60.0  # between neighbours, and around the middle, standard deviations of a picture
 _NEAR = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)  # how far, in levels, the search may be off
 _FAR = 1.5  # a patch is not settled where it turns out to be so many times further off
+_MISFIT = 100.0  # nor where it contradicts the span: mean square in deviations; right ones have up to 21, wrong 500
 _RATIO = 0.5  # a patch is settled when the second-best is twice as bad
 _LISTED = 12  # whole-level patches tried at a place where the search of a batch is stuck
 _TRIALS = 300  # of these, each a gradient, between two rounds
@@ -287,6 +288,10 @@ class _Grid:
         sure = self.deviations < _BLIND
         return self.directions[sure] / self.deviations[sure, None]
 
+    def misfit(self, patches: Tensor, places: Tensor) -> Tensor:
+        """How far patches (p, m) at their places (m,) are from what the span knows: mean squares in deviations."""
+        return (self.known @ (patches - self.centres[:, places])).square().mean(0)
+
     def near(self, distance: float) -> ReducedLattice:
         """The lattice of patches that the span allows, a given distance from a guess."""
         if distance not in self.reduced:
@@ -399,6 +404,7 @@ class _State:
         clear = distances[:, 0] < ratio * distances[:, 1]
         if guesses is not None:
             clear &= (points[:, 0] - guesses.T[open_]).square().mean(1) < far**2
+        clear &= grid.misfit(points[:, 0].T, open_ % grid.centres.shape[1]) < _MISFIT
         clear &= ((points[:, 0] >= 0) & (points[:, 0] < grid.levels)).all(1)
         self.patches.flatten(0, 1)[open_[clear]] = points[clear, 0]
         self.settled.view(-1)[open_[clear]] = True

@@ -1,7 +1,7 @@
-"""Checks for chapter 07: the span attack.
+"""Checks for chapter 07: the span attack, and rounding to whole numbers.
 
-References are built from tokens and patches that the check made itself, or from real models whose private image the
-check knows; none calls the package's own attack.
+References are built from tokens, patches and whole vectors that the check made itself, or from real models whose
+private image the check knows; none calls the package's own attack.
 """
 
 from __future__ import annotations
@@ -222,5 +222,69 @@ def check_twin(function: Callable[[Tensor, int, int], Tensor]) -> Feedback:
             if float(pixels_away) > 1e-8:
                 stop("Some patch leaves the row space of X: add combinations of patches, nothing else.")
         return "Right: two pictures, one span. No precision tells them apart by these equations."
+
+    return run(check)
+
+
+def _plane(S: Tensor, y: Tensor, *, sign: float = -1.0, nearest: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
+    """The nearest plane with its parts switchable, so that a wrong answer can be recognized."""
+    z = torch.zeros_like(y)
+    for k in range(len(y) - 1, -1, -1):
+        z[k] = nearest((y[k] + sign * (S[k, k + 1 :] @ z[k + 1 :])) / S[k, k])
+    return z
+
+
+def _plane_mistakes(S: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {
+        "The numbers are cut off; floor, // and int() do not go to the nearest.": _plane(S, y, nearest=torch.floor),
+        "That is S⁻¹y rounded all at once: round each z_k before the coordinates in front of it are computed, with "
+        "the rounded value.": torch.linalg.solve(S, y).round(),
+        # Three slips, one value: what is subtracted is 0 in each.
+        "Nothing was subtracted from y_k. Is the sum over j > k there? Do you go from the first to the last, where "
+        "z_j is still 0? Is S transposed? The entries S_jk with j > k, below the diagonal, are 0.": _plane(
+            S, y, sign=0.0
+        ),
+        "The later coordinates were added: subtract them.": _plane(S, y, sign=1.0),
+        "S is transposed: row k of S holds S_kj, so go from the last coordinate to the first.": _plane(
+            S.T.flip(0, 1), y.flip(0)
+        ).flip(0),
+    }
+
+
+def _plane_case(p: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """S (p, p) as a reduced basis has it, y (p,) and z (p,), for which each mistake gives an answer of its own.
+
+    y is S z and an error of less than half a step |S_kk| in each coordinate: then the nearest plane finds z.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def within(limit: Tensor | float, *shape: int) -> Tensor:
+        return limit * (2 * torch.rand(shape, generator=generator, dtype=F64) - 1)
+
+    steps = 1.5 + within(0.5, p)
+    S = within(steps[:, None] / 2, p, p).triu(1) + torch.diag(steps * torch.tensor([1, -1]).repeat(p)[:p])
+    while True:
+        z = within(9.0, p).round()
+        y = S @ z + within(0.9 * steps / 2, p)
+        answers = (z, *_plane_mistakes(S, y).values())
+        if len({tuple(answer.tolist()) for answer in answers}) == len(answers):
+            return S, y, z
+
+
+def check_nearest_plane(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
+    """Exercise 7.6: ``function(S (p, p), y (p,))`` is Babai's nearest plane, whole numbers z (p,) with S z near y.
+
+    S is upper triangular, its diagonal of either sign. The numbers may come in any dtype.
+    """
+
+    def check() -> str:
+        one = torch.tensor([[-2.0]], dtype=F64), torch.tensor([-3.3], dtype=F64), torch.tensor([2.0], dtype=F64)
+        for S, y, z in (one, *(_plane_case(p, seed) for p, seed in ((4, 1), (4, 2), (12, 3)))):
+            what = f"z for p = {len(y)}"
+            answer = expect_tensor(function(S.clone(), y.clone()), (len(y),), what).double()
+            if not torch.equal(answer, answer.round()):
+                stop(f"{what} is not made of whole numbers: round each z_k, before the next one is computed.")
+            expect_close(answer, z, what, mistakes=_plane_mistakes(S, y))
+        return "Right: an error of less than half of |S_kk| in each coordinate is rounded away, in any dimension."
 
     return run(check)
