@@ -89,9 +89,15 @@ def test_fewer_than_asked_for_are_filled_up() -> None:
 def test_deficient_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="deficient rank"):
         reduced_lattice(torch.zeros(4, 3))
+    rows = randn(5, 4)
+    rows[:, 3] = rows[:, 0] + rows[:, 1]
+    with pytest.raises(ValueError, match="deficient rank"):
+        reduced_lattice(rows)
+    with pytest.raises(ValueError, match="add a prior"):
+        reduced_lattice(randn(3, 4))
 
 
-def test_results_lie_where_the_input_lay() -> None:
-    lattice = reduced_lattice(skewed(3))
+def test_a_lattice_of_float32_rows_is_solved_in_float64() -> None:
+    lattice = reduced_lattice(skewed(3).float())
     assert isinstance(lattice, ReducedLattice)
     assert {part.dtype for part in (lattice.root, lattice.basis, lattice.triangle)} == {torch.float64}

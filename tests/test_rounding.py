@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_a_picture_off_the_grid_is_not_called_exact() -> None:
     dithered = pixels + (torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)).double() - 0.5) / 255
     result = quietly(model, client(model, dithered), max_evaluations=0)
     assert not result.exact
-    assert not result.diagnostics["settled"].all()
+    assert not result.diagnostics["settled"].any()
 
 
 def test_a_coarse_gradient_verifies_nothing() -> None:
@@ -177,9 +178,20 @@ def test_ctrl_c_returns_the_best_so_far() -> None:
 
 def test_the_time_is_limited() -> None:
     model = vit(position_values=sinusoidal_2d((4, 4), 64))
-    result = quietly(model, client(model, photographs("coffee")), max_seconds=0.0)
+    update = client(model, photographs("coffee"))
+    result = quietly(model, update, max_seconds=0.0)
     assert result.diagnostics["stopped"] == "seconds"
     assert result.diagnostics["evaluations"] == 0
+
+    def slow(*_: Any, **__: Any) -> Reconstruction:
+        time.sleep(0.3)
+        raise AttackNotApplicable("match_gradients", "no picture with a finite loss was found")
+
+    with pytest.MonkeyPatch.context() as patch:  # the time is over before the search has seen anything
+        patch.setattr(rounding, "match_gradients", slow)
+        assert quietly(model, update, max_seconds=0.3).diagnostics["stopped"] == "seconds"
+        with pytest.raises(AttackNotApplicable, match="finite loss"):
+            quietly(model, update)
 
 
 def test_the_callers_model_and_generator_are_left_alone() -> None:
@@ -207,6 +219,61 @@ def test_one_level_is_none() -> None:
     model = vit(image_size=8)
     with pytest.raises(ValueError, match="levels=1"):
         quietly(model, client(model, photographs("coffee", size=8)), levels=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"level": 16}, TypeError, "no option level"),
+        ({"init": "grey"}, TypeError, "no option init"),
+        ({"labels": "optimize"}, ValueError, "labels='optimize'"),
+        ({"labels": torch.tensor([1.0])}, ValueError, "1 integers"),
+        ({"labels": torch.tensor([1, 2]), "batch_size": 1}, ValueError, "batch_size=1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(options: dict[str, Any], error: type, text: str) -> None:
+    model = vit(image_size=8)
+    with pytest.raises(error, match=text):
+        quietly(model, client(model, photographs("coffee", size=8)), **options)
+
+
+# --- The replay ---------------------------------------------------------------------------------------------------
+
+
+def test_the_replay_is_the_clients_own() -> None:
+    """Its loss, and its choice of what to share; a frozen copy of the model will do."""
+    model, pixels = vit(image_size=8), photographs("coffee", size=8)
+
+    def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+
+    update = client_update(model, HALF.to_input(pixels).float(), torch.tensor([1]), loss=smoothed)
+    label = torch.tensor([1])
+    assert quietly(model, update, labels=label, loss=smoothed, max_evaluations=0).exact
+    assert not quietly(model, update, labels=label, max_evaluations=0).exact
+    frozen = vit(image_size=8).requires_grad_(False)
+    assert quietly(frozen, update, labels=label, loss=smoothed, max_evaluations=0).exact
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_one_wrong_level_cannot_hide_in_the_whole_gradient() -> None:
+    model, pixels = vit(image_size=8), photographs("coffee", size=8)
+    update = client(model, pixels)
+    right = quietly(model, update, max_evaluations=0)
+    settle = _State.settle
+
+    def wrong(self: _State, *arguments: Any, **options: Any) -> int:
+        taken = settle(self, *arguments, **options)
+        self.patches[0, 1, 7] += 1
+        return taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding._State, "settle", wrong)
+        once = quietly(model, update, max_evaluations=0)
+    assert right.exact
+    assert not once.exact
+    assert once.diagnostics["settled"].all()
+    assert once.diagnostics["residual"] > 100 * right.diagnostics["residual"]
 
 
 # --- What it is made of -------------------------------------------------------------------------------------------

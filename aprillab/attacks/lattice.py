@@ -62,7 +62,7 @@ class ReducedLattice:
         -------
         points : Tensor (m, count, p), the nearest first
         distances : Tensor (m, count)
-            ‖R (g − t)‖²; infinite where fewer were found.
+            ‖R (g − t)‖²; infinite where fewer were found: no other came near enough, or the search lost it.
         """
         S, (p, m) = self.triangle, centres.shape
         slack = 8.0 * p if slack is None else slack
@@ -100,12 +100,14 @@ def reduced_lattice(rows: Tensor) -> ReducedLattice:
     Raises
     ------
     ValueError
-        If W is rank-deficient.
+        If W is rank-deficient to rounding.
     """
+    if rows.shape[0] < rows.shape[1]:
+        raise ValueError(f"rows of shape {tuple(rows.shape)} cannot have full rank: add a prior, a row a direction")
     R = torch.linalg.qr(rows.double()).R.cpu()
     R = R * R.diagonal().sign().masked_fill(R.diagonal() == 0, 1)[:, None]
     shortest = float(R.diagonal().abs().min())
-    if not shortest > 0:
+    if not shortest > len(R) * torch.finfo(R.dtype).eps * float(R.abs().max()):
         raise ValueError("rows are of deficient rank: some direction is bound by nothing, so add a prior")
     whole = (R * (2**_BITS / shortest)).round()
     # FLINT reduces rows: the columns of R are the basis.

@@ -13,6 +13,7 @@ where the whole numbers are the zeros and ones that a ReLU lets through. SPEAR (
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from ..anatomy import Anatomy, dissect
 from ..models import patchify, unpatchify
 from ..preprocessing import Preprocessing
-from ..update import ClientUpdate, client_update
+from ..update import ClientUpdate
 from .coordinates import Coordinates
 from .hybrid import open_coordinates
 from .labels import assumed_batch_size, labels_or_none
@@ -36,7 +37,7 @@ from .matching import match_gradients
 from .objectives import relative_l2
 from .result import AttackNotApplicable, Reconstruction
 from .span import SpanSolution, solve_span
-from .verify import gradient_residual
+from .verify import as_shared, replay, residual_of
 
 _LARGEST = 256  # pixels a patch: reducing a lattice of more dimensions takes hours
 # In grey levels. What the span is less sure of than _SURE it is too sure of, by up to 18 times where we measured it.
@@ -77,7 +78,8 @@ def span_then_round(
     the client's pixels were whole levels when they were normalized. That is so after decoding, cropping, flipping, or
     resizing to 8 bits, and not after resizing or blending in floating point.
 
-    A patch is settled when the nearest whole levels explain it at least twice as well as the next. While some are
+    A patch is settled when the nearest whole levels agree with the span, and explain it at least twice as well as the
+    next, if the search among them keeps a next one at all. While some are
     not, rounds of gradient matching in the open directions alternate with rounding. A search that settles no more
     and comes no nearer begins half of its unsettled patches anew, from the smoothest picture that the span allows; in
     a batch it tries the smoothest whole-level patches of each place by their gradient and goes on from the best.
@@ -96,7 +98,7 @@ def span_then_round(
     max_evaluations : int
         Of the search, in all; 0 for none: the span's patches are rounded, and that is all.
     max_seconds : float, optional
-        Looked at between rounds and by the search; reducing a lattice takes 1 to 10 s.
+        Looked at by the search and before each lattice is reduced, which takes up to 10 s.
     dtype : torch.dtype, optional
         To match in; default is the update's own precision, float32 at least.
     device, anatomy, preprocessing
@@ -105,22 +107,26 @@ def span_then_round(
         It may raise KeyboardInterrupt to end the search.
     progress : bool, show a progress bar of the settled patches
     **options
-        Of :func:`~aprillab.attacks.matching.match_gradients`: the client's loss, priors, …
+        Of :func:`~aprillab.attacks.matching.match_gradients` but ``init``, ``coordinates`` and ``resume``: the
+        client's loss, priors, …
 
     Returns
     -------
     Reconstruction
         ``exact`` is True only if every patch is settled and the client's gradient, computed again from the pictures,
-        is the update to rounding in float32 or better. ``diagnostics``: ``settled`` (B, n) of bool,
-        ``settled_by_span`` (how many before any search), ``open_directions``, ``residual`` of the replayed gradient,
-        ``evaluations``, ``span``. ``history`` is the search's, with ``settled``, the number of settled patches.
+        is the update to rounding, as a whole and in the patch embedding, in float32 or better. ``diagnostics``:
+        ``settled`` (B, n) of bool, ``settled_by_span`` (how many before any search), ``open_directions``,
+        ``residual`` (the larger of the two), ``evaluations``, ``trials`` (gradients spent on whole-level patches of a
+        batch), ``span``. ``history`` is the search's, with ``settled``, the number of settled patches.
 
     Raises
     ------
     AttackNotApplicable
         Where the span attack does not apply (the width does not matter here), or a patch has more than 256 pixels.
     ValueError
-        If ``levels`` < 2, or as ``match_gradients``.
+        If ``levels`` < 2, the labels are not B whole numbers, or as ``match_gradients``.
+    TypeError
+        If an option is not one of ``match_gradients``.
     UpdateError
         If the update does not belong to the model.
     """
@@ -130,6 +136,7 @@ def span_then_round(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     batch_size = assumed_batch_size(update, labels, batch_size)
+    _check(labels, batch_size, options)
     solution = solve_span(model, update, anatomy=anatomy, batch_size=batch_size, strict=False, device=device)
     p, n = solution.patches.shape
     if p > _LARGEST:
@@ -154,69 +161,83 @@ def span_then_round(
     if batch_size > 1 and not isinstance(labels, Tensor):
         found = None  # the search recovers them
 
-    def replay() -> float | None:
-        picture = Reconstruction("", grid.images(state.patches), state.patches, found, False, "", {}, 0.0)
-        return gradient_residual(model, update, picture)
+    client, loss = as_shared(model, update), options.get("loss", nn.functional.cross_entropy)
+    eps = torch.finfo(update.dtype).eps
+    limit = 30 * eps
+
+    def residual_now() -> float | None:
+        if found is None:
+            return None
+        gradients = replay(client, grid.images(state.patches), found, loss=loss)
+        return max(residual_of(gradients, update), residual_of(gradients, update, anatomy.patch_weight))
 
     def mismatch(patches: Tensor) -> float:
         assert found is not None  # a search came before, and it knows or finds labels
-        images = grid.images(patches).to(next(model.parameters()))
-        mine = client_update(model, images, found, loss=options.get("loss", nn.functional.cross_entropy)).gradients
-        common = [name for name in update.gradients if name in mine]
-        pairs = [[g[name].to(images) for name in common] for g in (mine, update.gradients)]
-        return float(relative_l2(*pairs, eps=torch.finfo(update.dtype).eps))
+        gradients = replay(client, grid.images(patches), found, loss=loss)
+        return float(
+            relative_l2(*zip(*[(g, update.gradients[k].to(g)) for k, g in gradients.items()], strict=True), eps=eps)
+        )
+
+    def late() -> bool:
+        return max_seconds is not None and time.perf_counter() - start >= max_seconds
 
     stopped, residual = "", None
-    limit = 30 * torch.finfo(update.dtype).eps
     with tqdm(total=state.settled.numel(), desc="settled patches", unit=" patch", disable=not progress) as bar:
-        while not stopped:
-            bar.update(int(state.settled.sum()) - bar.n)
-            spent = time.perf_counter() - start
-            left = max_evaluations - len(state.history)
-            if state.settled.all():
-                residual = replay()
-                if residual is None or residual <= limit or state.doubted_in_vain():
-                    stopped = "settled"
+        try:
+            while not stopped:
+                bar.update(int(state.settled.sum()) - bar.n)
+                left = max_evaluations - len(state.history)
+                if state.settled.all():
+                    residual = residual_now()
+                    if residual is None or residual <= limit or state.doubted_in_vain():
+                        stopped = "settled"
+                        break
+                if left <= 0 or late():
+                    stopped = "evaluations" if left <= 0 else "seconds"
                     break
-            if left <= 0 or (max_seconds is not None and spent >= max_seconds):
-                stopped = "evaluations" if left <= 0 else "seconds"
-                break
-            if state.settled.all():
-                state.release()  # some patch was settled wrongly, or the gradient is not what the client computed
-            elif state.stuck and batch_size > 1:
-                state.try_whole_patches(grid, mismatch)
-            result = match_gradients(
-                model,
-                update,
-                labels=found,
-                batch_size=batch_size,
-                coordinates=state.coordinates(grid, coordinates),
-                init=grid.images(state.begin(grid, coordinates)),
-                seed=seed,
-                dtype=dtype,
-                device=device,
-                anatomy=anatomy,
-                preprocessing=preprocessing,
-                max_evaluations=min(_ROUND if state.history else _FIRST * batch_size, left),
-                max_seconds=None if max_seconds is None else max(max_seconds - spent, 0.1),
-                progress=False,
-                callback=state.listen(callback, start),
-                **{"tolerance": torch.finfo(update.dtype).eps, "restarts": 1, **options},
-            )
-            if found is None:
-                found, found_how = result.labels, result.diagnostics["labels"]
-            state.searched(grid, result)
-            if result.diagnostics["stopped"] == "interrupted":
-                stopped = "interrupted"
-    if residual is None:
-        residual = replay()
+                if state.settled.all():
+                    state.release()  # some patch was settled wrongly, or the gradient is not what the client computed
+                elif state.stuck and batch_size > 1:
+                    state.try_whole_patches(grid, mismatch, late)
+                spent = time.perf_counter() - start
+                result = match_gradients(
+                    model,
+                    update,
+                    labels=found,
+                    batch_size=batch_size,
+                    coordinates=state.coordinates(grid, coordinates),
+                    init=grid.images(state.begin(grid, coordinates)),
+                    seed=seed,
+                    dtype=dtype,
+                    device=device,
+                    anatomy=anatomy,
+                    preprocessing=preprocessing,
+                    max_evaluations=min(_ROUND if state.history else _FIRST * batch_size, left),
+                    max_seconds=None if max_seconds is None else max(max_seconds - spent, 0.1),
+                    progress=False,
+                    callback=state.listen(callback, start),
+                    **{"tolerance": eps, "restarts": 1, **options},
+                )
+                if found is None:
+                    found, found_how = result.labels, result.diagnostics["labels"]
+                if result.diagnostics["stopped"] == "interrupted":
+                    stopped = "interrupted"
+                state.searched(grid, result, late if not stopped else lambda: True)
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        except AttackNotApplicable:
+            if not late():
+                raise
+            stopped = "seconds"  # too late for a single evaluation
+    if residual is None or not state.settled.all():
+        residual = residual_now()
     images = grid.images(state.patches)
     return Reconstruction(
         attack="span_then_round",
         images=images,
         pixels=preprocessing.to_pixels(images),
         labels=found,
-        **_verdict(state, residual, limit, opened, p),
+        **_verdict(state, residual, limit, f"the span left {opened} of {p} directions a patch open", model.training),
         diagnostics={
             "settled": state.settled.clone(),
             "settled_by_span": by_span,
@@ -225,6 +246,7 @@ def span_then_round(
             "residual": residual,
             "stopped": stopped,
             "evaluations": len(state.history),
+            "trials": state.trials,
             "loss": min((entry["loss"] for entry in state.history), default=None),
             "labels": found_how,
             "batch_size": batch_size,
@@ -237,15 +259,33 @@ def span_then_round(
     )
 
 
-def _verdict(state: _State, residual: float | None, limit: float, opened: int, p: int) -> dict[str, Any]:
+_OPTIONS = set(inspect.signature(match_gradients).parameters) - {"init", "coordinates", "resume"}
+
+
+def _check(labels: Tensor | str | None, batch_size: int, options: dict[str, Any]) -> None:
+    """Before anything that takes time."""
+    if strangers := set(options) - _OPTIONS:
+        raise TypeError(f"span_then_round has no option {', '.join(sorted(strangers))}")
+    if isinstance(labels, str) and labels != "recover":
+        raise ValueError(f'labels={labels!r}: give them as a tensor, or leave them to "recover"')
+    if isinstance(labels, Tensor) and (labels.shape != (batch_size,) or labels.dtype.is_floating_point):
+        raise ValueError(
+            f"labels must be {batch_size} integers (batch_size={batch_size}), "
+            f"not {tuple(labels.shape)} of {labels.dtype}"
+        )
+
+
+def _verdict(state: _State, residual: float | None, limit: float, opened: str, training: bool) -> dict[str, Any]:
     settled, patches = int(state.settled.sum()), state.settled.numel()
-    text = f"the span left {opened} of {p} directions a patch open, and {settled} of {patches} patches were settled"
+    text = f"{opened}, and {settled} of {patches} patches were settled"
     if residual is None:
         return {"exact": False, "reason": f"{text}; not replayed, for the labels are not known"}
     text += f"; replayed, their gradient differs from the client's by {residual:.1e} (rounding: {limit:.1e})"
     fine = limit < 1e-4
     if not fine:
         text += "; so coarse a gradient verifies no picture"
+    if training:
+        text += "; the model is in train mode: had it dropout, no replay could be like the client's"
     return {"exact": settled == patches and residual <= limit and fine, "reason": text}
 
 
@@ -383,6 +423,7 @@ class _State:
     patches: Tensor  # (B, n, p), in levels: those settled, and the best guess at the others
     generator: torch.Generator
     stuck: bool = False
+    trials: int = 0
     best_loss: float = math.inf
     last_loss: float = math.inf  # of the round before
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -429,37 +470,36 @@ class _State:
         anew = grid.smoothest(self.patches[0], ~self.settled[0])[None]
         return torch.where((~self.settled & half)[..., None], anew, self.patches)
 
-    def try_whole_patches(self, grid: _Grid, mismatch: Callable[[Tensor], float]) -> None:
+    def try_whole_patches(self, grid: _Grid, mismatch: Callable[[Tensor], float], late: Callable[[], bool]) -> None:
         """Put whole-level patches where the batch is not settled, as long as its gradient comes nearer."""
-        candidates, trials = grid.candidates(), 0
+        candidates, last = grid.candidates(), self.trials + _TRIALS
         places = [(b, k) for b, k in (~self.settled).nonzero().tolist() if len(candidates[k])]
-
-        def draw(number: int) -> int:
-            return int(torch.randint(number, (1,), generator=self.generator))
-
-        best, least, first = self.patches, mismatch(self.patches), True
-        while places and trials < _TRIALS:
-            patches = self.patches.clone()
-            if not first:
-                for b, k in places:
-                    patches[b, k] = candidates[k][draw(len(candidates[k]))]
-            first, value, moved = False, mismatch(patches), True
-            while moved and trials < _TRIALS:
-                moved = False
-                for place in torch.randperm(len(places), generator=self.generator).tolist():
-                    b, k = places[place]
-                    for candidate in candidates[k]:
-                        trial = patches.clone()
-                        trial[b, k] = candidate
-                        trials += 1
-                        if (found := mismatch(trial)) < 0.999 * value:
-                            patches, value, moved = trial, found, True
+        patches, value = self.patches, mismatch(self.patches)
+        best, least = patches, value
+        while places and self.trials < last and not late():
+            moved = False
+            for place in torch.randperm(len(places), generator=self.generator).tolist():
+                b, k = places[place]
+                for candidate in candidates[k]:
+                    if self.trials >= last or late():
+                        break
+                    trial = patches.clone()
+                    trial[b, k] = candidate
+                    self.trials += 1
+                    if (found := mismatch(trial)) < 0.999 * value:
+                        patches, value, moved = trial, found, True
             if value < least:
                 best, least = patches, value
+            if not moved:  # once more, from candidates drawn at random
+                patches = patches.clone()
+                for b, k in places:
+                    drawn = torch.randint(len(candidates[k]), (1,), generator=self.generator)
+                    patches[b, k] = candidates[k][int(drawn)]
+                value = mismatch(patches)
         self.patches, self.best_loss = best, math.inf
 
-    def searched(self, grid: _Grid, result: Reconstruction) -> None:
-        """Take over what the search found, and round it."""
+    def searched(self, grid: _Grid, result: Reconstruction, late: Callable[[], bool]) -> None:
+        """Take over what the search found, and round it while there is time."""
         before = int((~self.settled).sum())
         loss = result.diagnostics["loss"]
         found = torch.where(self.settled[..., None], self.patches, grid.patches(result.images))
@@ -467,7 +507,7 @@ class _State:
         guess = self.patches
         self.patches = found
         for distance in _NEAR:
-            if not self.settled.all():
+            if not self.settled.all() and not late():
                 guesses = found.flatten(0, 1).T
                 centres = grid.near_centres(distance, guesses)
                 taken += self.settle(grid, grid.near(distance), centres, guesses=guesses, far=_FAR * distance)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..update import ClientUpdate, client_update
 from .result import Reconstruction
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 
-def gradient_residual(model: nn.Module, update: ClientUpdate, reconstruction: Reconstruction) -> float | None:
+
+def gradient_residual(
+    model: nn.Module,
+    update: ClientUpdate,
+    reconstruction: Reconstruction,
+    *,
+    loss: Loss = nn.functional.cross_entropy,
+) -> float | None:
     """Relative distance ‖∇w' − ∇w‖ / ‖∇w‖ between the reconstruction's gradient and the client's.
 
     The attacker plays the client with the picture it found. A small value does not prove the picture right (twin
@@ -20,6 +31,7 @@ def gradient_residual(model: nn.Module, update: ClientUpdate, reconstruction: Re
     model : nn.Module
     update : ClientUpdate
     reconstruction : Reconstruction, whose labels must be known
+    loss : the client's, (logits, labels) to a scalar
 
     Returns
     -------
@@ -28,15 +40,35 @@ def gradient_residual(model: nn.Module, update: ClientUpdate, reconstruction: Re
     """
     if reconstruction.labels is None:
         return None
-    parameter = next(model.parameters())
-    images = reconstruction.images.to(parameter)
-    replayed = client_update(model, images, reconstruction.labels.to(parameter.device))
-    common = [name for name in update.gradients if name in replayed.gradients]
-    squares = [
-        (replayed.gradients[name].double() - update.gradients[name].to(parameter.device, torch.float64))
-        .square()
-        .sum()
-        for name in common
-    ]
-    total = [update.gradients[name].double().square().sum() for name in common]
-    return float((sum(squares) / sum(total).clamp_min(1e-300)) ** 0.5)  # type: ignore[union-attr]
+    client = as_shared(model, update)
+    return residual_of(replay(client, reconstruction.images, reconstruction.labels, loss=loss), update)
+
+
+def as_shared(model: nn.Module, update: ClientUpdate) -> nn.Module:
+    """The model if its trainable parameters are those of the update, else a copy for which that is so."""
+    wanted = {name: name in update.gradients for name, _ in model.named_parameters()}
+    if all(parameter.requires_grad == wanted[name] for name, parameter in model.named_parameters()):
+        return model
+    copied = copy.deepcopy(model)
+    for name, parameter in copied.named_parameters():
+        parameter.requires_grad_(wanted[name])
+    return copied
+
+
+def replay(client: nn.Module, images: Tensor, labels: Tensor, *, loss: Loss) -> dict[str, Tensor]:
+    """The gradients of other pictures, on the client's device and in its precision; no random state is changed."""
+    parameter = next(client.parameters())
+    with torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else []):
+        update = client_update(client, images.to(parameter), labels.to(parameter.device), loss=loss)
+    return dict(update.gradients)
+
+
+def residual_of(gradients: Mapping[str, Tensor], update: ClientUpdate, *names: str) -> float:
+    """‖g' − g‖ / ‖g‖ over the tensors called ``names``, by default all that are in both."""
+    off, size = [], []
+    for name in names or update.gradients:
+        if name in gradients:
+            mine, shared = gradients[name].double(), update.gradients[name].to(gradients[name].device).double()
+            off.append((mine - shared).square().sum())
+            size.append(shared.square().sum())
+    return float((torch.stack(off).sum() / torch.stack(size).sum().clamp_min(1e-300)) ** 0.5)
