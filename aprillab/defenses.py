@@ -251,7 +251,8 @@ def freeze_position(model: nn.Module) -> nn.Module:
 
     *Does not protect against* :func:`~aprillab.span_closed_form`, which reads the patches from the first attention's
     gradients and those values (float32 is enough for random and trained values; chapter 07), nor, for batches,
-    against :func:`~aprillab.span_then_match`, nor against gradient matching given time, nor does it hide the label.
+    against :func:`~aprillab.span_then_match` and :func:`~aprillab.span_then_round`, nor against gradient matching
+    given time, nor does it hide the label.
     Values frozen at a small initialization also tell the model little about position, which costs accuracy.
 
     Parameters
@@ -281,7 +282,9 @@ def use_sinusoidal(
     """Replace the position embedding's values by sinusoids and freeze them.
 
     *Does not protect against* :func:`~aprillab.span_then_match`: with 16 patches it restores 1-D and 2-D sinusoids'
-    pictures from float32 gradients (chapter 07; larger numbers of patches are harder). The span attack alone mostly
+    pictures from float32 gradients (chapter 07; larger numbers of patches are harder). Nor against
+    :func:`~aprillab.span_then_round`, which restores them bit by bit where pixels are whole levels, of 64 patches too
+    if they have many pixels (data/results/rounding.md). The span attack alone mostly
     fails on 1-D sinusoids in float32, whose table has a low numerical rank: protection by rounding error, which
     depends on the fastest frequency, the number of patches and even the precision in which the table is stored
     (data/results/conditioning.md). On 2-D sinusoids it fails at any precision, for their rank is low exactly.
