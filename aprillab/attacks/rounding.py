@@ -49,6 +49,7 @@ _FAR = 1.5  # a patch is not settled where it turns out to be so many times furt
 _MISFIT = 100.0  # nor where it contradicts the span: mean square in deviations; right ones have up to 21, wrong 500
 _RATIO = 0.5  # a patch is settled when the second-best is twice as bad
 _LISTED = 12  # whole-level patches tried at a place where the search of a batch is stuck
+_FEW = 4  # places of one image for which this is tried too
 _TRIALS = 300  # of these, each a gradient, between two rounds
 _FIRST, _ROUND = 150, 60  # evaluations of the search before the first rounding, and between two
 
@@ -82,7 +83,8 @@ def span_then_round(
     next, if the search among them keeps a next one at all. While some are
     not, rounds of gradient matching in the open directions alternate with rounding. A search that settles no more
     and comes no nearer begins half of its unsettled patches anew, from the smoothest picture that the span allows; in
-    a batch it tries the smoothest whole-level patches of each place by their gradient and goes on from the best.
+    a batch, or where few are left, it tries the smoothest whole-level patches of each place by their gradient and
+    goes on from the best.
 
     Parameters
     ----------
@@ -197,7 +199,7 @@ def span_then_round(
                     break
                 if state.settled.all():
                     state.release()  # some patch was settled wrongly, or the gradient is not what the client computed
-                elif state.stuck and batch_size > 1:
+                elif state.stuck and (batch_size > 1 or int((~state.settled).sum()) <= _FEW):
                     state.try_whole_patches(grid, mismatch, late)
                 spent = time.perf_counter() - start
                 result = match_gradients(
@@ -473,7 +475,10 @@ class _State:
     def try_whole_patches(self, grid: _Grid, mismatch: Callable[[Tensor], float], late: Callable[[], bool]) -> None:
         """Put whole-level patches where the batch is not settled, as long as its gradient comes nearer."""
         candidates, last = grid.candidates(), self.trials + _TRIALS
-        places = [(b, k) for b, k in (~self.settled).nonzero().tolist() if len(candidates[k])]
+        doubtful = ~self.settled
+        if int(doubtful.sum()) <= _FEW:  # what keeps them from settling may be one that is settled wrongly
+            doubtful = torch.ones_like(doubtful)
+        places = [(b, k) for b, k in doubtful.nonzero().tolist() if len(candidates[k])]
         patches, value = self.patches, mismatch(self.patches)
         best, least = patches, value
         while places and self.trials < last and not late():
@@ -492,10 +497,12 @@ class _State:
                 best, least = patches, value
             if not moved:  # once more, from candidates drawn at random
                 patches = patches.clone()
-                for b, k in places:
+                for b, k in [place for place in places if not self.settled[place]]:
                     drawn = torch.randint(len(candidates[k]), (1,), generator=self.generator)
                     patches[b, k] = candidates[k][int(drawn)]
                 value = mismatch(patches)
+        self.settled &= (best == self.patches).all(2)
+        self.stuck = best is self.patches  # and if not, the search goes on from the best
         self.patches, self.best_loss = best, math.inf
 
     def searched(self, grid: _Grid, result: Reconstruction, late: Callable[[], bool]) -> None:
