@@ -80,10 +80,12 @@ def table(found: dict[str, list[Row]]) -> str:
         kinds = dict.fromkeys((row.case.position, row.case.dtype, row.case.attack) for row in rows)
         for kind in kinds:
             group = [row for row in rows if (row.case.position, row.case.dtype, row.case.attack) == kind]
-            scores = [row.psnr for row in group if row.psnr is not None]
+            scores = [row.psnr_min for row in group if row.psnr_min is not None]
             counts = [row.evaluations for row in group if row.evaluations is not None]
             cells = [name, *kind, str(len(group))]
-            cells += [decibels(f(scores)) for f in (statistics.median, min, max)] if scores else ["refused", "–", "–"]
+            cells += (
+                [decibels(f(scores)) for f in (statistics.median_low, min, max)] if scores else ["refused", "–", "–"]
+            )
             cells += [str(sum(bool(row.exact) for row in group))]
             cells += [f"{statistics.median(counts):.0f}" if counts else "–"]
             cells += [f"{statistics.median(row.seconds for row in group):.1f}"]
@@ -202,7 +204,8 @@ def report(found: dict[str, list[Row]], at_the_limits: Sequence[Limit]) -> str:
 
 aprillab {row.aprillab}, torch {row.torch}, Python {row.python}, {row.machine}, {row.threads} thread(s). At
 most {EVALUATIONS} evaluations and {SECONDS:.0f} s an attack, on a shared machine: the seconds are an upper bound.
-PSNR of a batch is the mean after assignment. "Every level": each pixel of the picture has the client's level, and
+PSNR is that of an update's worst image, after assignment; a median of an even number is the lower of the middle two.
+"Every level": each pixel of the picture has the client's level, and
 "exact" counts the attacks that say so themselves, having replayed the gradient; {false} of {len(rounded)} said so
 wrongly. 0 evaluations: the span and the lattice sufficed. rounding.csv has a row for each attack.
 
