@@ -12,7 +12,7 @@ import notebook_tools as tools
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from packaging.requirements import Requirement
-from test_packaging import COLAB
+from test_packaging import ADDED_ON_COLAB, COLAB
 
 SCRIPT = tools.ROOT / "tools/try_colab.py"
 SETUP = tools.tagged(tools.read("01"), "setup")[0].source
@@ -118,7 +118,7 @@ def test_what_colab_has_of_the_course_is_shown_and_no_more(tool: ModuleType, tmp
 
 def test_what_colab_has_of_the_course_can_be_fetched_too(tool: ModuleType) -> None:
     names = {Requirement(text).name for text in tool.libraries()}
-    assert names == COLAB["oldest"].keys() - {"python", "ipython", "ipywidgets"}
+    assert names == COLAB["oldest"].keys() - {"python", "ipython", "ipywidgets"} | ADDED_ON_COLAB
     assert all(Requirement(text).specifier for text in tool.libraries())
 
 
