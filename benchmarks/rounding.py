@@ -32,10 +32,9 @@ from aprillab import (
 )
 from aprillab.compare import Case, Row, cross, run
 from aprillab.compare_figures import picture_pages
+from benchmarks.hybrid import RESULTS, VICTIMS
 
-RESULTS = Path(__file__).parent.parent / "data" / "results"
 EVALUATIONS, SECONDS = 4000, 170.0
-VICTIMS = ("astronaut", "chelsea", "coffee", "rocket")
 ATTACKS = ("span", "span_then_round")
 
 

@@ -13,8 +13,9 @@ import aprillab as al
 from aprillab.anatomy import dissect
 from aprillab.attacks import rounding
 from aprillab.attacks.coordinates import Coordinates
+from aprillab.attacks.grid import Grid
 from aprillab.attacks.result import AttackNotApplicable, Reconstruction
-from aprillab.attacks.rounding import _Grid, _State, span_then_round
+from aprillab.attacks.rounding import _State, span_then_round
 from aprillab.attacks.span import solve_span
 from aprillab.defenses import gaussian_noise, to_precision
 from aprillab.metrics import match_batch
@@ -44,9 +45,9 @@ def quietly(*arguments: Any, **options: Any) -> Reconstruction:
     return span_then_round(*arguments, progress=False, **options)
 
 
-def grid_of(model: nn.Module, update: ClientUpdate, batch: int = 1, preprocessing: Preprocessing = HALF) -> _Grid:
+def grid_of(model: nn.Module, update: ClientUpdate, batch: int = 1, preprocessing: Preprocessing = HALF) -> Grid:
     solution = solve_span(model, update, anatomy=dissect(model), batch_size=batch, strict=False)
-    return _Grid.of(solution, preprocessing, 256)
+    return Grid.of(solution, preprocessing, 256)
 
 
 # --- From the span alone ------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def test_one_wrong_level_cannot_hide_in_the_whole_gradient() -> None:
 # --- What it is made of -------------------------------------------------------------------------------------------
 
 
-def settled_state(grid: _Grid, settled: Tensor, patches: Tensor) -> _State:
+def settled_state(grid: Grid, settled: Tensor, patches: Tensor) -> _State:
     return _State(settled=settled, patches=patches.clone(), generator=torch.Generator().manual_seed(0))
 
 
@@ -325,7 +326,7 @@ def test_a_wrong_patch_is_doubted_again() -> None:
     calls = []
     settle = _State.settle
 
-    def wrong_at_first(self: _State, grid: _Grid, *arguments: Any, **options: Any) -> int:
+    def wrong_at_first(self: _State, grid: Grid, *arguments: Any, **options: Any) -> int:
         taken = settle(self, grid, *arguments, **options)
         if not calls:
             self.patches[0, 2, 5] += 1

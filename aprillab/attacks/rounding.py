@@ -21,35 +21,30 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..anatomy import Anatomy, dissect
-from ..models import patchify, unpatchify
+from ..models import patchify
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .coordinates import Coordinates
+from .grid import Grid
 from .hybrid import open_coordinates
 from .labels import assumed_batch_size, labels_or_none
-from .lattice import ReducedLattice, reduced_lattice
+from .lattice import ReducedLattice
 from .matching import match_gradients
 from .objectives import relative_l2
 from .result import AttackNotApplicable, Reconstruction
-from .span import SpanSolution, solve_span
+from .span import solve_span
 from .verify import as_shared, replay, residual_of
 
 _LARGEST = 256  # pixels a patch: reducing a lattice of more dimensions takes hours
-# In grey levels. What the span is less sure of than _SURE it is too sure of, by up to 18 times where we measured it.
-_SURE, _TOO_SURE, _SAFETY, _LEAST = 1e-3, 20.0, 3.0, 1e-5
-_BLIND = 30.0  # what is known no better than this is not known
-_ROUGHNESS, _CONTRAST = 15.0, 60.0  # between neighbours, and around the middle, standard deviations of a picture
 _NEAR = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)  # how far, in levels, the search may be off
 _FAR = 1.5  # a patch is not settled where it turns out to be so many times further off
 _MISFIT = 100.0  # nor where it contradicts the span: mean square in deviations; right ones have up to 21, wrong 500
 _RATIO = 0.5  # a patch is settled when the second-best is twice as bad
-_LISTED = 12  # whole-level patches tried at a place where the search of a batch is stuck
-_FEW = 4  # places of one image for which this is tried too
+_FEW = 4  # where so few patches are left, whole-level ones are tried at every place, settled or not
 _TRIALS = 300  # of these, each a gradient, between two rounds
 _FIRST, _ROUND = 150, 60  # evaluations of the search before the first rounding, and between two
 
@@ -147,7 +142,7 @@ def span_then_round(
             f"{p} pixels a patch are a lattice of {p} dimensions, and reducing more than {_LARGEST} takes hours",
             pixels_per_patch=p,
         )
-    grid = _Grid.of(solution, preprocessing, levels)
+    grid = Grid.of(solution, preprocessing, levels)
     coordinates, opened = open_coordinates(solution)
     state = _State(
         settled=torch.zeros(batch_size, n, dtype=torch.bool, device=grid.centres.device),
@@ -291,136 +286,13 @@ def _verdict(state: _State, residual: float | None, limit: float, opened: str, t
     return {"exact": settled == patches and residual <= limit and fine, "reason": text}
 
 
-# --- What is known of the patches, in grey levels -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The span attack's patches and their errors, in levels; patches are columns."""
-
-    centres: Tensor  # (p, n)
-    directions: Tensor  # (p, p), in rows
-    deviations: Tensor  # (p,), of the error in each, with a margin
-    scale: Tensor  # (p,), levels for one unit of model input
-    offset: Tensor  # (p,)
-    levels: int
-    patch_size: int
-    image_size: tuple[int, int]
-    reduced: dict[float, ReducedLattice] = field(default_factory=dict)  # by the distance the search may be off
-    listed: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, solution: SpanSolution, preprocessing: Preprocessing, levels: int) -> _Grid:
-        p = len(solution.patches)
-        ones = torch.ones(1, p // solution.patch_size**2, solution.patch_size, solution.patch_size)
-        ones = ones.to(solution.patches)
-        zero = preprocessing.to_pixels(0 * ones, clamp=False)
-        offset = (levels - 1) * patchify(zero, solution.patch_size).flatten()
-        scale = (levels - 1) * patchify(preprocessing.to_pixels(ones, clamp=False), solution.patch_size).flatten()
-        scale = scale - offset
-        s, directions = torch.linalg.svd(solution.root / scale)[1:]
-        nominal = solution.variance**0.5 / s.clamp_min(torch.finfo(s.dtype).tiny)
-        deviations = torch.where(nominal > _SURE, _TOO_SURE * nominal, _SAFETY * nominal).clamp_min(_LEAST)
-        centres = scale[:, None] * solution.patches + offset[:, None]
-        return cls(centres, directions, deviations, scale, offset, levels, solution.patch_size, solution.image_size)
-
-    @property
-    def known(self) -> Tensor:
-        """W (q, p): what the span knows, each row divided by its standard deviation."""
-        sure = self.deviations < _BLIND
-        return self.directions[sure] / self.deviations[sure, None]
-
-    def misfit(self, patches: Tensor, places: Tensor) -> Tensor:
-        """How far patches (p, m) at their places (m,) are from what the span knows: mean squares in deviations."""
-        return (self.known @ (patches - self.centres[:, places])).square().mean(0)
-
-    def near(self, distance: float) -> ReducedLattice:
-        """The lattice of patches that the span allows, a given distance from a guess."""
-        if distance not in self.reduced:
-            self.reduced[distance] = reduced_lattice(
-                self._with(torch.eye(len(self.centres)).to(self.centres) / distance)
-            )
-        return self.reduced[distance]
-
-    def near_centres(self, distance: float, guesses: Tensor) -> Tensor:
-        """The most probable patches (p, m) near guesses (p, n), before rounding."""
-        return self._solve(torch.eye(len(guesses)).to(guesses) / distance, guesses / distance)
-
-    @property
-    def smooth(self) -> ReducedLattice:
-        """The lattice of patches that the span allows, the smooth ones shorter."""
-        if 0.0 not in self.reduced:
-            self.reduced[0.0] = reduced_lattice(self._with(self._prior()[0]))
-        return self.reduced[0.0]
-
-    def candidates(self) -> list[Tensor]:
-        """For each place the smoothest whole-level patches (_LISTED, p) that the span allows."""
-        if not self.listed:
-            slack = 30.0 * len(self.centres)
-            points, distances = self.smooth.nearest(self.smooth_centres(), count=400, width=2000, slack=slack)
-            inside = ((points >= 0) & (points < self.levels)).all(2) & distances.isfinite()
-            self.listed.extend(p[i][:_LISTED] for p, i in zip(points, inside, strict=True))
-        return self.listed
-
-    def smooth_centres(self) -> Tensor:
-        prior, wanted = self._prior()
-        return self._solve(prior, wanted[:, None].expand(-1, self.centres.shape[1]))
-
-    def _prior(self) -> tuple[Tensor, Tensor]:
-        """Rows that say that neighbours resemble each other and no level is far from the middle; their values."""
-        p, side = len(self.centres), self.patch_size
-        number = torch.arange(p).reshape(-1, side, side)
-        eye = torch.eye(p).to(self.centres)
-        steps = [eye[number[:, 1:].flatten()] - eye[number[:, :-1].flatten()]]
-        steps += [eye[number[:, :, 1:].flatten()] - eye[number[:, :, :-1].flatten()]]
-        unit = (self.levels - 1) / 255
-        rows = torch.cat([*steps, eye * (_ROUGHNESS / _CONTRAST)]) / (_ROUGHNESS * unit)
-        return rows, rows @ torch.full((p,), (self.levels - 1) / 2).to(rows)
-
-    def _with(self, prior: Tensor) -> Tensor:
-        return torch.cat([self.known, prior])
-
-    def _solve(self, prior: Tensor, wanted: Tensor) -> Tensor:
-        known = self.known
-        batch = wanted.shape[1] // self.centres.shape[1]
-        right = torch.cat([(known @ self.centres).repeat(1, batch), wanted])
-        Q, R = torch.linalg.qr(torch.cat([known, prior]))
-        return torch.linalg.solve_triangular(R, Q.T @ right, upper=True)
-
-    def images(self, patches: Tensor) -> Tensor:
-        """(B, C, H, W) in model-input space, of patches (B, n, p) in levels."""
-        return unpatchify((patches - self.offset) / self.scale, self.patch_size, self.image_size)
-
-    def patches(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`images`."""
-        return patchify(images.to(self.centres), self.patch_size) * self.scale + self.offset
-
-    def smoothest(self, patches: Tensor, free: Tensor) -> Tensor:
-        """The smoothest picture (n, p) whose free patches are what the span allows and whose others are given."""
-        rows = self.directions * self.deviations.clamp(1e-3, 255.0)[:, None]
-        origin = torch.where(free[:, None], self.centres.T, patches)
-        shape = (len(free), len(rows))
-
-        def slope(flat: Any) -> Any:
-            with torch.enable_grad():
-                c = torch.as_tensor(flat).to(origin).reshape(shape).requires_grad_()
-                moved = origin + (c * free[:, None]) @ rows
-                image = unpatchify(moved[None], self.patch_size, self.image_size)
-                steps = image.diff(dim=-1).square().sum() + image.diff(dim=-2).square().sum()
-                energy = steps / (_ROUGHNESS * (self.levels - 1) / 255) ** 2 + c.square().sum()
-            return (torch.autograd.grad(energy, c)[0] / 2).flatten().cpu().numpy()
-
-        still = slope(torch.zeros(shape).flatten())
-        hessian = LinearOperator((still.size,) * 2, matvec=lambda v: slope(v) - still, dtype=still.dtype)
-        c, _ = cg(hessian, -still, rtol=1e-2, maxiter=200)
-        return origin + (torch.as_tensor(c).to(origin).reshape(shape) * free[:, None]) @ rows
-
-
 # --- What the attack has so far -----------------------------------------------------------------------------------
 
 
 @dataclass
 class _State:
+    """What is settled, the best guess at the rest, and how the rounds went."""
+
     settled: Tensor  # (B, n) of bool
     patches: Tensor  # (B, n, p), in levels: those settled, and the best guess at the others
     generator: torch.Generator
@@ -433,7 +305,7 @@ class _State:
 
     def settle(
         self,
-        grid: _Grid,
+        grid: Grid,
         lattice: ReducedLattice,
         centres: Tensor,
         *,
@@ -453,13 +325,13 @@ class _State:
         self.settled.view(-1)[open_[clear]] = True
         return int(clear.sum())
 
-    def coordinates(self, grid: _Grid, coordinates: Coordinates) -> Coordinates:
+    def coordinates(self, grid: Grid, coordinates: Coordinates) -> Coordinates:
         """Where to look for what is not settled."""
         settled = patchify(grid.images(self.patches), grid.patch_size)
         origin = torch.where(self.settled[..., None], settled, coordinates.origin)
         return replace(coordinates, origin=origin, free=(~self.settled).to(origin))
 
-    def begin(self, grid: _Grid, coordinates: Coordinates) -> Tensor:
+    def begin(self, grid: Grid, coordinates: Coordinates) -> Tensor:
         """Patches (B, n, p) to start a round from."""
         batch = len(self.settled)
         if batch > 1 and not self.history:  # the span gives all images the same picture
@@ -472,8 +344,8 @@ class _State:
         anew = grid.smoothest(self.patches[0], ~self.settled[0])[None]
         return torch.where((~self.settled & half)[..., None], anew, self.patches)
 
-    def try_whole_patches(self, grid: _Grid, mismatch: Callable[[Tensor], float], late: Callable[[], bool]) -> None:
-        """Put whole-level patches where the batch is not settled, as long as its gradient comes nearer."""
+    def try_whole_patches(self, grid: Grid, mismatch: Callable[[Tensor], float], late: Callable[[], bool]) -> None:
+        """Put whole-level patches where none is settled, as long as the gradient comes nearer to the client's."""
         candidates, last = grid.candidates(), self.trials + _TRIALS
         doubtful = ~self.settled
         if int(doubtful.sum()) <= _FEW:  # what keeps them from settling may be one that is settled wrongly
@@ -505,7 +377,7 @@ class _State:
         self.stuck = best is self.patches  # and if not, the search goes on from the best
         self.patches, self.best_loss = best, math.inf
 
-    def searched(self, grid: _Grid, result: Reconstruction, late: Callable[[], bool]) -> None:
+    def searched(self, grid: Grid, result: Reconstruction, late: Callable[[], bool]) -> None:
         """Take over what the search found, and round it while there is time."""
         before = int((~self.settled).sum())
         loss = result.diagnostics["loss"]
