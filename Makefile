@@ -39,14 +39,14 @@ notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its out
 	$(BIN)/python tools/run_notebooks.py
 
 benchmark: $(VENV)/.installed-lab  ## measure the closed-form attacks; writes data/results
-	$(BIN)/python -m benchmarks.closed_forms
+	$(BIN)/python -m studies.closed_forms
 
 wheel: $(VENV)/.created  ## build dist/aprillab-*.whl, with the pictures inside
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:  ## delete demo.png, dist and caches; keeps .venv (delete that folder to start afresh)
 	rm -rf demo.png build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find aprillab benchmarks tests tools notebooks data \
+	find aprillab studies tests tools notebooks data \
 	    \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} + 2>/dev/null || true
 
 # --- The environment: one stamp a set of packages, so that nothing is installed twice until pyproject.toml changes.

@@ -41,8 +41,7 @@ from .update import (
     save_update,
     update_from_states,
 )
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "EXACT_TO_8_BITS_DB",
@@ -59,6 +58,7 @@ __all__ = [
     "UnknownModelError",
     "UpdateError",
     "VisionTransformer",
+    "__version__",
     "april_closed_form",
     "attention_product",
     "check_update",

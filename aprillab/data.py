@@ -201,7 +201,7 @@ def _folder(name: str, holding: str) -> Traversable:
 
 
 def result_file(name: str) -> Traversable:
-    """A file of ``data/results``, where benchmarks write what they measured, from a wheel as from a checkout.
+    """A file of ``data/results``, where studies write what they measured, from a wheel as from a checkout.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ from torch import nn
 
 from aprillab import VisionTransformer
 from aprillab.training import CheckpointError, evaluate, load_weights, train
-from benchmarks import accuracy
+from studies import accuracy
 
 
 def tiny(seed: int = 0, **options) -> VisionTransformer:

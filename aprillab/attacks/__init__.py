@@ -1,122 +1,17 @@
 """The attacks: plain functions of (model, update) that return a :class:`Reconstruction`."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from ..anatomy import Anatomy, dissect
-from ..preprocessing import Preprocessing
-from ..update import ClientUpdate
-from .attention import april_closed_form, attention_product
-from .coordinates import Coordinates
-from .embedding import embedding_closed_form
-from .hybrid import span_then_match
+from .catalogue import ATTACKS, CLOSED_FORMS
+from .closed_forms.april import april_closed_form, attention_product
+from .closed_forms.patch_embedding import embedding_closed_form
+from .closed_forms.span import span_closed_form
+from .grey_levels.span_then_round import span_then_round
+from .invert import invert
 from .labels import Labels, is_batch, one_image_residual, recover_labels
-from .matching import PRESETS, match_gradients
+from .replay import gradient_residual
 from .result import AttackNotApplicable, Reconstruction, decibels, predicted_psnr, verdict
-from .rounding import span_then_round
-from .span import span_closed_form
-from .verify import gradient_residual
-
-#: The closed forms, the strongest first: fewest conditions and least amplification of rounding errors.
-CLOSED_FORMS: dict[str, Callable[..., Reconstruction]] = {
-    "embedding": embedding_closed_form,
-    "april": april_closed_form,
-    "span": span_closed_form,
-}
-
-#: All that :func:`invert` takes by name: the closed forms, and the two that go on where the span attack ends.
-ATTACKS: dict[str, Callable[..., Reconstruction]] = {
-    **CLOSED_FORMS,
-    "span_then_round": span_then_round,
-    "span_then_match": span_then_match,
-}
-
-
-def invert(
-    model: nn.Module,
-    update: ClientUpdate,
-    *,
-    attack: str = "auto",
-    verify: bool = False,
-    anatomy: Anatomy | None = None,
-    preprocessing: Preprocessing | None = None,
-    labels: Tensor | None = None,
-    device: torch.device | str | None = None,
-    **options: Any,
-) -> Reconstruction:
-    """Attack an update with the strongest closed form that applies, and say why the others do not.
-
-    Parameters
-    ----------
-    model : nn.Module
-    update : ClientUpdate
-    attack : {"auto", "embedding", "april", "span", "span_then_round", "span_then_match"}
-        ``"auto"`` tries the closed forms in this order and stops at the first that is exact; if none is, the one with
-        the highest predicted PSNR is returned, marked as not exact. The last two can search for minutes, so they are
-        never run unasked; ``diagnostics["attacks"]`` says where they would go on.
-    verify : bool
-        Also replay the client with the reconstruction (one more gradient): ``diagnostics["gradient_residual"]``.
-    anatomy, preprocessing, labels, device
-        As in :func:`~aprillab.attacks.embedding.embedding_closed_form`.
-    **options
-        Passed to the attack; only with a named one.
-
-    Returns
-    -------
-    Reconstruction
-        ``diagnostics["attacks"]`` maps each attack to what became of it, in words.
-
-    Raises
-    ------
-    AttackNotApplicable
-        If none applies; the message has all the reasons. Gradient matching may still work then, unless nothing
-        but zeros arrives below the head.
-    UpdateError
-        If the update does not belong to the model.
-    ValueError
-        If ``attack`` is unknown, or options are given with ``"auto"``.
-    """
-    if attack != "auto" and attack not in ATTACKS:
-        raise ValueError(f"attack={attack!r} is neither 'auto' nor one of {', '.join(ATTACKS)}")
-    if attack == "auto" and options:
-        raise ValueError(f"options {', '.join(options)} need a named attack, not 'auto'")
-    anatomy = anatomy or dissect(model)
-    common: dict[str, Any] = {
-        "anatomy": anatomy, "preprocessing": preprocessing, "labels": labels, "device": device,
-    }  # fmt: skip
-    batch, batch_numbers = is_batch(anatomy, update)
-    outcome: dict[str, str] = {}
-    found: list[Reconstruction] = []
-    for name in CLOSED_FORMS if attack == "auto" else [attack]:
-        if found and found[-1].exact:
-            outcome[name] = f"not needed: {found[-1].attack} is exact"
-            continue
-        if found and batch:
-            outcome[name] = f"not tried: every closed form needs one image, and {batch_numbers}"
-            continue
-        try:
-            found.append(ATTACKS[name](model, update, **common, **options))
-            outcome[name] = ("exact: " if found[-1].exact else "not exact: ") + found[-1].reason
-        except AttackNotApplicable as refusal:
-            outcome[name] = f"refused: {refusal.reason}"
-    if not found:
-        reasons = "; ".join(f"{name} {text}" for name, text in outcome.items())
-        raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **outcome)
-    if attack == "auto" and found[-1].attack == "span_closed_form" and not found[-1].exact:
-        outcome["span_then_round"] = "not tried: name it to look for whole grey levels, seconds to minutes"
-        outcome["span_then_match"] = "not tried, a search of minutes: name it to go on from the span's picture"
-    best = max(found, key=lambda result: (result.exact, result.diagnostics.get("predicted_psnr", 0.0)))
-    diagnostics = {**best.diagnostics, "attacks": outcome}
-    if verify:
-        diagnostics["gradient_residual"] = gradient_residual(model, update, best)
-    return replace(best, diagnostics=diagnostics)
-
+from .searches.coordinates import Coordinates
+from .searches.match import PRESETS, match_gradients
+from .searches.span_then_match import span_then_match
 
 __all__ = [
     "ATTACKS",

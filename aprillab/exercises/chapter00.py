@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import Feedback, run, stop
+from .feedback import Feedback, run, stop
 
 
 def check_psnr(function: Callable[[Tensor, Tensor], float]) -> Feedback:

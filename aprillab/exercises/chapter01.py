@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_tensor, run, stop
 
 FLOAT64 = torch.float64
 

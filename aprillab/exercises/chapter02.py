@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..models import Block, VisionTransformer
 from ..update import client_update
-from . import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_tensor, run, stop
 
 
 def check_projection_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..models import VisionTransformer
 from ..preprocessing import HALF
 from ..update import ClientUpdate, client_update
-from . import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_tensor, run, stop
 
 
 def check_conditions(function: Callable[[int, int, int, int], tuple[bool, bool]]) -> Feedback:

@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import (
-    HALF,
-    Anatomy,
-    AttackNotApplicable,
-    ClientUpdate,
-    VisionTransformer,
-    client_update,
-    dissect,
-    unpatchify,
-)
-from . import Feedback, expect_close, expect_tensor, run, stop
+from ..anatomy import Anatomy, dissect
+from ..attacks.result import AttackNotApplicable
+from ..models import VisionTransformer, unpatchify
+from ..preprocessing import HALF
+from ..update import ClientUpdate, client_update
+from .feedback import Feedback, expect_close, expect_tensor, run, stop
 
 F64 = torch.float64
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import VisionTransformer
-from . import Feedback, expect_close, expect_tensor, run, stop
+from ..models import VisionTransformer
+from .feedback import Feedback, expect_close, expect_tensor, run, stop
 
 F64 = torch.float64
 SHAPES = (((2, 3), (4,)), ((5,), (2, 2), (3, 1, 2)), ((1, 4, 3), (6,)))

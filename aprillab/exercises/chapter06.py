@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ClientUpdate, VisionTransformer, client_update, psnr
-from ..attacks import embedding_closed_form
+from ..attacks.closed_forms.patch_embedding import embedding_closed_form
 from ..data import load_victim
+from ..metrics import psnr
+from ..models import VisionTransformer
 from ..preprocessing import HALF
-from . import Feedback, expect_close, expect_tensor, run, stop
+from ..update import ClientUpdate, client_update
+from .feedback import Feedback, expect_close, expect_tensor, run, stop
 
 F64 = torch.float64
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import VisionTransformer, client_update, patchify, sinusoidal_2d
-from . import Feedback, expect_close, expect_tensor, run, stop
+from ..models import VisionTransformer, patchify, sinusoidal_2d
+from ..update import client_update
+from .feedback import Feedback, expect_close, expect_tensor, run, stop
 
 F64 = torch.float64
 

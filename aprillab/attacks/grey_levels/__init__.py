@@ -1,0 +1,1 @@
+"""Whole grey levels in what the span attack leaves open."""

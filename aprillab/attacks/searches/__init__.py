@@ -1,0 +1,1 @@
+"""Gradient matching: look for pictures whose gradient is the one that was shared."""

@@ -1,0 +1,72 @@
+"""Where gradient matching looks for the pictures: not among all pixels, but in coordinates that suit what is known.
+
+A patch is origin + coefficients @ basis. With a basis of few rows, what is known to be impossible is never tried;
+with rows as long as the patch is uncertain in their direction, the search takes long steps where it must find
+something and short ones where the picture is known already: a preconditioner. The row space of the patch embedding's
+gradient is of the first kind (chapter 05), what the span attack leaves open of the second (chapter 07).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...models import patchify, unpatchify
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Pictures as coefficients of their patches.
+
+    Attributes
+    ----------
+    origin : Tensor (n, p), (1, p) or (B, n, p), in model-input space
+        The patches whose coefficients are zero.
+    basis : Tensor (k, p), rows linearly independent
+    patch_size : int, in pixels
+    image_size : (height, width), in pixels
+    free : Tensor (B, n), optional
+        1 for patches to look for, 0 for those that stay at the origin; default is all.
+    """
+
+    origin: Tensor
+    basis: Tensor
+    patch_size: int
+    image_size: tuple[int, int]
+    free: Tensor | None = None
+
+    def to(self, like: Tensor) -> Coordinates:
+        """On the device and in the dtype of a tensor."""
+        free = None if self.free is None else self.free.to(like)
+        return Coordinates(self.origin.to(like), self.basis.to(like), self.patch_size, self.image_size, free)
+
+    def images_of(self, coefficients: Tensor) -> Tensor:
+        """Pictures (…, C, H, W) of coefficients (…, n, k)."""
+        patches = self.origin + self._freely(coefficients) @ self.basis  # (…, n, p)
+        images = unpatchify(patches.flatten(0, -3), self.patch_size, self.image_size)
+        return images.unflatten(0, coefficients.shape[:-2])
+
+    def coefficients_of(self, images: Tensor) -> Tensor:
+        """Coefficients (…, n, k) of the pictures nearest to ``images`` (…, C, H, W), by least squares."""
+        patches = patchify(images.flatten(0, -4), self.patch_size).unflatten(0, images.shape[:-3])  # (…, n, p)
+        patches = patches - self.origin
+        # In float64 and for rows of length 1: they may differ by far more than float32 can take.
+        lengths = torch.linalg.vector_norm(self.basis.double(), dim=1)  # (k,)
+        rows = self.basis.double() / lengths[:, None]
+        return self._freely((patches.double() @ torch.linalg.pinv(rows) / lengths).to(images))
+
+    def coefficients_of_noise(self, images: Tensor) -> Tensor:
+        """Coefficients (…, n, k) as large as the noise (…, C, H, W), whatever the length of the rows.
+
+        Where the rows are fewer than the pixels and of length 1, they have the energy of the whole noise.
+        """
+        k, p = self.basis.shape
+        rows = self.basis / torch.linalg.vector_norm(self.basis, dim=1, keepdim=True)
+        coefficients = math.sqrt(p / k) * patchify(images.flatten(0, -4), self.patch_size) @ rows.T
+        return self._freely(coefficients.unflatten(0, images.shape[:-3]))
+
+    def _freely(self, coefficients: Tensor) -> Tensor:
+        return coefficients if self.free is None else coefficients * self.free[..., None].to(coefficients)

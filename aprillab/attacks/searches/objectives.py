@@ -1,0 +1,103 @@
+"""What gradient matching minimizes: distances between gradients, the position-embedding term, priors on pictures.
+
+Every function is differentiable and returns a scalar tensor. ``gradients`` are those of the picture on trial and
+``targets`` the shared ones, in the same order, one tensor a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...preprocessing import Preprocessing
+
+Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+def _squares(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+    """‖g' − g‖² of each tensor; through the norm, which backpropagates without a copy of the squares."""
+    return [torch.linalg.vector_norm(g - t).square() for g, t in zip(gradients, targets, strict=True)]
+
+
+def l2(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Σ ‖g' − g‖² over all tensors, as in DLG (Zhu et al., NeurIPS 2019)."""
+    return torch.stack(_squares(gradients, targets)).sum()
+
+
+def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, eps: float | None = None) -> Tensor:
+    """The mean over tensors of ‖g' − g‖² / ‖g‖²: every tensor has a say, however small its gradient.
+
+    A tensor whose gradient is only rounding noise (a key bias: softmax does not see it) would drown the others:
+    below ε^¾ times the largest tensor's norm it is left out. ε is that of the precision in which the gradients were
+    *shared* (``eps``), which may be coarser than the dtype they are compared in, the default.
+    """
+    norms = torch.stack([t.norm() for t in targets])
+    floor = norms.max() * (eps or torch.finfo(norms.dtype).eps) ** 0.75
+    tiny = torch.finfo(norms.dtype).tiny
+    weights = torch.where(norms < floor, 0, 1 / norms.square().clamp_min(tiny))
+    return (weights * torch.stack(_squares(gradients, targets))).mean()
+
+
+def l2_l1(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, l1_weight: float = 0.01) -> Tensor:
+    """Σ ‖g' − g‖² + w‖g' − g‖₁ over all tensors, as in TAG (Deng et al., 2021), whose w varies with the layer."""
+    differences = [g - t for g, t in zip(gradients, targets, strict=True)]
+    return torch.stack([d.square().sum() + l1_weight * d.abs().sum() for d in differences]).sum()
+
+
+def cosine(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """1 − cos of all tensors taken as one vector, as in Inverting Gradients (Geiping et al., NeurIPS 2020)."""
+    dot = torch.stack([(g * t).sum() for g, t in zip(gradients, targets, strict=True)]).sum()
+    square = torch.stack([g.square().sum() for g in gradients]).sum()
+    square_target = torch.stack([t.square().sum() for t in targets]).sum()
+    return 1 - dot / (square * square_target).clamp_min(torch.finfo(dot.dtype).tiny).sqrt()
+
+
+def position_cosine(gradient: Tensor, target: Tensor, *, per_token: bool = True) -> Tensor:
+    """1 − cos of the position-embedding gradients: the term APRIL (Lu et al., CVPR 2022) adds, weighted by α.
+
+    It ties each patch to its place: the same patches in another order have nearly the same gradient everywhere but
+    here. Taken over the whole embedding, as the paper has it, the class token's row outweighs those of the patches
+    by far where the head reads the class token. ``per_token=True`` takes the mean of the tokens' own 1 − cos.
+
+    Parameters
+    ----------
+    gradient, target : Tensor of shape (…, tokens, d)
+    """
+    if not per_token:
+        return cosine([gradient], [target])
+    dot, square, square_target = (gradient * target).sum(-1), gradient.square().sum(-1), target.square().sum(-1)
+    tiny = torch.finfo(dot.dtype).tiny
+    return 1 - (dot / (square.clamp_min(tiny) * square_target.clamp_min(tiny)).sqrt()).mean()
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours, along rows plus along columns. Images (B, C, H, W)."""
+    vertical = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
+    horizontal = (images[..., :, 1:] - images[..., :, :-1]).abs().mean()
+    return vertical + horizontal
+
+
+def image_norm(images: Tensor) -> Tensor:
+    """Mean square of the model input, 0 for a picture of the preprocessing's mean."""
+    return images.square().mean()
+
+
+def outside_box(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Mean square of what lies outside [0, 1], in pixels."""
+    pixels = preprocessing.to_pixels(images, clamp=False)
+    return (pixels - pixels.clamp(0, 1)).square().mean()
+
+
+def group_spread(images: Tensor) -> Tensor:
+    """Mean square deviation of restarts (R, B, C, H, W) from their mean, as in GradInversion (Yin et al., CVPR 2021).
+
+    GradInversion first registers the pictures to one another; here the mean is taken as they lie, since a ViT's
+    patches do not shift.
+    """
+    return (images - images.mean(0)).square().mean()
+
+
+DISTANCES: dict[str, Distance] = {"l2": l2, "relative_l2": relative_l2, "l2_l1": l2_l1, "cosine": cosine}
+"""Gradient distances by the name :func:`~aprillab.attacks.searches.match.match_gradients` takes."""

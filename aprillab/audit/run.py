@@ -1,0 +1,329 @@
+"""What does this update give away? An audit by whoever owns a federated system: no labels, no originals needed.
+
+:func:`audit` runs every closed form on one update and says in plain words what leaked and how far to trust each
+picture; :func:`aprillab.audit.report.write_audit` puts the pictures, a JSON report and the words into a folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..anatomy import Anatomy, Rows, dissect
+from ..attacks import (
+    CLOSED_FORMS,
+    AttackNotApplicable,
+    Labels,
+    Reconstruction,
+    gradient_residual,
+    is_batch,
+    recover_labels,
+)
+from ..preprocessing import Preprocessing
+from ..update import ClientUpdate, check_update
+
+#: How far to trust a picture, best first: from the attack's own verdict, its predicted PSNR and the replay.
+Trust = Literal["exact", "close", "likely", "coarse", "unverified", "poor", "contradicted", "mixture", "none"]
+
+TRUST_WORDS: dict[Trust, str] = {
+    "exact": "Trust it. The attack's conditions were verified on this very update, and the predicted error is below "
+    "half a grey level: this is the private picture.",
+    "close": "Trust what you see, not every grey level. The conditions hold, and the predicted error is too small "
+    "for the eye.",
+    "likely": "Very probably the private picture. A condition failed (see the reason), but played back through the "
+    "model the picture gives this update, up to less than a hundredth.",
+    "coarse": "Trust the scene, not the details. The conditions hold, and the predicted error leaves a picture that "
+    "can be recognized.",
+    "unverified": "Take it for a hint. A condition failed (see the reason), so the error predicted cannot be relied "
+    "on.",
+    "poor": "Trust no detail of it. The error predicted, or the miss when it is played back, is large. Some of the "
+    "scene may still be recognizable: look at it.",
+    "contradicted": "Do not trust it. By its own numbers it should be right, but played back through the model it "
+    "does not give this update: other weights than the client's, dropout, or an update that is no gradient would "
+    "explain that.",
+    "mixture": "Do not take it for a photograph. More than one picture, or strong noise, is behind this update; a "
+    "closed form returns their mixture.",
+    "none": "There is nothing to trust: the attack does not apply.",
+}
+
+TITLES = {
+    "embedding": ("patch-embedding system", "embedding_closed_form"),
+    "april": ("APRIL's closed form", "april_closed_form"),
+    "span": ("span attack", "span_closed_form"),
+}
+
+# Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to 0.08 at 18 to
+# 31 dB, above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
+_GOOD_REPLAY, _BAD_REPLAY = 0.01, 0.1
+NOT_SAFE = (
+    "That an attack fails does not make the update safe: gradient matching needs none of these conditions, an attack "
+    "tuned to this system may need fewer, and what was not shared this time may be shared next time."
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the gradients an attack reads.
+
+    Attributes
+    ----------
+    part : str
+        In words.
+    parameter : str or None
+        Its name in the model; None where the model has no such part.
+    state : {"shared", "zero", "withheld", "fixed", "no such part"}
+        ``"fixed"``: not trained, hence no gradient.
+    norm : float or None
+        Of the gradient, where it is shared.
+    gives : str
+        What an attacker takes from it.
+    """
+
+    part: str
+    parameter: str | None
+    state: str
+    norm: float | None
+    gives: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one attack makes of the update.
+
+    Attributes
+    ----------
+    attack : str
+        A key of :data:`aprillab.attacks.CLOSED_FORMS`.
+    result : Reconstruction or None
+        None where the attack does not apply.
+    reason : str
+        Why it is exact, why not, or why it does not apply.
+    replay : float or None
+        ``gradient_residual`` of the reconstruction; None where it could not be computed.
+    trust : Trust
+    """
+
+    attack: str
+    result: Reconstruction | None
+    reason: str
+    replay: float | None
+    trust: Trust
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Everything an audit found.
+
+    Attributes
+    ----------
+    model : str
+        Class of the model.
+    anatomy : Anatomy
+    update : ClientUpdate
+    preprocessing : Preprocessing
+    parts : tuple of Part
+    labels : Labels or None
+    labels_reason : str
+    batch : bool
+        Whether the client says, or the head's gradient suggests, that several images are behind the update.
+    batch_evidence : str
+    findings : tuple of Finding
+    notes : tuple of str
+        What limits the audit itself: half precision, several local steps, dropout.
+    """
+
+    model: str
+    anatomy: Anatomy
+    update: ClientUpdate
+    preprocessing: Preprocessing
+    parts: tuple[Part, ...]
+    labels: Labels | None
+    labels_reason: str
+    batch: bool
+    batch_evidence: str
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def applied(self) -> tuple[Finding, ...]:
+        """The findings of attacks that returned a picture."""
+        return tuple(found for found in self.findings if found.result is not None)
+
+    @property
+    def verdict(self) -> str:
+        """The audit in one paragraph of plain words."""
+        best = {found.trust: TITLES[found.attack][0] for found in reversed(self.findings)}
+        away = "This update gives the private picture away"
+        if "exact" in best:
+            return f"{away}, exactly: {best['exact']}."
+        if "close" in best:
+            return f"{away}, with errors too small for the eye: {best['close']}."
+        if "likely" in best:
+            return f"{away}, very probably: {best['likely']}. A condition of the attack failed, yet the picture fits."
+        if "coarse" in best:
+            return f"{away}, recognizable though with visible errors: {best['coarse']}. {NOT_SAFE}"
+        if "mixture" in best:
+            return f"The closed forms return a mixture of pictures, or noise, and no photograph. {NOT_SAFE}"
+        if "contradicted" in best:
+            return (
+                "A picture came out that should be right and yet does not give this update when played back: check "
+                f"that the model has the weights and the mode the client used. {NOT_SAFE}"
+            )
+        if self.applied:
+            return f"Pictures came out, but none whose error can be relied on: look at them yourself. {NOT_SAFE}"
+        return f"No closed form applies to this update. {NOT_SAFE}"
+
+
+def audit(
+    model: nn.Module,
+    update: ClientUpdate,
+    *,
+    anatomy: Anatomy | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Audit:
+    """Try every closed form on an update and say how much of what it shows is to be believed.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With the weights the client was given, in the mode (train or eval) the client used; left as it is.
+    update : ClientUpdate
+    anatomy : Anatomy, optional
+        Default is ``dissect(model)``.
+    preprocessing : Preprocessing, optional
+        Pixels to model input; default is the model family's own. A wrong one changes contrast and colour of the
+        pictures, nothing else.
+
+    Returns
+    -------
+    Audit
+
+    Raises
+    ------
+    UpdateError
+        If the update does not belong to the model, is not finite, or is all zero.
+    UnknownModelError
+        If ``dissect`` does not know the model.
+    """
+    anatomy = anatomy or dissect(model)
+    preprocessing = preprocessing or anatomy.preprocessing
+    check_update(model, update)
+    batch, evidence = is_batch(anatomy, update)
+    labels, labels_reason = _labels(model, update, anatomy, batch)
+    notes = _notes(model, update, anatomy)
+    findings = []
+    progress = tqdm(CLOSED_FORMS.items(), desc="attacks", disable=None, leave=False)
+    for name, attack in progress:
+        progress.set_postfix_str(name)
+        try:
+            result = attack(model, update, anatomy=anatomy, preprocessing=preprocessing)
+        except AttackNotApplicable as refusal:
+            findings.append(Finding(name, None, refusal.reason, None, "none"))
+            continue
+        except torch.linalg.LinAlgError as error:
+            reason = f"its linear algebra broke down on these numbers ({str(error).splitlines()[0]})"
+            findings.append(Finding(name, None, reason, None, "none"))
+            continue
+        try:
+            replay = gradient_residual(model, update, result)
+        # The model is the user's, and so is whatever its forward pass raises.
+        except Exception as error:
+            replay = None
+            notes.append(f"Playing the client failed ({type(error).__name__}: {error}): no replay.")
+        findings.append(Finding(name, result, result.reason, replay, _trust(result, replay, batch)))
+    return Audit(
+        model=f"{type(model).__module__}.{type(model).__qualname__}",
+        anatomy=anatomy,
+        update=update,
+        preprocessing=preprocessing,
+        parts=_parts(model, update, anatomy),
+        labels=labels,
+        labels_reason=labels_reason,
+        batch=batch,
+        batch_evidence=evidence,
+        findings=tuple(findings),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _trust(result: Reconstruction, replay: float | None, batch: bool) -> Trust:
+    """From the attack's verdict and predicted PSNR; a replay lowers them, or raises what no condition vouches for."""
+    predicted = result.diagnostics["predicted_psnr"]
+    misses = replay is not None and not replay < _BAD_REPLAY  # NaN misses
+    if batch and (replay is None or misses):
+        return "mixture"
+    if result.exact or (_conditions_hold(result) and predicted >= 40):
+        return "contradicted" if misses else "exact" if result.exact else "close"
+    if misses:
+        return "poor"
+    if not _conditions_hold(result):
+        return "likely" if replay is not None and replay < _GOOD_REPLAY else "unverified"
+    return "coarse" if predicted >= 20 else "poor"
+
+
+def _conditions_hold(result: Reconstruction) -> bool:
+    """Whether precision alone keeps the result from being exact; where a condition failed, the PSNR means little."""
+    return result.reason.startswith("all conditions hold")
+
+
+def _labels(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, batch: bool) -> tuple[Labels | None, str]:
+    """Recovered labels, as many as the client says, or at least as many as have a negative entry."""
+    bias = update.gradients.get(anatomy.head_bias or "")
+    at_least = 1 if bias is None or not batch else max(int((bias < 0).sum()), 2)
+    try:
+        found = recover_labels(model, update, batch_size=update.batch_size or at_least, anatomy=anatomy)
+    except AttackNotApplicable as refusal:
+        return None, refusal.reason
+    return found, found.reason
+
+
+def _parts(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[Part, ...]:
+    """The gradients that the attacks read, and which of them are there."""
+    names: list[tuple[str, str | Rows | None, str]] = [
+        ("position embedding", anatomy.position, "with the patch embedding's gradient, every pixel"),
+        ("patch embedding", anatomy.patch_weight, "the space all patches lie in"),
+        ("first attention, queries", anatomy.query, "the span of all tokens"),
+        ("first attention, keys", anatomy.key, "the same"),
+        ("first attention, values", anatomy.value, "the same"),
+        ("head, weight", anatomy.head_weight, "whether there was one image; its label"),
+        ("head, bias", anatomy.head_bias, "the labels"),
+    ]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = []
+    for part, where, gives in names:
+        name = where.name if isinstance(where, Rows) else where
+        rows = where if isinstance(where, Rows) else Rows(name or "")
+        gradient = rows.of(update.gradients)
+        norm = None if gradient is None else float(gradient.double().norm())
+        if name is None:
+            state = "no such part"
+        elif norm is not None:
+            state = "shared" if norm > 0 else "zero"
+        else:
+            state = "withheld" if name in trained else "fixed"
+        parts.append(Part(part, None if where is None else str(where), state, norm, gives))
+    return tuple(parts)
+
+
+def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> list[str]:
+    notes = []
+    if update.dtype in (torch.float16, torch.bfloat16):
+        notes.append(
+            f"The gradients came in {str(update.dtype).removeprefix('torch.')}, some three decimal digits: rounding "
+            "alone limits what a closed form can show. A client that shares more digits shares more of its picture."
+        )
+    if update.source == "fedavg":
+        notes.append(
+            "The update is a difference of weights: after more than one local step it is a mean of gradients at "
+            "different weights, which no closed form here models."
+        )
+    if anatomy.head_weight not in update.gradients and anatomy.head_bias not in update.gradients:
+        notes.append("The head's gradient is not shared: whether there was one image or a batch was not checked.")
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
+    if dropouts:
+        notes.append("The model is in training mode with dropout: the replay draws other masks than the client did.")
+    return notes

@@ -1,0 +1,1 @@
+"""Attacks side by side on the same updates: a CSV row for each, a table, figures."""

@@ -1,0 +1,323 @@
+"""What a comparison keeps: its cases, a CSV row for each, the searches' points on their way, the pictures.
+
+A CSV ends between two lines whenever the program ends, and what is read back is what was written, to six digits.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..data import victims
+from ..zoo import Position
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class CompareError(ValueError):
+    """A comparison that cannot be made: an unknown name, or a file that holds another one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attack on one client's update.
+
+    Attributes
+    ----------
+    attack : key of :data:`aprillab.comparison.run.ATTACKS`
+    victims : tuple of str
+        The batch: names of :func:`aprillab.victims`, or ``"mnist:K"`` for the K-th test digit of
+        :func:`aprillab.mnist5k` (the split of seed 0; one channel, 28 × 28 pixels, its own label).
+    model, image_size, patch_size, width, depth, heads, mlp_ratio, channels, classes, position
+        As in :func:`~aprillab.zoo.build_model`; None for what the model's name implies.
+    weights : "init" or a path
+        Random weights, or a file of them, in whose name ``{model}``, ``{position}`` and ``{seed}`` are filled in.
+    dtype : {"float32", "float64"}, of the client's model and gradient
+    labels : {"recover", "given"}
+        Whether the attacker has to find the labels, if it needs them, or is told.
+    seed : int
+        Of random weights, the photographs' labels (drawn, all different in a batch) and the search's first guess.
+    """
+
+    attack: str
+    victims: tuple[str, ...]
+    model: str = "prenorm"
+    image_size: int = 32
+    patch_size: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float | None = None
+    channels: int = 3
+    classes: int = 10
+    position: Position = "learned"
+    weights: str = "init"
+    dtype: str = "float32"
+    labels: Literal["recover", "given"] = "recover"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("position", self.position, get_args(Position)),
+            ("precision", self.dtype, list(DTYPES)),
+            ("labels", self.labels, ["recover", "given"]),
+        ):
+            if value not in known:
+                raise CompareError(f"{name} {value!r} is none of {', '.join(known)}")
+        for name in self.victims:
+            _check_victim(self, name)
+        if not 1 <= len(self.victims) <= self.classes:
+            raise CompareError(f"{len(self.victims)} victims in a batch: from 1 to the {self.classes} classes")
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.victims)
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file of this case's weights; None for random ones."""
+        if self.weights == "init":
+            return None
+        name = self.weights
+        for part in ("model", "position", "seed"):
+            name = name.replace(f"{{{part}}}", str(getattr(self, part)))
+        return Path(name)
+
+    @functools.cached_property
+    def update(self) -> str:
+        """Twelve hexadecimal digits that all attacks on the same update share."""
+        facts = {name: _text(value) for name, value in asdict(self).items() if name not in ("attack", "labels")}
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def _check_victim(case: Case, name: str) -> None:
+    source, colon, number = name.partition(":")
+    if source == "mnist" and colon:
+        if not number.isdecimal() or (case.channels, case.image_size) != (1, 28) or case.classes < 10:
+            raise CompareError(
+                f"victim {name!r}: mnist:K is a test digit by its number, for models of one channel, 28 pixels and "
+                f"10 classes or more, not of {case.channels}, {case.image_size} and {case.classes}"
+            )
+    elif name not in victims():
+        raise CompareError(f"there is no victim {name!r}; there are mnist:K and {', '.join(victims())}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a case. A refused attack has no scores and says why in ``outcome``.
+
+    Attributes
+    ----------
+    case : Case
+    psnr, psnr_min, ssim : float
+        Mean (and least) over the batch, pixels in [0, 1], PSNR in dB, each picture beside the victim that the best
+        assignment gives it. One picture for a whole batch, a mixture, is scored against every victim.
+    exact, predicted_psnr, loss, residual, evaluations, stopped
+        As the attack says, where it does.
+    seconds : float
+        Of the attack, less what scoring it on its way took.
+    gradient_seconds : float
+        Of the client's forward and backward pass, after a forward pass to warm up.
+    outcome : str
+        ``"exact: …"``, ``"not exact: …"`` or ``"refused: …"``, with the attack's reason.
+    max_evaluations, max_seconds
+        The budget of a search.
+    weights_sha256 : str
+        First 16 digits, of the file of weights.
+    aprillab, torch, python, threads, device, machine
+        Versions, and what it ran on.
+    """
+
+    case: Case
+    psnr: float | None
+    psnr_min: float | None
+    ssim: float | None
+    exact: bool | None
+    predicted_psnr: float | None
+    loss: float | None
+    residual: float | None
+    evaluations: int | None
+    seconds: float
+    gradient_seconds: float
+    stopped: str
+    outcome: str
+    max_evaluations: int
+    max_seconds: float | None
+    weights_sha256: str
+    aprillab: str
+    torch: str
+    python: str
+    threads: int
+    device: str
+    machine: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A search on its way: the lowest loss so far and the picture that has it, PSNR in dB (mean over the batch)."""
+
+    update: str
+    attack: str
+    labels: str
+    evaluation: int
+    seconds: float
+    loss: float
+    psnr: float
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
+
+
+def curves_file(path: Path) -> Path:
+    """The CSV of :class:`Point` beside the CSV of rows."""
+    return path.with_name(f"{path.stem}_curves.csv")
+
+
+def pictures_file(path: Path, case: Case) -> Path:
+    """An update's ``"private"`` pictures and what each ``"ATTACK, labels LABELS"`` returned, 8-bit (B, C, H, W)."""
+    return path.with_name(f"{path.stem}_pictures") / f"{case.update}.safetensors"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a CSV of :func:`run`; none where there is no file. A line that was cut short is left out.
+
+    Raises
+    ------
+    CompareError
+        If it has other columns, or a value that makes no sense.
+    """
+    rows = []
+    for number, line in enumerate(_read(path, ROW_COLUMNS), start=2):
+        try:
+            rows.append(Row(case=Case(**_values(Case, line)), **_values(Row, line)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise CompareError(f"{path}, line {number}: {error}") from error
+        if line["update"] != rows[-1].case.update:
+            raise CompareError(f"{path}, line {number}: its update {line['update']} is not the one of its columns")
+    return rows
+
+
+def read_curves(path: Path) -> dict[tuple[str, str, str], list[Point]]:
+    """The searches' points by (update, attack, labels), of the CSV that belongs to the rows at ``path``."""
+    curves: dict[tuple[str, str, str], list[Point]] = {}
+    for line in _read(curves_file(path), POINT_COLUMNS):
+        point = Point(**_values(Point, line))
+        curves.setdefault((point.update, point.attack, point.labels), []).append(point)
+    return curves
+
+
+def read_pictures(path: Path, case: Case) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Private and reconstructed pixels (B, C, H, W), in [0, 1] from 8 bits, and PSNR (B,) in dB; None if not kept."""
+    file = pictures_file(path, case)
+    kept = load_file(file) if file.is_file() else {}
+    name = _picture_name(case)
+    return (kept["private"] / 255, kept[name] / 255, kept[f"{name}, dB"]) if name in kept else None
+
+
+def _picture_name(case: Case) -> str:
+    return f"{case.attack}, labels {case.labels}"
+
+
+ROW_COLUMNS = [
+    *(f.name for f in fields(Case)), "batch_size", "update", *(f.name for f in fields(Row) if f.name != "case"),
+]  # fmt: skip
+POINT_COLUMNS = [f.name for f in fields(Point)]
+
+
+def cells(record: Row | Point) -> dict[str, str]:
+    """A record as the text of its columns."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    if isinstance(record, Row):
+        case = values.pop("case")
+        values = {**asdict(case), "batch_size": case.batch_size, "update": case.update, **values}
+    return {name: _text(value) for name, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return "+".join(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {
+    "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__,
+    "tuple[str, ...]": lambda text: tuple(text.split("+")),
+}  # fmt: skip
+
+
+def _values(kind: type, line: dict[str, str]) -> dict[str, Any]:
+    """The columns of a line that are fields of ``kind``, each in its type."""
+    values = {}
+    for f in fields(kind):
+        if f.name in line:
+            read = _KINDS.get(str(f.type).removesuffix(" | None"), str)
+            empty = str(f.type).endswith("None") and not line[f.name]
+            values[f.name] = None if empty else read(line[f.name])
+    return values
+
+
+def _read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The whole lines of a CSV with these columns; one that was cut short at the end is left out."""
+    if not path.is_file():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]), strict=True)
+        lines, found = list(reader), list(reader.fieldnames or [])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CompareError(f"{path}: not a CSV file ({error})") from error
+    if found and found != list(columns):
+        odd = sorted(set(found) ^ set(columns)) or ["their order"]
+        raise CompareError(
+            f"{path}: its columns are not this version's (different: {', '.join(odd[:4])}): name another file, or "
+            "begin this one again"
+        )
+    return lines
+
+
+def write_lines(path: Path, lines: Sequence[dict[str, str]], columns: Sequence[str]) -> None:
+    """The whole file at once: what was there stays until it is complete."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(",".join(columns) + "\n" + _csv(lines, columns), encoding="utf-8")
+    beside.replace(path)
+
+
+def append_lines(path: Path, lines: Sequence[dict[str, str]]) -> None:
+    """Whole lines in one write, so that the file ends between two of them whenever it ends."""
+    if lines:
+        with path.open("ab", buffering=0) as file:
+            file.write(_csv(lines, list(lines[0])).encode())
+
+
+def _csv(lines: Sequence[dict[str, str]], columns: Sequence[str]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, fieldnames=columns, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def keep_pictures(path: Path, case: Case, private: Tensor, found: Tensor, decibels: Tensor) -> None:
+    """Add a case's pictures and their PSNR, in the victims' order, to its update's file."""
+    file = pictures_file(path, case)
+    file.parent.mkdir(exist_ok=True)
+    kept = load_file(file) if file.is_file() else {}
+    name = _picture_name(case)
+    kept |= {"private": _levels(private), name: _levels(found), f"{name}, dB": decibels}
+    save_file(kept, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def _levels(pixels: Tensor) -> Tensor:
+    return (255 * pixels.nan_to_num(0.0).clamp(0, 1)).round().to(torch.uint8).contiguous()

@@ -1,0 +1,249 @@
+"""The notebooks as a reader gets them, and what a class gets of them. That they run is tested by nbval."""
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import notebook_tools as tools
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURE = '<figure><img alt="A cat, and the same cat again." src="data:image/png;base64,AAAA"></figure>'
+
+pytestmark = pytest.mark.skipif(not PATHS, reason="there is no notebook yet")
+
+
+# --- The course's notebooks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_notebook_is_fit_to_read(path: Path) -> None:
+    assert tools.lint(path) == []
+
+
+def test_the_set_up_cell_is_the_same_everywhere() -> None:
+    cells = {tools.tagged(tools.read(path), "setup")[0].source for path in PATHS}
+    assert len(cells) == 1
+
+
+def test_chapters_are_chained() -> None:
+    for before, after in itertools.pairwise(PATHS):
+        if int(after.name[:2]) != int(before.name[:2]) + 1:
+            continue  # a chapter between them is not written yet
+        for path, other in ((before, after), (after, before)):
+            text = "\n".join(cell.source for cell in tools.read(path).cells if cell.cell_type == "markdown")
+            assert f"]({other.name})" in text, f"{path.name} does not link to {other.name}"
+
+
+# --- The lint itself: what it is there to find, it finds --------------------------------------------------------
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Callable[..., Path]:
+    """``sound(change)``: the path of a flawless chapter 00, changed by ``change(notebook)``."""
+
+    def write(change: Callable[[NotebookNode], object] = lambda notebook: None) -> Path:
+        (tmp_path / "bibliography.md").write_text("# Bibliography\n\n## april\n\nThe paper.\n")
+        cells = [
+            new_markdown_cell("# 00 · A chapter\n\n[paper](bibliography.md#april), [here](#00--a-chapter)"),
+            new_code_cell("import torch", metadata={"tags": ["setup"]}, execution_count=1),
+            new_code_cell("show()", execution_count=2, outputs=[new_output("display_data", {"text/html": PICTURE})]),
+            new_markdown_cell("### Exercise 0.1 · one line · ★☆☆ · 5 minutes\n\nThe task."),
+            new_code_cell(
+                "def f(x):\n    raise NotImplementedError", execution_count=3, metadata={"tags": ["exercise-stub"]}
+            ),
+            new_code_cell("ex.check_f(f)", execution_count=4, metadata={"tags": ["exercise-check"]}),
+            new_markdown_cell("A hint.", metadata={"tags": ["exercise-hints"]}),
+            new_markdown_cell(
+                "```python\ndef f(x):\n    return 2 * x\n```", metadata={"tags": ["exercise-solution"]}
+            ),
+        ]
+        notebook = new_notebook(cells=cells)
+        change(notebook)
+        nbformat.write(notebook, tmp_path / "00_chapter.ipynb")
+        return tmp_path / "00_chapter.ipynb"
+
+    return write
+
+
+def test_a_sound_notebook_passes(sound: Callable[..., Path]) -> None:
+    assert tools.lint(sound()) == []
+
+
+def append(text: str) -> Callable[[NotebookNode], None]:
+    return lambda notebook: notebook.cells.append(new_markdown_cell(text))
+
+
+def output(kind: str, data: object, **more: object) -> Callable[[NotebookNode], None]:
+    return lambda notebook: notebook.cells[2].outputs.append(new_output(kind, data, **more))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda nb: nb.cells[2].update(execution_count=7), "one run in order"),
+        (lambda nb: nb.cells[2].update(execution_count=None), "one run in order"),
+        (lambda nb: nb.metadata.update(widgets={}), "metadata.widgets"),
+        (output("error", None, ename="ValueError", evalue="no", traceback=[]), "error output"),
+        (output("stream", None, name="stderr", text="UserWarning: mind"), "warning"),
+        (output("stream", None, name="stdout", text="/home/ada/model.pt"), "path of the author's machine"),
+        (output("display_data", {"image/png": "AAAA"}), "bare picture"),
+        (output("display_data", {"text/html": '<img src="x">'}), "alternative text"),
+        (output("display_data", {"text/html": '<img alt="" src="x">'}), "alternative text"),
+        (lambda nb: nb.cells[2].update(source="x = 1\n" * 30 + "x"), "31 lines"),
+        (lambda nb: nb.cells[1].metadata.update(tags=[]), "setup"),
+        (lambda nb: nb.cells[2].metadata.update(tags=["setup"]), "setup"),
+        (lambda nb: nb.cells.pop(6), "do not follow each other"),
+        (lambda nb: nb.cells.insert(4, nb.cells.pop(7)), "do not follow each other"),
+        (lambda nb: nb.cells[4].update(source="def f(x):\n    return 2 * x"), "raises nothing"),
+        (lambda nb: nb.cells[3].update(source="### Exercise 0.2 · one line · ★☆☆ · 5 minutes"), "header"),
+        (lambda nb: nb.cells[3].update(source="### Exercise 0.1 · one line · 5 minutes"), "header"),
+        (lambda nb: nb.cells[3].update(source="The task."), "0 headers for 1"),
+        (append("[next](01_next.ipynb)"), "does not exist"),
+        (append("[paper](bibliography.md#may)"), "no such heading"),
+        (append("[above](#00--another)"), "no such heading"),
+        (append("![](https://example.org/cat.png)"), "without alternative text"),
+        (append(r"the loss $l$ and $\frac{\partiall l}{\partial W}$"), r"\partiall is no macro"),
+        (append("x" * 2_000_000), "bytes"),
+    ],
+)
+def test_the_lint_finds(sound: Callable[..., Path], change: Callable[[NotebookNode], object], word: str) -> None:
+    found = tools.lint(sound(change))
+    assert any(word in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("tex", "word"),
+    [
+        (r"$\partiall l$", r"\partiall is no macro"),
+        (r"$$\frac{\partial l}{\partial W} = \sun_i x_i$$", r"\sun is no macro"),
+        (r"$\Partial l$", r"\Partial is no macro"),
+        (r"$W\top$ and then $\mathbff{W}$", r"\mathbff is no macro"),
+        (r"$\newcommand{\W}{W}$", r"\newcommand is no macro"),
+        ("$W\\$", "a $ that is not closed"),
+        (r"$$\begin{pmatrx} a \\ b \end{pmatrx}$$", "unknown environment 'pmatrx'"),
+        (r"$$\begin{pmatrix} a \\ b \end{bmatrix}$$", "end bmatrix closes nothing"),
+        (r"$$\begin{pmatrix} a \\ b$$", "begin pmatrix is not closed"),
+        (r"$\frac{a}{b$", "{ is not closed"),
+        (r"$\frac{a}b}$", "} closes nothing"),
+        (r"$\{a, b}$", "} closes nothing"),
+        (r"$\left( a$", "left is not closed"),
+        (r"$a \right)$", "right closes nothing"),
+        (r"$\left( {a \right)}$", "right closes nothing"),
+        (r"$\left a \right)$", "no delimiter"),
+        (r"$\big x$", "no delimiter"),
+        (r"$x = 1 \tag{1.1}$", r"\tag in a formula within a line"),
+        ("a price of $5 in a text", "a $ that is not closed"),
+        ("one $x$ and one $y\n\nnext$ paragraph", "a $ that is not closed"),
+        ("$$x$$ and $ $", "an empty formula"),
+    ],
+)
+def test_wrong_mathematics_is_found(sound: Callable[..., Path], tex: str, word: str) -> None:
+    assert any(word in problem for problem in tools.lint_mathematics(tex)), tools.lint_mathematics(tex)
+    assert any(word in problem for problem in tools.lint(sound(append(tex))))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"$$\frac{\partial l}{\partial W} = \sum_{i=1}^n \delta_i x_i^\top \quad\text{for } n \ge 1. \tag{1.1}$$",
+        r"$$M = \begin{pmatrix} a & b \\ c & d \end{pmatrix}, \quad \left\lVert \frac{\{a\}}{b} \right\rVert \le 1$$",
+        r"$\operatorname{rank} G = n$ and $\big(W^\top\big)^{\!\top}$, $\Big\{a\Big\}$, 5\% of \$5, $\|x\|\,\cdot$",
+        r"`$\partiall$` and ``a ` $\sun``",
+        "```python\nprice = '$\\partiall'\n```\n\n$x$",
+        "no formula, 100 % text",
+    ],
+)
+def test_right_mathematics_passes(text: str) -> None:
+    assert tools.lint_mathematics(text) == []
+
+
+def test_the_course_is_full_of_formulas() -> None:
+    cells = [cell.source for path in PATHS for cell in tools.read(path).cells if cell.cell_type == "markdown"]
+    assert sum(len(tools.formulas(cell)[0]) for cell in cells) > 500  # or the lint looks past them
+
+
+def test_the_lint_counts_exercises(sound: Callable[..., Path]) -> None:
+    path = sound(lambda nb: nb.cells[3].update(source="### Exercise 1.1 · one line · ★☆☆ · 5 minutes"))
+    chapter = path.rename(path.with_name("01_chapter.ipynb"))
+    assert tools.lint(chapter) == ["1 exercises, fewer than 4"]
+
+
+def test_exercises_are_read(sound: Callable[..., Path]) -> None:
+    (exercise,) = tools.exercises(tools.read(sound()))
+    assert (exercise.name, exercise.check) == ("f", "check_f")
+    assert tools.function_of(exercise.solution, "f")(3) == 6
+    assert tools.function_of(tools.mutate(exercise.solution, "2 * x", "-x"), "f")(3) == -3
+    with pytest.raises(NotImplementedError):
+        tools.function_of(exercise.stub, "f")(3)
+    with pytest.raises(AssertionError):
+        tools.mutate(exercise.solution, "3 * x", "x")
+
+
+# --- Notebooks for students -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_student_notebooks", ROOT / "tools/make_student_notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_writes_them_all(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/make_student_notebooks.py"), "--to", str(tmp_path / "class")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    written = sorted((tmp_path / "class").glob("*.ipynb"))
+    assert [path.name for path in written] == [path.name for path in PATHS]
+    assert ran.stdout.split() == [str(path) for path in written]
+    assert {page.name for page in (ROOT / "notebooks").glob("*.md")} == {
+        page.name for page in (tmp_path / "class").glob("*.md")
+    }
+    assert not list((tmp_path / "class").glob(".*"))
+    for path, original in zip(written, PATHS, strict=True):
+        student, full = tools.read(path), tools.read(original)
+        nbformat.validate(student)
+        for part in ("exercise-stub", "exercise-check", "exercise-hints"):
+            sources = [cell.source for cell in tools.tagged(student, part)]
+            assert sources == [cell.source for cell in tools.tagged(full, part)]
+        solutions = tools.tagged(full, "exercise-solution")
+        assert len(student.cells) == len(full.cells) - len(solutions)
+        text = "\n".join(cell.source for cell in student.cells)
+        assert not any(tools.solution_code(cell.source) in text for cell in solutions)
+        assert "<summary>Solution" not in text
+        code = [cell for cell in student.cells if cell.cell_type == "code"]
+        assert not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_hints_can_go_too_and_the_original_stays(student_tool: ModuleType, sound: Callable[..., Path]) -> None:
+    notebook = tools.read(sound())
+    before = nbformat.writes(notebook)
+    student = student_tool.student_version(notebook, hints=False)
+    assert [tag for cell in student.cells for tag in tools.tags(cell)] == ["setup", "exercise-stub", "exercise-check"]
+    assert nbformat.writes(notebook) == before
+
+
+def test_trouble_is_said_in_words(
+    student_tool: ModuleType, sound: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = sound().parent
+    with pytest.raises(student_tool.StudentError, match="originals"):
+        student_tool.write_all(folder, source=folder)
+    with pytest.raises(student_tool.StudentError, match="no notebook"):
+        student_tool.write_all(tmp_path / "to", source=tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    assert student_tool.main(["--to", str(tmp_path / "file" / "below")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    (folder / "01_broken.ipynb").write_text("not a notebook")
+    with pytest.raises(student_tool.StudentError, match="01_broken"):
+        student_tool.write_all(tmp_path / "to", source=folder)

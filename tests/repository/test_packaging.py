@@ -1,0 +1,198 @@
+"""The package as it is installed: one list of dependencies, bounds that Colab meets, a wheel with its pictures."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from aprillab.data import load_victim, victims
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+# Two Colab runtimes that must stay as they are, the oldest and the newest that the course is meant for. Where the
+# newest says nothing, a package has at least the oldest's version.
+COLAB = {
+    "oldest": {
+        "python": "3.11.11", "torch": "2.6.0+cu124", "torchvision": "0.21.0+cu124", "numpy": "2.0.2",
+        "ipywidgets": "7.7.1", "ipython": "7.34.0", "scipy": "1.14.1", "matplotlib": "3.10.0", "pillow": "11.1.0",
+        "safetensors": "0.5.3", "scikit-image": "0.25.2", "tqdm": "4.67.1", "mlxtend": "0.23.4", "timm": "1.0.15",
+        "transformers": "4.50.0",
+    },
+    "newest": {"python": "3.13.0", "torch": "2.11.0", "torchvision": "0.26.0", "numpy": "2.1.0"},
+}  # fmt: skip
+COLAB["newest"] = COLAB["oldest"] | COLAB["newest"]
+
+# What an installation adds to a Colab runtime: small, and nothing that is there depends on it.
+ADDED_ON_COLAB = {"python-flint"}
+
+DISTRIBUTION_OF = {
+    "flint": "python-flint",
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "IPython": "ipywidgets",
+    "matplotlib_inline": "ipywidgets",
+}
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """What ``pip install aprillab[extras]`` asks for, by name, extras of extras included."""
+    found: dict[str, Requirement] = {}
+    for text in [*PROJECT["dependencies"], *(text for extra in extras for text in EXTRAS[extra])]:
+        requirement = Requirement(text)
+        if requirement.name == PROJECT["name"]:
+            found |= requirements(*sorted(requirement.extras))
+        else:
+            found[requirement.name] = requirement
+    return found
+
+
+# --- One list -------------------------------------------------------------------------------------------------
+
+
+def test_conda_environment_leaves_every_version_to_pyproject() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    python, pip, packages = environment["dependencies"]
+    assert python == f"python{PROJECT['requires-python']}"
+    assert pip == "pip"
+    assert list(packages) == ["pip"]
+    (editable,) = packages["pip"]
+    match = re.fullmatch(r"-e \.\[([a-z,]+)\]", editable)
+    assert match, f"{editable!r} is not an editable install of this project with extras"
+    assert set(match[1].split(",")) <= set(EXTRAS)
+
+
+def test_no_package_is_bounded_twice() -> None:
+    lists = [PROJECT["dependencies"], *EXTRAS.values()]
+    names = [Requirement(text).name for texts in lists for text in texts]
+    repeated = {name for name in names if names.count(name) > 1} - {PROJECT["name"]}
+    assert not repeated, f"bounded in more than one list: {repeated}"
+    # The build's own requirement has to stand apart, so that the two must agree.
+    (build,) = PYPROJECT["build-system"]["requires"]
+    assert build in EXTRAS["test"]
+
+
+def test_bounds_are_lower_bounds() -> None:
+    for requirement in requirements("test").values():
+        operators = {specifier.operator for specifier in requirement.specifier}
+        allowed = {">=", "<"} if requirement.name == "ipywidgets" else {">="}
+        assert ">=" in operators <= allowed, f"{requirement}: a bound other than {allowed}"
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "Makefile", "environment.yml", ".github/workflows/ci.yml"]
+)
+def test_extras_that_documents_name_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for extras in re.findall(r"(?:\.|aprillab)\[([a-z,]+)\]", text):
+        assert set(extras.split(",")) <= set(EXTRAS), f"{name} names [{extras}]; there are {sorted(EXTRAS)}"
+
+
+def test_the_package_imports_only_what_it_declares() -> None:
+    base, course = set(requirements()), set(requirements("course"))
+    for path in sorted((ROOT / "aprillab").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module or ""]
+            else:
+                continue
+            for module in (module.partition(".")[0] for module in modules):
+                if module in sys.stdlib_module_names or module == "aprillab":
+                    continue
+                # Widgets are the one part that needs the course's packages as soon as it is imported.
+                eager = node in tree.body and path.name != "widgets.py"
+                distribution = DISTRIBUTION_OF.get(module, module)
+                assert distribution in (base if eager else course), (
+                    f"{path.relative_to(ROOT)}:{node.lineno} imports {module}, which "
+                    f"{'the base install' if eager else 'the course extra'} does not bring"
+                )
+
+
+def test_console_script_leads_somewhere() -> None:
+    module, _, function = PROJECT["scripts"]["aprillab"].partition(":")
+    command = f"import importlib; assert callable(getattr(importlib.import_module({module!r}), {function!r}))"
+    subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)
+
+
+# --- Colab ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", COLAB)
+def test_a_colab_runtime_keeps_what_it_has(runtime: str) -> None:
+    shipped = COLAB[runtime]
+    assert Version(shipped["python"]) in SpecifierSet(PROJECT["requires-python"])
+    for name, requirement in requirements("course").items():
+        if name in ADDED_ON_COLAB:
+            continue
+        assert name in shipped, f"{requirement}: Colab does not ship it, so that installing aprillab would add it"
+        assert requirement.specifier.contains(shipped[name]), (
+            f"{requirement} would replace Colab's {name} {shipped[name]}"
+        )
+
+
+# --- The wheel ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling", reason="the build backend is not installed: pip install -e .[test]")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index"]
+    command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_the_victims_and_the_licences(wheel: Path) -> None:
+    assert wheel.name == f"aprillab-{PROJECT['version']}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    facts = f"aprillab-{PROJECT['version']}.dist-info"
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "aprillab").rglob("*.py")}
+    manifest = json.loads((ROOT / "data/victims/manifest.json").read_text(encoding="utf-8"))
+    pictures = {f"aprillab/_victims/{entry['file']}" for entry in manifest}
+    licences = {f"{facts}/licenses/{name}" for name in PROJECT["license-files"]}
+    assert modules | pictures | licences | {"aprillab/_victims/manifest.json"} <= names
+    strangers = {name for name in names if not name.startswith(("aprillab/", f"{facts}/"))}
+    assert not strangers, f"besides the package: {strangers}"
+
+
+@pytest.mark.slow
+def test_unpacked_wheel_loads_its_own_victims_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    zipfile.ZipFile(wheel).extractall(installed)
+    script = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+        "import torch, aprillab.data as data\n"
+        "pictures, names = data.load_victims()\n"
+        "torch.save({'file': data.__file__, 'folder': str(data._victims_folder()), 'names': names, "
+        "'pictures': pictures}, 'seen.pt')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=elsewhere, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    seen = torch.load(elsewhere / "seen.pt", weights_only=True)
+    assert Path(seen["file"]).is_relative_to(installed)
+    assert Path(seen["folder"]) == installed / "aprillab" / "_victims"
+    assert seen["names"] == victims()
+    for name, picture in zip(seen["names"], seen["pictures"], strict=True):
+        assert torch.equal(picture, load_victim(name)), f"{name} is another picture in the wheel"
