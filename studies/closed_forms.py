@@ -95,7 +95,7 @@ def measure(
                 return  # a condition on shapes: the same for every victim
             truth = pixels[0].double()
             yield Row(
-                *common, al.psnr(result.pixels[0], truth), result.diagnostics["predicted_psnr"],
+                *common, al.psnr(result.pixels[0], truth), result.predicted_psnr,
                 al.ssim(result.pixels[0], truth), result.exact, result.seconds, gradient_seconds,
                 "" if result.exact else result.reason,
             )  # fmt: skip

@@ -277,7 +277,7 @@ def attack(
         eps, noise = torch.finfo(dtype).eps, result.diagnostics["outside"]
         yield Row(
             **common, precision=precision, psnr=float(al.psnr(result.pixels[0], truth)),  # type: ignore[arg-type]
-            predicted_psnr=result.diagnostics["predicted_psnr"], exact=result.exact, patches=len(tokens),
+            predicted_psnr=result.predicted_psnr, exact=result.exact, patches=len(tokens),
             rank=measured.rank(eps), sigma_largest=float(measured.positions[0]), sigma_least=measured.least,
             sigma_relative=measured.least / float(measured.positions[0]), condition=measured.condition,
             token_norm=norm, noise=noise, digits=measured.digits(noise * norm),

@@ -434,7 +434,7 @@ def saturated(study: Study) -> list[Saturated]:
             with torch.no_grad():
                 far = torch.linalg.vector_norm(exact(x).softmax(-1) - torch.nn.functional.one_hot(y, 10))
             try:
-                pixels = CLOSED_FORMS[attack](net, al.client_update(net, x.float(), y)).pixels
+                pixels = CLOSED_FORMS[attack].function(net, al.client_update(net, x.float(), y)).pixels
             except al.AttackNotApplicable:
                 found.append(Saturated(attack, factor, float(far), -math.inf))
             else:

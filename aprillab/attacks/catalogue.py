@@ -1,26 +1,83 @@
-"""Which attacks there are."""
+"""Which attacks there are: one row each, read by every list, help text and study.
+
+A new attack is a file with a function and a row here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from .closed_forms.april import april_closed_form
 from .closed_forms.patch_embedding import embedding_closed_form
 from .closed_forms.span import span_closed_form
 from .grey_levels.span_then_round import span_then_round
 from .result import Reconstruction
+from .searches.match import match_gradients
 from .searches.span_then_match import span_then_match
 
-#: The closed forms, the strongest first: fewest conditions and least amplification of rounding errors.
-CLOSED_FORMS: dict[str, Callable[..., Reconstruction]] = {
-    "embedding": embedding_closed_form,
-    "april": april_closed_form,
-    "span": span_closed_form,
+Family = Literal["closed form", "search", "grey levels"]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack.
+
+    Attributes
+    ----------
+    name : str
+        By which :func:`~aprillab.invert`, the comparison and the command line call it.
+    title : str
+        In words, for reports and figures.
+    function : callable
+        ``(model, update, *, anatomy, preprocessing, labels, device, …)`` to :class:`Reconstruction`.
+    family : {"closed form", "search", "grey levels"}
+        A closed form takes a second and no budget. The others take ``seed``, ``max_evaluations``, ``max_seconds``,
+        ``callback`` and ``progress`` besides.
+    needs : tuple of str
+        Fields of :class:`~aprillab.Anatomy` whose gradients must be shared.
+    """
+
+    name: str
+    title: str
+    function: Callable[..., Reconstruction]
+    family: Family
+    needs: tuple[str, ...]
+
+    @property
+    def searches(self) -> bool:
+        """Whether it takes a budget."""
+        return self.family != "closed form"
+
+
+_PROJECTIONS = ("query", "key", "value")
+_SPAN = ("patch_weight", *_PROJECTIONS)
+_RECIPES = {
+    "dlg": "DLG",
+    "idlg": "iDLG",
+    "inverting_gradients": "Inverting Gradients",
+    "tag": "TAG",
+    "gradinversion": "GradInversion",
+    "april": "APRIL",
 }
 
-#: All that :func:`invert` takes by name: the closed forms, and the two that go on where the span attack ends.
-ATTACKS: dict[str, Callable[..., Reconstruction]] = {
-    **CLOSED_FORMS,
-    "span_then_round": span_then_round,
-    "span_then_match": span_then_match,
-}
+# The closed forms come first, the strongest before the others: fewest conditions, least amplification of rounding.
+_ROWS = (
+    Attack("embedding", "patch-embedding system", embedding_closed_form, "closed form", ("patch_weight", "position")),
+    Attack("april", "APRIL's closed form", april_closed_form, "closed form", ("position", *_PROJECTIONS)),
+    Attack("span", "span attack", span_closed_form, "closed form", _SPAN),
+    Attack("span_then_match", "span, then matching", span_then_match, "search", _SPAN),
+    Attack("span_then_round", "span, then whole grey levels", span_then_round, "grey levels", _SPAN),
+    *(
+        Attack(f"match:{name}", f"gradient matching, {title}", partial(match_gradients, preset=name), "search", ())
+        for name, title in _RECIPES.items()
+    ),
+)
+
+ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ROWS}
+"""All attacks by name."""
+
+CLOSED_FORMS: dict[str, Attack] = {name: attack for name, attack in ATTACKS.items() if not attack.searches}
+"""Those that :func:`~aprillab.invert` tries by itself, in this order."""

@@ -12,7 +12,7 @@ from ..anatomy import Anatomy, dissect
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .catalogue import ATTACKS, CLOSED_FORMS
-from .labels import is_batch
+from .evidence import one_image
 from .replay import gradient_residual
 from .result import AttackNotApplicable, Reconstruction
 
@@ -35,10 +35,11 @@ def invert(
     ----------
     model : nn.Module
     update : ClientUpdate
-    attack : {"auto", "embedding", "april", "span", "span_then_round", "span_then_match"}
-        ``"auto"`` tries the closed forms in this order and stops at the first that is exact; if none is, the one with
-        the highest predicted PSNR is returned, marked as not exact. The last two can search for minutes, so they are
-        never run unasked; ``diagnostics["attacks"]`` says where they would go on.
+    attack : "auto" or a key of :data:`~aprillab.attacks.ATTACKS`
+        ``"auto"`` tries the closed forms in their order and stops at the first that is exact; if none
+        is, the one with the highest predicted PSNR is returned, marked as not exact. The others can
+        search for minutes, so they are never run unasked; ``diagnostics["attacks"]`` says where they
+        would go on.
     verify : bool
         Also replay the client with the reconstruction (one more gradient): ``diagnostics["gradient_residual"]``.
     anatomy, preprocessing, labels, device
@@ -49,7 +50,8 @@ def invert(
     Returns
     -------
     Reconstruction
-        ``diagnostics["attacks"]`` maps each attack to what became of it, in words.
+        ``diagnostics["chosen"]`` names the attack that made it, ``["attacks"]`` maps each to what became of it, in
+        words.
 
     Raises
     ------
@@ -69,29 +71,30 @@ def invert(
     common: dict[str, Any] = {
         "anatomy": anatomy, "preprocessing": preprocessing, "labels": labels, "device": device,
     }  # fmt: skip
-    batch, batch_numbers = is_batch(anatomy, update)
+    one = one_image(anatomy, update)
     outcome: dict[str, str] = {}
-    found: list[Reconstruction] = []
+    found: dict[str, Reconstruction] = {}
     for name in CLOSED_FORMS if attack == "auto" else [attack]:
-        if found and found[-1].exact:
-            outcome[name] = f"not needed: {found[-1].attack} is exact"
+        if exact := [result.attack for result in found.values() if result.exact]:
+            outcome[name] = f"not needed: {exact[0]} is exact"
             continue
-        if found and batch:
-            outcome[name] = f"not tried: every closed form needs one image, and {batch_numbers}"
+        if found and not one.holds:
+            outcome[name] = f"not tried: every closed form needs one image, and {one.text}"
             continue
         try:
-            found.append(ATTACKS[name](model, update, **common, **options))
-            outcome[name] = ("exact: " if found[-1].exact else "not exact: ") + found[-1].reason
+            found[name] = result = ATTACKS[name].function(model, update, **common, **options)
+            outcome[name] = f"{'exact' if result.exact else 'not exact'}: {result.reason}"
         except AttackNotApplicable as refusal:
             outcome[name] = f"refused: {refusal.reason}"
     if not found:
         reasons = "; ".join(f"{name} {text}" for name, text in outcome.items())
         raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **outcome)
-    if attack == "auto" and found[-1].attack == "span_closed_form" and not found[-1].exact:
+    if attack == "auto" and "span" in found and not found["span"].exact:
         outcome["span_then_round"] = "not tried: name it to look for whole grey levels, seconds to minutes"
         outcome["span_then_match"] = "not tried, a search of minutes: name it to go on from the span's picture"
-    best = max(found, key=lambda result: (result.exact, result.diagnostics.get("predicted_psnr", 0.0)))
-    diagnostics = {**best.diagnostics, "attacks": outcome}
+    chosen = max(found, key=lambda name: (found[name].exact, found[name].predicted_psnr or 0.0))
+    best = found[chosen]
+    diagnostics = {**best.diagnostics, "attacks": outcome, "chosen": chosen}
     if verify:
         diagnostics["gradient_residual"] = gradient_residual(model, update, best)
     return replace(best, diagnostics=diagnostics)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, dissect
 from ..update import ClientUpdate, check_update
+from .evidence import one_image
 from .result import AttackNotApplicable
 
 
@@ -37,39 +38,6 @@ class Labels:
     exact: bool
     reason: str
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
-
-
-def one_image_residual(head_gradient: Tensor) -> float:
-    """How far a head weight gradient (classes, d) is from r fᵀ, relative to its norm.
-
-    For one image it is rank one up to rounding; for a batch of two it is not. Costs one matrix-vector product.
-    """
-    w = head_gradient.double()
-    f = w[w.norm(dim=1).argmax()]
-    if not f.any():
-        return 0.0
-    f = f / f.norm()
-    return float((w - torch.outer(w @ f, f)).norm() / w.norm())
-
-
-def is_batch(anatomy: Anatomy, update: ClientUpdate) -> tuple[bool, str]:
-    """Whether the head's gradients prove that more than one image is behind the update, and by what numbers.
-
-    No proof is possible where all r are the same: equal labels under a zero head, or the same picture twice.
-    """
-    if update.batch_size is not None and update.batch_size > 1:
-        return True, f"the client says batch_size={update.batch_size}"
-    bias = update.gradients.get(anatomy.head_bias or "")
-    if bias is not None and (negative := int((bias < 0).sum())) > 1:
-        return True, f"{negative} entries of the head's bias gradient are negative: at least {negative} labels"
-    weight = update.gradients.get(anatomy.head_weight or "")
-    if weight is None:
-        return False, "the head's gradient is not shared, so the batch size was not checked there"
-    # An outer product of two vectors is rounded once. A difference of two states carries the weights' rounding too.
-    slack = 1e3 if update.source == "fedavg" else 30
-    residual, limit = one_image_residual(weight), slack * torch.finfo(weight.dtype).eps
-    text = f"head weight gradient is rank one up to {residual:.1e} (limit {limit:.1e})"
-    return residual > limit, text if residual <= limit else text.replace("is rank one up to", "misses rank one by")
 
 
 def recover_labels(
@@ -125,9 +93,9 @@ def recover_labels(
         left[found[-1]] += 1 / batch_size
     labels = torch.tensor(sorted(found))
     negative = int((residual < 0).sum())
-    batch, batch_numbers = is_batch(anatomy, update)
-    exact = batch_size == 1 and negative == 1 and not batch
-    reason = f"{source}: {negative} negative entr{'y' if negative == 1 else 'ies'}; {batch_numbers}"
+    one = one_image(anatomy, update)
+    exact = batch_size == 1 and negative == 1 and one.holds
+    reason = f"{source}: {negative} negative entr{'y' if negative == 1 else 'ies'}; {one.text}"
     return Labels(labels, exact, reason, {"source": source, "negative_entries": negative, "batch_size": batch_size})
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..metrics import EXACT_TO_8_BITS_DB
@@ -32,6 +34,38 @@ class AttackNotApplicable(ValueError):
 
 
 @dataclass(frozen=True)
+class Condition:
+    """One thing that a result rests on, and whether it holds for this very update.
+
+    Attributes
+    ----------
+    name : str
+        What must hold, such as ``"rank(G) = n"``.
+    holds : bool
+    numbers : dict
+        What was measured, by name.
+    words : str
+        A format string that puts the numbers into a clause.
+
+    Examples
+    --------
+    >>> rank = Condition("rank(G) = n", False, {"rank": 15, "n": 16}, "rank {rank} of {n}")
+    >>> rank.text
+    'rank 15 of 16'
+    """
+
+    name: str
+    holds: bool
+    numbers: Mapping[str, float | str]
+    words: str
+
+    @property
+    def text(self) -> str:
+        """The numbers in words."""
+        return self.words.format(**self.numbers)
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """The pictures an attack brought back, and how far to trust them without having seen the originals.
 
@@ -51,11 +85,16 @@ class Reconstruction:
     reason : str
         Why it is exact, or which condition failed, with the numbers.
     diagnostics : dict
-        Ranks, condition numbers, residuals, precision, ``predicted_psnr`` (dB, seen without the original).
+        Ranks, condition numbers, residuals, precision.
     seconds : float
         Wall-clock time of the attack.
     history : list of dict
         One entry for each recorded step; empty for the closed forms.
+    conditions : tuple of Condition
+        What the attack checked on this update; empty for gradient matching, which can verify nothing.
+    predicted_psnr : float or None
+        In dB, seen without the original; None where the attack cannot predict it. Where a condition fails it
+        means little.
     """
 
     attack: str
@@ -67,21 +106,61 @@ class Reconstruction:
     diagnostics: Mapping[str, Any]
     seconds: float
     history: list[dict[str, Any]] = field(default_factory=list)
+    conditions: tuple[Condition, ...] = ()
+    predicted_psnr: float | None = None
+
+    @property
+    def conditions_hold(self) -> bool:
+        """Whether the attack checked conditions and all of them hold: precision alone limits the picture."""
+        return bool(self.conditions) and all(condition.holds for condition in self.conditions)
 
 
-def decibels(mean_square: float) -> float:
-    """Peak signal-to-noise ratio in dB for a mean squared error of pixels in [0, 1]."""
-    return math.inf if mean_square <= 0 else -10 * math.log10(mean_square)
+def report(
+    attack: str,
+    images: Tensor,
+    *,
+    conditions: Sequence[Condition],
+    predicted_psnr: float,
+    labels: tuple[Tensor | None, str],
+    numbers: Mapping[str, Any],
+    dtype: torch.dtype,
+    preprocessing: Preprocessing,
+    start: float,
+) -> Reconstruction:
+    """A closed form's result, its verdict drawn from its conditions and the PSNR it predicts.
+
+    Parameters
+    ----------
+    attack : str
+    images : Tensor of shape (B, C, H, W), in model-input space
+    conditions : Condition
+    predicted_psnr : float, in dB
+    labels : the labels, and a word on where they come from
+    numbers : for ``diagnostics``
+    dtype : the update's precision
+    preprocessing : Preprocessing
+    start : float
+        ``time.perf_counter()`` when the attack began.
+    """
+    exact, reason = verdict(conditions, predicted_psnr)
+    found, found_how = labels
+    return Reconstruction(
+        attack=attack,
+        images=images,
+        pixels=preprocessing.to_pixels(images),
+        labels=found,
+        exact=exact,
+        reason=reason,
+        diagnostics={**numbers, "precision": str(dtype).removeprefix("torch."), "labels": found_how},
+        seconds=time.perf_counter() - start,
+        conditions=tuple(conditions),
+        predicted_psnr=predicted_psnr,
+    )
 
 
-def predicted_psnr(mean_square: float, preprocessing: Preprocessing) -> float:
-    """PSNR in dB of pixels in [0, 1] whose mean squared error in model-input space is ``mean_square``."""
-    return decibels(mean_square * sum(std**2 for std in preprocessing.std) / len(preprocessing.std))
-
-
-def verdict(conditions: Mapping[str, tuple[bool, str]], predicted_psnr: float) -> tuple[bool, str]:
-    """``exact`` and ``reason`` from named conditions ``(holds, numbers)`` and the predicted PSNR in dB."""
-    failed = [f"{name} fails ({numbers})" for name, (holds, numbers) in conditions.items() if not holds]
+def verdict(conditions: Sequence[Condition], predicted_psnr: float) -> tuple[bool, str]:
+    """``exact`` and ``reason`` from conditions and the predicted PSNR in dB."""
+    failed = [f"{condition.name} fails ({condition.text})" for condition in conditions if not condition.holds]
     trust = f"predicted PSNR {predicted_psnr:.1f} dB"
     if failed:
         return False, "; ".join([*failed, trust])
@@ -90,4 +169,18 @@ def verdict(conditions: Mapping[str, tuple[bool, str]], predicted_psnr: float) -
             f"all conditions hold, but the gradient's precision limits the picture: {trust}, "
             f"below the {EXACT_TO_8_BITS_DB:.1f} dB of an 8-bit rounding"
         )
-    return True, "; ".join([f"{name}: {numbers}" for name, (_, numbers) in conditions.items()] + [trust])
+    return True, "; ".join([f"{condition.name}: {condition.text}" for condition in conditions] + [trust])
+
+
+def decibels(mean_square: float) -> float:
+    """Peak signal-to-noise ratio in dB for a mean squared error of pixels in [0, 1].
+
+    >>> decibels(0.01)
+    20.0
+    """
+    return math.inf if mean_square <= 0 else -10 * math.log10(mean_square)
+
+
+def predicted_psnr(mean_square: float, preprocessing: Preprocessing) -> float:
+    """PSNR in dB of pixels in [0, 1] whose mean squared error in model-input space is ``mean_square``."""
+    return decibels(mean_square * sum(std**2 for std in preprocessing.std) / len(preprocessing.std))

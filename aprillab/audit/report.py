@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import viz
-from .run import NOT_SAFE, TITLES, TRUST_WORDS, Audit, Finding
+from .run import NOT_SAFE, TRUST_WORDS, Audit, Finding
 
 FORMAT = "aprillab-audit-1"
 
@@ -50,8 +50,8 @@ def report(found: Audit) -> dict[str, Any]:
                 "exact": found.labels is not None and found.labels.exact,
                 "reason": found.labels_reason,
             },
-            "batch": {"suspected": found.batch, "evidence": found.batch_evidence},
-            "attacks": {finding.attack: _finding(finding) for finding in found.findings},
+            "batch": {"suspected": not found.one_image.holds, "evidence": found.one_image.text},
+            "attacks": {finding.attack.name: _finding(finding) for finding in found.findings},
             "notes": found.notes,
         }
     )
@@ -60,7 +60,7 @@ def report(found: Audit) -> dict[str, Any]:
 def _finding(finding: Finding) -> dict[str, Any]:
     result = finding.result
     entry: dict[str, Any] = {
-        "function": TITLES[finding.attack][1],
+        "function": finding.attack.function.__name__,
         "applies": result is not None,
         "exact": finding.trust == "exact",
         "trust": finding.trust,
@@ -68,13 +68,17 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "reason": finding.reason,
         "picture": picture_name(finding),
         "predicted_psnr": None,
+        "conditions": [],
         "gradient_residual": finding.replay,
         "seconds": None,
         "diagnostics": {},
     }
     if result is not None:
         entry |= {
-            "predicted_psnr": result.diagnostics["predicted_psnr"],
+            "predicted_psnr": result.predicted_psnr,
+            "conditions": [
+                {"name": c.name, "holds": c.holds, "numbers": c.numbers, "words": c.text} for c in result.conditions
+            ],
             "seconds": result.seconds,
             "diagnostics": result.diagnostics,
         }
@@ -85,7 +89,7 @@ def picture_name(finding: Finding) -> str | None:
     """File of a finding's picture; a mixture is called one."""
     if finding.result is None:
         return None
-    return f"{finding.attack}{'_mixture' if finding.trust == 'mixture' else ''}.png"
+    return f"{finding.attack.name}{'_mixture' if finding.trust == 'mixture' else ''}.png"
 
 
 def markdown(found: Audit) -> str:
@@ -113,17 +117,17 @@ def markdown(found: Audit) -> str:
         "## Labels and number of images",
         "",
         f"- Labels: {labels_words(found)}",
-        f"- {'More than one image, or noise' if found.batch else 'One image'}: {found.batch_evidence}.",
+        f"- {'One image' if found.one_image.holds else 'More than one image, or noise'}: {found.one_image.text}.",
         "",
         "## The attacks",
     ]
     for finding in found.findings:
-        title, function = TITLES[finding.attack]
-        lines += ["", f"### {title[0].upper()}{title[1:]} (`{function}`)", ""]
+        title = finding.attack.title
+        lines += ["", f"### {title[0].upper()}{title[1:]} (`{finding.attack.function.__name__}`)", ""]
         if finding.result is None:
             lines.append(f"Does not apply: {finding.reason}.")
             continue
-        entry = facts["attacks"][finding.attack]
+        entry = facts["attacks"][finding.attack.name]
         lines += [f"**{entry['trust_words']}**", "", f"- exact: {'yes' if entry['exact'] else 'no'}"]
         lines += [f"- {name}: {value}" for name, value in _numbers(finding).items()]
         lines += [f"- reason: {finding.reason}", f"- picture: [{entry['picture']}]({entry['picture']})"]
@@ -157,7 +161,7 @@ def _numbers(finding: Finding) -> dict[str, str]:
     """The figures of a finding that decide, in words and in the report's order."""
     result = finding.result
     assert result is not None
-    numbers = {"predicted PSNR": f"{result.diagnostics['predicted_psnr']:.1f} dB"}
+    numbers = {"predicted PSNR": f"{result.predicted_psnr:.1f} dB"}
     if finding.trust == "mixture":
         numbers["predicted PSNR"] += " (of the mixture, not of a photograph)"
     known = result.diagnostics
@@ -186,8 +190,8 @@ def overview(found: Audit) -> Figure:
     for ax, finding in zip(axes[0], shown, strict=True):
         assert finding.result is not None
         viz.draw(ax, finding.result.pixels[0])
-        ax.set_title(TITLES[finding.attack][0], fontsize=15.5, fontweight="bold")
-        predicted = finding.result.diagnostics["predicted_psnr"]
+        ax.set_title(finding.attack.title, fontsize=15.5, fontweight="bold")
+        predicted = finding.result.predicted_psnr
         trusted = finding.trust in ("exact", "close", "coarse")
         below = f"{finding.trust}, predicted {predicted:.1f} dB" if trusted else words[finding.trust]
         colour = viz.COLOURS["black"] if trusted or finding.trust == "likely" else viz.COLOURS["red"]
@@ -199,7 +203,7 @@ def overview(found: Audit) -> Figure:
 def overview_alt(found: Audit) -> str:
     """Alternative text of the overview."""
     return "What the attacks made of the update: " + "; ".join(
-        f"{TITLES[finding.attack][0]}, {finding.trust}" for finding in found.applied
+        f"{finding.attack.title}, {finding.trust}" for finding in found.applied
     )
 
 

@@ -14,15 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..anatomy import Anatomy, Rows, dissect
-from ..attacks import (
-    CLOSED_FORMS,
-    AttackNotApplicable,
-    Labels,
-    Reconstruction,
-    gradient_residual,
-    is_batch,
-    recover_labels,
-)
+from ..attacks.catalogue import CLOSED_FORMS, Attack
+from ..attacks.evidence import one_image
+from ..attacks.labels import Labels, recover_labels
+from ..attacks.replay import gradient_residual
+from ..attacks.result import AttackNotApplicable, Condition, Reconstruction
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, check_update
 
@@ -48,12 +44,6 @@ TRUST_WORDS: dict[Trust, str] = {
     "mixture": "Do not take it for a photograph. More than one picture, or strong noise, is behind this update; a "
     "closed form returns their mixture.",
     "none": "There is nothing to trust: the attack does not apply.",
-}
-
-TITLES = {
-    "embedding": ("patch-embedding system", "embedding_closed_form"),
-    "april": ("APRIL's closed form", "april_closed_form"),
-    "span": ("span attack", "span_closed_form"),
 }
 
 # Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to 0.08 at 18 to
@@ -96,8 +86,8 @@ class Finding:
 
     Attributes
     ----------
-    attack : str
-        A key of :data:`aprillab.attacks.CLOSED_FORMS`.
+    attack : Attack
+        A row of :data:`aprillab.attacks.CLOSED_FORMS`.
     result : Reconstruction or None
         None where the attack does not apply.
     reason : str
@@ -107,7 +97,7 @@ class Finding:
     trust : Trust
     """
 
-    attack: str
+    attack: Attack
     result: Reconstruction | None
     reason: str
     replay: float | None
@@ -128,9 +118,8 @@ class Audit:
     parts : tuple of Part
     labels : Labels or None
     labels_reason : str
-    batch : bool
-        Whether the client says, or the head's gradient suggests, that several images are behind the update.
-    batch_evidence : str
+    one_image : Condition
+        Fails where the client says, or the head's gradient suggests, that several images are behind the update.
     findings : tuple of Finding
     notes : tuple of str
         What limits the audit itself: half precision, several local steps, dropout.
@@ -143,8 +132,7 @@ class Audit:
     parts: tuple[Part, ...]
     labels: Labels | None
     labels_reason: str
-    batch: bool
-    batch_evidence: str
+    one_image: Condition
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = field(default=())
 
@@ -156,7 +144,7 @@ class Audit:
     @property
     def verdict(self) -> str:
         """The audit in one paragraph of plain words."""
-        best = {found.trust: TITLES[found.attack][0] for found in reversed(self.findings)}
+        best = {found.trust: found.attack.title for found in reversed(self.findings)}
         away = "This update gives the private picture away"
         if "exact" in best:
             return f"{away}, exactly: {best['exact']}."
@@ -212,21 +200,21 @@ def audit(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     check_update(model, update)
-    batch, evidence = is_batch(anatomy, update)
-    labels, labels_reason = _labels(model, update, anatomy, batch)
+    one = one_image(anatomy, update)
+    labels, labels_reason = _labels(model, update, anatomy, one)
     notes = _notes(model, update, anatomy)
     findings = []
-    progress = tqdm(CLOSED_FORMS.items(), desc="attacks", disable=None, leave=False)
-    for name, attack in progress:
-        progress.set_postfix_str(name)
+    progress = tqdm(CLOSED_FORMS.values(), desc="attacks", disable=None, leave=False)
+    for attack in progress:
+        progress.set_postfix_str(attack.name)
         try:
-            result = attack(model, update, anatomy=anatomy, preprocessing=preprocessing)
+            result = attack.function(model, update, anatomy=anatomy, preprocessing=preprocessing)
         except AttackNotApplicable as refusal:
-            findings.append(Finding(name, None, refusal.reason, None, "none"))
+            findings.append(Finding(attack, None, refusal.reason, None, "none"))
             continue
         except torch.linalg.LinAlgError as error:
             reason = f"its linear algebra broke down on these numbers ({str(error).splitlines()[0]})"
-            findings.append(Finding(name, None, reason, None, "none"))
+            findings.append(Finding(attack, None, reason, None, "none"))
             continue
         try:
             replay = gradient_residual(model, update, result)
@@ -234,7 +222,7 @@ def audit(
         except Exception as error:
             replay = None
             notes.append(f"Playing the client failed ({type(error).__name__}: {error}): no replay.")
-        findings.append(Finding(name, result, result.reason, replay, _trust(result, replay, batch)))
+        findings.append(Finding(attack, result, result.reason, replay, _trust(result, replay, one)))
     return Audit(
         model=f"{type(model).__module__}.{type(model).__qualname__}",
         anatomy=anatomy,
@@ -243,37 +231,31 @@ def audit(
         parts=_parts(model, update, anatomy),
         labels=labels,
         labels_reason=labels_reason,
-        batch=batch,
-        batch_evidence=evidence,
+        one_image=one,
         findings=tuple(findings),
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _trust(result: Reconstruction, replay: float | None, batch: bool) -> Trust:
+def _trust(result: Reconstruction, replay: float | None, one: Condition) -> Trust:
     """From the attack's verdict and predicted PSNR; a replay lowers them, or raises what no condition vouches for."""
-    predicted = result.diagnostics["predicted_psnr"]
+    predicted = result.predicted_psnr or 0.0
     misses = replay is not None and not replay < _BAD_REPLAY  # NaN misses
-    if batch and (replay is None or misses):
+    if not one.holds and (replay is None or misses):
         return "mixture"
-    if result.exact or (_conditions_hold(result) and predicted >= 40):
+    if result.exact or (result.conditions_hold and predicted >= 40):
         return "contradicted" if misses else "exact" if result.exact else "close"
     if misses:
         return "poor"
-    if not _conditions_hold(result):
+    if not result.conditions_hold:
         return "likely" if replay is not None and replay < _GOOD_REPLAY else "unverified"
     return "coarse" if predicted >= 20 else "poor"
 
 
-def _conditions_hold(result: Reconstruction) -> bool:
-    """Whether precision alone keeps the result from being exact; where a condition failed, the PSNR means little."""
-    return result.reason.startswith("all conditions hold")
-
-
-def _labels(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, batch: bool) -> tuple[Labels | None, str]:
+def _labels(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, one: Condition) -> tuple[Labels | None, str]:
     """Recovered labels, as many as the client says, or at least as many as have a negative entry."""
     bias = update.gradients.get(anatomy.head_bias or "")
-    at_least = 1 if bias is None or not batch else max(int((bias < 0).sum()), 2)
+    at_least = 1 if bias is None or one.holds else max(int((bias < 0).sum()), 2)
     try:
         found = recover_labels(model, update, batch_size=update.batch_size or at_least, anatomy=anatomy)
     except AttackNotApplicable as refusal:

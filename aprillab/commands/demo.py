@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from .. import viz
 from ..anatomy import dissect
-from ..attacks import Reconstruction, invert
+from ..attacks.catalogue import ATTACKS
+from ..attacks.invert import invert
+from ..attacks.result import Reconstruction
 from ..metrics import EXACT_TO_8_BITS_DB, psnr, ssim
 from ..update import client_update, logits_of
 from ..zoo import Position, build_model
@@ -75,24 +77,28 @@ class Scene:
 
     Attributes
     ----------
-    title, model, shared : str
-        For people: the attack, the model, and which gradients the client shares.
+    model, shared : str
+        For people: the model, and which gradients the client shares.
     name, position, attack
         For :func:`~aprillab.zoo.build_model` and :func:`aprillab.invert`.
     """
 
-    title: str
     model: str
     shared: str
     name: str
     position: Position
     attack: str
 
+    @property
+    def title(self) -> str:
+        """The attack, for people."""
+        return ATTACKS[self.attack].title
+
 
 SCENES = (
-    Scene("APRIL's closed form", "architecture A", "all gradients", "april", "learned", "april"),
-    Scene("patch-embedding system", "torchvision ViT-B/16", "all gradients", "vit_b_16", "learned", "embedding"),
-    Scene("span attack", "the same ViT-B/16", "position frozen", "vit_b_16", "frozen", "span"),
+    Scene("architecture A", "all gradients", "april", "learned", "april"),
+    Scene("torchvision ViT-B/16", "all gradients", "vit_b_16", "learned", "embedding"),
+    Scene("the same ViT-B/16", "position frozen", "vit_b_16", "frozen", "span"),
 )
 
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from .. import viz
 from ..anatomy import Anatomy, UnknownModelError, dissect, tensors_of
-from ..attacks import AttackNotApplicable
+from ..attacks.catalogue import ATTACKS
+from ..attacks.result import AttackNotApplicable
 from ..audit.report import json_safe, labels_words, picture_name, write_audit
-from ..audit.run import TITLES, TRUST_WORDS, audit
+from ..audit.run import TRUST_WORDS, audit
 from ..comparison import figures as compare_figures
 from ..comparison import run as compare
 from ..comparison.records import DTYPES, Case, Row
@@ -107,7 +108,8 @@ def run_invert(arguments: argparse.Namespace) -> int:
     )
     label = _label(arguments, model)
     facts: dict[str, Any] = {
-        "attack": None, "exact": False, "psnr": None, "ssim": None, "attack_seconds": None, "gradient_seconds": None,
+        "attack": None, "exact": False, "predicted_psnr": None, "psnr": None, "ssim": None,
+        "attack_seconds": None, "gradient_seconds": None,
         "label": None, "reason": None, "diagnostics": {}, "photo": arguments.photo, "model": arguments.model,
         "position": arguments.position, "dtype": arguments.dtype, "seed": arguments.seed,
         "image_size": arguments.image_size, "true_label": label, "picture": None, "version": __version__,
@@ -127,7 +129,8 @@ def run_invert(arguments: argparse.Namespace) -> int:
         _write(out, _before_after(arguments, pixels, played))
         print(f"wrote    {out}: private image, reconstruction, difference", file=words)
         facts |= {
-            "attack": found.attack, "exact": found.exact, "psnr": played.psnr, "ssim": played.ssim,
+            "attack": found.attack, "exact": found.exact, "predicted_psnr": found.predicted_psnr,
+            "psnr": played.psnr, "ssim": played.ssim,
             "attack_seconds": found.seconds, "gradient_seconds": played.gradient_seconds,
             "label": None if found.labels is None else int(found.labels[0]), "reason": found.reason,
             "diagnostics": found.diagnostics, "picture": str(out),
@@ -153,7 +156,7 @@ def _tell(played: Round, words: Any) -> None:
     print(f"result   PSNR {played.psnr:.1f} dB, SSIM {played.ssim:.4f}, {exact}", file=words)
     print(f"why      {found.reason}", file=words)
     for name, outcome in found.diagnostics["attacks"].items():
-        if name not in found.attack:
+        if name != found.diagnostics["chosen"]:
             print(f"besides  {name} {outcome}", file=words)
 
 
@@ -234,9 +237,9 @@ def run_audit(arguments: argparse.Namespace) -> int:
     for part in found.parts:
         print(f"  {part.part:<26} {part.state:<13} {part.parameter or ''}")
     print(f"\n  labels: {labels_words(found)}")
-    print(f"  {'more than one image, or noise' if found.batch else 'one image'}: {found.batch_evidence}")
+    print(f"  {'one image' if found.one_image.holds else 'more than one image, or noise'}: {found.one_image.text}")
     for finding in found.findings:
-        print(f"\n  {TITLES[finding.attack][0]} ({finding.attack})")
+        print(f"\n  {finding.attack.title} ({finding.attack.name})")
         if finding.result is None:
             print(f"    does not apply: {finding.reason}")
             continue
@@ -363,7 +366,7 @@ def _compare_cases(arguments: argparse.Namespace) -> list[Case]:
         cases += compare.cross(
             victims=arguments.victims, models=[model], positions=arguments.positions, weights=arguments.weights,
             dtypes=arguments.dtypes, seeds=arguments.seeds, batch_sizes=arguments.batch_sizes,
-            attacks=list(compare.ATTACKS) if arguments.attacks == ["all"] else arguments.attacks,
+            attacks=list(ATTACKS) if arguments.attacks == ["all"] else arguments.attacks,
             image_size=arguments.image_size, channels=arguments.channels, classes=arguments.classes,
             labels=arguments.labels, **(shape if model in ("april", "prenorm") else {}),
         )  # fmt: skip

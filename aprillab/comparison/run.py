@@ -10,14 +10,13 @@ Beside ``compare.csv`` lie ``compare_curves.csv``, how each search went, and ``c
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..anatomy import dissect
-from ..attacks import (
-    CLOSED_FORMS,
-    PRESETS,
-    AttackNotApplicable,
-    Reconstruction,
-    match_gradients,
-    span_then_match,
-    span_then_round,
-)
+from ..attacks.catalogue import ATTACKS
+from ..attacks.result import AttackNotApplicable
+from ..attacks.searches.match import PRESETS, match_gradients
 from ..data import load_victim, mnist5k
 from ..metrics import match_batch, psnr, ssim
 from ..models import VisionTransformer
@@ -59,24 +52,6 @@ from .records import (
     read_rows,
     write_lines,
 )
-
-
-def _closed_form(function: Callable[..., Reconstruction]) -> Callable[..., Reconstruction]:
-    """A closed form, called as a search is: it has no use for a seed, a budget or a callback."""
-
-    def attack(model: nn.Module, update: ClientUpdate, *, labels: Tensor | None = None, **_: Any) -> Reconstruction:
-        return function(model, update, labels=labels)
-
-    return attack
-
-
-#: Attacks by name: callables of (model, update, *, labels, seed, max_evaluations, max_seconds, callback, progress).
-ATTACKS: dict[str, Callable[..., Reconstruction]] = {
-    **{name: _closed_form(function) for name, function in CLOSED_FORMS.items()},
-    "span_then_match": span_then_match,
-    "span_then_round": span_then_round,
-    **{f"match:{name}": functools.partial(match_gradients, preset=name) for name in PRESETS},
-}
 
 
 def cross(
@@ -186,7 +161,7 @@ def run(
             groups.setdefault(case.update, []).append(case)
     _check_models([group[0] for group in groups.values()])
     _begin(path, rows)
-    if any(case.attack not in CLOSED_FORMS for group in groups.values() for case in group):
+    if any(ATTACKS[case.attack].searches for group in groups.values() for case in group):
         _warm_up()
     bar = tqdm(
         total=len(cases), initial=len(cases) - sum(map(len, groups.values())), disable=not progress, unit=" case"
@@ -296,11 +271,13 @@ def _play_attack(
     pictures: tuple[Tensor, Tensor] | None = None
     scores: dict[str, float] = {}
     numbers: dict[str, Any] = {}
+    attack = ATTACKS[case.attack]
+    options: dict[str, Any] = {"labels": labels if case.labels == "given" else None}
+    if attack.searches:  # a closed form has no use for a seed, a budget or a callback
+        options |= {"seed": case.seed, "max_evaluations": max_evaluations, "max_seconds": max_seconds}
+        options |= {"callback": watch, "progress": False}
     try:
-        found = ATTACKS[case.attack](
-            client.model, client.update, labels=labels if case.labels == "given" else None, seed=case.seed,
-            max_evaluations=max_evaluations, max_seconds=max_seconds, callback=watch, progress=False,
-        )  # fmt: skip
+        found = attack.function(client.model, client.update, **options)
     except (AttackNotApplicable, UpdateError) as refusal:
         exact, outcome = None, f"refused: {getattr(refusal, 'reason', refusal)}"
         seconds = time.perf_counter() - start
@@ -324,7 +301,7 @@ def _play_attack(
         psnr_min=scores.get("psnr_min"),
         ssim=scores.get("ssim"),
         exact=exact,
-        predicted_psnr=numbers.get("predicted_psnr"),
+        predicted_psnr=None if exact is None else found.predicted_psnr,
         loss=numbers.get("loss"),
         residual=numbers.get("residual"),
         evaluations=numbers.get("evaluations"),
@@ -388,7 +365,7 @@ def _check_rows(
     path: Path, rows: Sequence[Row], asked: set[Case], max_evaluations: int, max_seconds: float | None
 ) -> None:
     """Refuse to go on with rows that new ones could not stand beside."""
-    searches = {case.attack for case in asked} - set(CLOSED_FORMS)  # a closed form has no budget
+    searches = {case.attack for case in asked if ATTACKS[case.attack].searches}
     for row in rows:
         if row.case.attack in searches and (row.max_evaluations, row.max_seconds) != (max_evaluations, max_seconds):
             raise CompareError(

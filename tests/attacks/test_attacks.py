@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import aprillab as al
 from aprillab.attacks import CLOSED_FORMS
-from aprillab.attacks.labels import one_image_residual
+from aprillab.attacks.evidence import one_image_residual
 
 SHAPE = {"image_size": 16, "patch_size": 4, "width": 96, "depth": 2, "heads": 3, "classes": 7}
 
@@ -160,7 +160,7 @@ def test_the_prediction_without_the_original_is_near_the_truth(name):
         model = make(BLOCKS[name], seed=seed, dtype=torch.float32)
         pixels = private(model, seed=seed)
         result = attack(model, pixels, name)
-        errors.append(result.diagnostics["predicted_psnr"] - db(result, pixels))
+        errors.append(result.predicted_psnr - db(result, pixels))
     assert max(abs(error) for error in errors) < 15, errors
 
 
@@ -221,9 +221,9 @@ def test_april_with_more_pixels_than_width():
     assert not alone.exact
     assert "pixels determined" in alone.reason
     assert db(alone, pixels) < 20
-    assert alone.diagnostics["predicted_psnr"] < 20
+    assert alone.predicted_psnr < 20
     plain = attack(model, pixels, "april", systems="attention", regularization="none")
-    assert plain.diagnostics["predicted_psnr"] < 20
+    assert plain.predicted_psnr < 20
     default = attack(model, pixels, "april")
     assert default.diagnostics["systems"] == "row_space"
     assert default.diagnostics["pixels_lost"] == 0

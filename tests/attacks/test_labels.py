@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 from aprillab.anatomy import dissect
-from aprillab.attacks.labels import is_batch, labels_or_none, one_image_residual, recover_labels
+from aprillab.attacks.evidence import is_batch, one_image_residual
+from aprillab.attacks.labels import labels_or_none, recover_labels
 from aprillab.attacks.result import AttackNotApplicable
 from aprillab.update import ClientUpdate, UpdateError, client_update
 

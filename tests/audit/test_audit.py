@@ -50,7 +50,7 @@ def update_of(model: nn.Module, pictures: Tensor | None = None, **options: objec
 
 
 def by_attack(found: Audit) -> dict[str, str]:
-    return {finding.attack: finding.trust for finding in found.findings}
+    return {finding.attack.name: finding.trust for finding in found.findings}
 
 
 # --- What it concludes ----------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_exact_pictures_are_called_so() -> None:
         assert finding.replay < 1e-3
     assert found.verdict == "This update gives the private picture away, exactly: patch-embedding system."
     assert found.labels.labels.tolist() == [LABEL]
-    assert not found.batch
+    assert found.one_image.holds
     assert [part.state for part in found.parts] == ["shared"] * 7
     assert not found.notes
 
@@ -87,7 +87,7 @@ def test_batch_is_a_mixture_whether_the_client_says_so_or_not() -> None:
     shared = update_of(model, pictures)
     for update in (shared, replace(shared, batch_size=None), replace(shared, batch_size=1)):
         found = audit(model, update)
-        assert found.batch
+        assert not found.one_image.holds
         assert by_attack(found) == {"embedding": "mixture", "april": "none", "span": "mixture"}
         assert "no photograph" in found.verdict
         facts = report(found)
@@ -105,7 +105,7 @@ def test_noise_is_not_taken_for_a_batch() -> None:
         name: g + 1e-4 * g.std() * torch.randn(g.shape, generator=generator) for name, g in clean.gradients.items()
     }
     found = audit(model, replace(clean, gradients=noisy))
-    assert found.batch  # the head's gradient is not of rank one, which is all it shows
+    assert not found.one_image.holds  # the head's gradient is not of rank one, which is all it shows
     assert by_attack(found)["span"] == "likely"
     assert psnr(found.applied[0].result.pixels[0], pixels.double()) > 35
 
@@ -116,7 +116,7 @@ def test_replay_catches_an_optimistic_prediction() -> None:
     found = audit(model, update_of(model, pixels[None]))
     (finding,) = found.applied
     assert psnr(finding.result.pixels[0], pixels.double()) < 20
-    assert finding.result.diagnostics["predicted_psnr"] > 20
+    assert finding.result.predicted_psnr > 20
     assert finding.replay > 0.1
     assert finding.trust == "poor"
     assert "gives the private picture away" not in found.verdict
@@ -141,13 +141,18 @@ def test_half_precision_is_believed_less(dtype: torch.dtype) -> None:
             assert psnr(finding.result.pixels[0], photograph(torch.float64)) > 20
 
 
-def test_conditions_are_read_off_the_reason() -> None:
-    """The trust in a picture hangs on the words of ``attacks.result.verdict``."""
+def test_trust_hangs_on_conditions_and_not_on_words() -> None:
     model = vit()
     half = audit(model, update_of(model).to(dtype=torch.float16))
     assert half.applied
     for finding in half.applied:
-        assert ("fails (" in finding.reason) is not finding.reason.startswith("all conditions hold")
+        failed = [condition for condition in finding.result.conditions if not condition.holds]
+        assert finding.result.conditions_hold is not bool(failed)
+        assert all(condition.text in finding.reason for condition in failed)
+        if failed:
+            assert finding.trust not in ("exact", "close", "coarse")
+    entry = report(half)["attacks"][half.applied[0].attack.name]
+    assert [c["name"] for c in entry["conditions"]] == [c.name for c in half.applied[0].result.conditions]
 
 
 def test_without_the_head_nothing_is_played_back() -> None:

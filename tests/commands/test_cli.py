@@ -244,7 +244,7 @@ def test_invert_writes_numbers_and_a_picture(
     assert facts["label"] == facts["true_label"] == (7 if "--label" in options else facts["true_label"])
     assert facts["image_size"] == 32
     assert facts["dtype"] == ("float64" if "float64" in options else "float32")
-    assert facts["diagnostics"]["predicted_psnr"] > 0
+    assert facts["predicted_psnr"] > 0
     assert f"PSNR {facts['psnr']:.1f} dB" in out
     assert facts["reason"] in out
     with Image.open(tmp_path / "a/b.png") as figure:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from aprillab import viz
 from aprillab.attacks import Reconstruction, embedding_closed_form, match_gradients
+from aprillab.attacks.catalogue import ATTACKS, Attack
 from aprillab.commands import cli
 from aprillab.comparison import figures as compare_figures
 from aprillab.comparison import run as compare
@@ -27,7 +27,7 @@ from aprillab.comparison.records import (
     read_pictures,
     read_rows,
 )
-from aprillab.comparison.run import ATTACKS, cross, report, run, table
+from aprillab.comparison.run import cross, report, run, table
 from aprillab.data import load_victim, mnist5k
 from aprillab.metrics import psnr, ssim
 from aprillab.models import VisionTransformer
@@ -51,11 +51,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     called: list[str] = []
     for name, attack in list(ATTACKS.items()):
 
-        def counted(*arguments: Any, name: str = name, attack: Callable[..., Any] = attack, **options: Any) -> Any:
-            called.append(name)
-            return attack(*arguments, **options)
+        def counted(*arguments: Any, attack: Attack = attack, **options: Any) -> Any:
+            called.append(attack.name)
+            return attack.function(*arguments, **options)
 
-        monkeypatch.setitem(ATTACKS, name, counted)
+        monkeypatch.setitem(ATTACKS, name, replace(attack, function=counted))
     return called
 
 
@@ -83,7 +83,7 @@ def test_rows_agree_with_direct_calls(path: Path) -> None:
     model, update, pixels = by_hand(4, label)
     direct = embedding_closed_form(model, update)
     assert closed.psnr == pytest.approx(psnr(direct.pixels[0], pixels[0]), abs=1e-3)
-    assert closed.predicted_psnr == pytest.approx(direct.diagnostics["predicted_psnr"], rel=1e-5)
+    assert closed.predicted_psnr == pytest.approx(direct.predicted_psnr, rel=1e-5)
     assert (closed.exact, closed.outcome) == (True, f"exact: {direct.reason}")
     assert (closed.evaluations, closed.loss, closed.stopped) == (None, None, "")
     searched = match_gradients(
@@ -138,7 +138,7 @@ def test_batches_are_scored_in_the_order_of_their_victims(path: Path, monkeypatc
         assert len(set(options["labels"].tolist())) == 3
         return Reconstruction("mine", 2 * turned - 1, turned, None, False, "turned", {}, 0.5)
 
-    monkeypatch.setitem(ATTACKS, "mine", attack)
+    monkeypatch.setitem(ATTACKS, "mine", Attack("mine", "mine", attack, "closed form", ()))
     cases = cross(victims=["coffee", "clock", "cell"], attacks=["mine"], batch_sizes=[3], labels="given", **TINY)
     (row,) = run(cases, path=path, **QUICK)
     worst = psnr(turned[0], pixels[2])
@@ -218,7 +218,7 @@ def test_digits_have_their_own_labels(path: Path, monkeypatch: pytest.MonkeyPatc
         seen.append(labels.tolist())
         return Reconstruction("mine", images[[350, 7]], images[[350, 7]], None, False, "", {}, 0.0)
 
-    monkeypatch.setitem(ATTACKS, "mine", attack)
+    monkeypatch.setitem(ATTACKS, "mine", Attack("mine", "mine", attack, "closed form", ()))
     grey = {"image_size": 28, "patch_size": 7, "width": 32, "depth": 1, "heads": 2, "channels": 1}
     victims = ["mnist:350", "mnist:7", "astronaut"]
     run(cross(victims=victims[:2], attacks=["mine"], batch_sizes=[2], labels="given", **grey), path=path, **QUICK)
@@ -293,9 +293,9 @@ def test_an_interrupted_search_leaves_whole_files(path: Path, monkeypatch: pytes
             if entry["evaluation"] == 8:
                 raise KeyboardInterrupt
 
-        return april(model, update, callback=stop, **options)
+        return april.function(model, update, callback=stop, **options)
 
-    monkeypatch.setitem(ATTACKS, "match:april", interrupted)
+    monkeypatch.setitem(ATTACKS, "match:april", replace(april, function=interrupted))
     with pytest.raises(KeyboardInterrupt):
         run(cases, path=path, **QUICK)
     assert [row.case.attack for row in read_rows(path)] == ["span", "match:idlg"]
@@ -502,7 +502,7 @@ def test_interrupted_command_keeps_what_is_done(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(ATTACKS, "april", interrupt)
+    monkeypatch.setitem(ATTACKS, "april", replace(ATTACKS["april"], function=interrupt))
     assert command("--attacks", "embedding,april", *FLAGS, "--out", tmp_path) == 130
     error = capsys.readouterr().err
     assert "compare.csv has what was done; the same command goes on" in error

@@ -22,8 +22,9 @@ from ...anatomy import Anatomy, dissect, tensors_of
 from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate, check_update
-from ..labels import is_batch, labels_or_none
-from ..result import AttackNotApplicable, Reconstruction, predicted_psnr, verdict
+from ..evidence import one_image
+from ..labels import labels_or_none
+from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report
 
 Regularization = Literal["gcv", "none"]
 Systems = Literal["attention", "row_space", "both"]
@@ -157,29 +158,29 @@ def april_closed_form(
     rank, rank_e = _rank(singular, eps), _rank(found.patch_side, eps)
     relative = float(found.residual / M.norm())
     lost = max(p - d, 0) if systems == "attention" else 0
-    batch, batch_numbers = is_batch(anatomy, update)
-    exact, reason = verdict(
-        {
-            "rank(∂l/∂E_pos) = n + 1": (rank == tokens, f"rank {rank} of {tokens} ≤ d = {d}"),
-            "pixels determined": (
-                rank_e == found.unknowns and lost == 0,
-                f"rank {rank_e} for {found.unknowns} unknowns a patch (p = {p}, d = {d})",
-            ),
-            "one image": (not batch, batch_numbers),
-            "GᵀZ = M": (tokens == d or relative < 1e4 * eps, f"relative residual {relative:.1e} in {update.dtype}"),
-        },
-        predicted,
-    )
-    images = unpatchify(found.X[None], weights[anatomy.patch_weight].shape[-1], anatomy.image_size)
-    label, label_how = labels_or_none(model, update, anatomy, labels)
-    return Reconstruction(
-        attack=name,
-        images=images,
-        pixels=preprocessing.to_pixels(images),
-        labels=label,
-        exact=exact,
-        reason=reason,
-        diagnostics={
+    conditions = (
+        Condition(
+            "rank(∂l/∂E_pos) = n + 1", rank == tokens, {"rank": rank, "tokens": tokens, "d": d},
+            "rank {rank} of {tokens} ≤ d = {d}",
+        ),
+        Condition(
+            "pixels determined", rank_e == found.unknowns and lost == 0,
+            {"rank": rank_e, "unknowns": found.unknowns, "p": p, "d": d},
+            "rank {rank} for {unknowns} unknowns a patch (p = {p}, d = {d})",
+        ),
+        one_image(anatomy, update),
+        Condition(
+            "GᵀZ = M", tokens == d or relative < 1e4 * eps, {"residual": relative, "dtype": str(update.dtype)},
+            "relative residual {residual:.1e} in {dtype}",
+        ),
+    )  # fmt: skip
+    return report(
+        name,
+        unpatchify(found.X[None], weights[anatomy.patch_weight].shape[-1], anatomy.image_size),
+        conditions=conditions,
+        predicted_psnr=predicted,
+        labels=labels_or_none(model, update, anatomy, labels),
+        numbers={
             "patches": n,
             "width": d,
             "pixels_per_patch": p,
@@ -191,12 +192,10 @@ def april_closed_form(
             "regularization": regularization,
             "damping": found.damping,
             "residual": relative,
-            "predicted_psnr": predicted,
-            "precision": str(update.dtype).removeprefix("torch."),
-            "labels": label_how,
-            "batch": batch_numbers,
         },
-        seconds=time.perf_counter() - start,
+        dtype=update.dtype,
+        preprocessing=preprocessing,
+        start=start,
     )
 
 

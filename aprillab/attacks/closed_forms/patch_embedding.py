@@ -19,8 +19,9 @@ from ...anatomy import Anatomy, dissect
 from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate, check_update
-from ..labels import is_batch, labels_or_none
-from ..result import AttackNotApplicable, Reconstruction, predicted_psnr, verdict
+from ..evidence import one_image
+from ..labels import labels_or_none
+from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report
 
 
 def embedding_closed_form(
@@ -54,7 +55,7 @@ def embedding_closed_form(
     Returns
     -------
     Reconstruction
-        With ``diagnostics``: ``rank``, ``condition`` of G, ``residual`` (relative), ``predicted_psnr`` (dB).
+        With ``diagnostics``: ``rank``, ``condition`` of G, ``residual`` (relative).
 
     Raises
     ------
@@ -103,36 +104,30 @@ def embedding_closed_form(
     preprocessing = preprocessing or anatomy.preprocessing
     predicted = predicted_psnr(float(noise * (1 / s_used**2).mean()), preprocessing)
 
-    images = unpatchify(X[None], patch_gradient.shape[-1], anatomy.image_size)
-    found, found_how = labels_or_none(model, update, anatomy, labels)
     relative = float(residual.sqrt() / W.norm())
-    batch, batch_numbers = is_batch(anatomy, update)
-    exact, reason = verdict(
-        {
-            "rank(G) = n": (rank == n, f"rank {rank} of n = {n} ≤ d = {d}"),
-            "one image": (not batch, batch_numbers),
-            "∂W_e = GᵀX": (d == n or relative < 1e3 * eps, f"relative residual {relative:.1e} in {update.dtype}"),
-        },
-        predicted,
-    )
-    return Reconstruction(
-        attack=name,
-        images=images,
-        pixels=preprocessing.to_pixels(images),
-        labels=found,
-        exact=exact,
-        reason=reason,
-        diagnostics={
+    conditions = (
+        Condition("rank(G) = n", rank == n, {"rank": rank, "n": n, "d": d}, "rank {rank} of n = {n} ≤ d = {d}"),
+        one_image(anatomy, update),
+        Condition(
+            "∂W_e = GᵀX", d == n or relative < 1e3 * eps, {"residual": relative, "dtype": str(update.dtype)},
+            "relative residual {residual:.1e} in {dtype}",
+        ),
+    )  # fmt: skip
+    return report(
+        name,
+        unpatchify(X[None], patch_gradient.shape[-1], anatomy.image_size),
+        conditions=conditions,
+        predicted_psnr=predicted,
+        labels=labels_or_none(model, update, anatomy, labels),
+        numbers={
             "patches": n,
             "width": d,
             "pixels_per_patch": p,
             "rank": rank,
             "condition": float(s[0] / s[-1]) if s[-1] > 0 else float("inf"),
             "residual": relative,
-            "predicted_psnr": predicted,
-            "precision": str(update.dtype).removeprefix("torch."),
-            "labels": found_how,
-            "batch": batch_numbers,
         },
-        seconds=time.perf_counter() - start,
+        dtype=update.dtype,
+        preprocessing=preprocessing,
+        start=start,
     )

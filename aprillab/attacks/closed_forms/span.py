@@ -25,8 +25,9 @@ from ...metrics import EXACT_TO_8_BITS_DB
 from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate, check_update
-from ..labels import is_batch, labels_or_none
-from ..result import AttackNotApplicable, Reconstruction, predicted_psnr, verdict
+from ..evidence import one_image
+from ..labels import labels_or_none
+from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report
 
 # Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted from the minimum
 # of the least squares was too small by at most this.
@@ -68,7 +69,7 @@ def span_closed_form(
     -------
     Reconstruction
         With ``diagnostics``: ``tokens``, ``width_needed``, ``tokens_above_noise`` (numerical rank of D),
-        ``gap`` (the last token's singular value over the largest of the noise), ``predicted_psnr`` (dB).
+        ``gap`` (the last token's singular value over the largest of the noise).
 
     Raises
     ------
@@ -83,46 +84,38 @@ def span_closed_form(
     preprocessing = preprocessing or anatomy.preprocessing
     solution = solve_span(model, update, anatomy=anatomy, strict=strict, device=device)
     predicted = predicted_psnr(solution.mean_square_error, preprocessing)
-    images = solution.images
-    found, found_how = labels_or_none(model, update, anatomy, labels)
-    batch, batch_numbers = is_batch(anatomy, update)
-    token_side, eps = solution.token_side, torch.finfo(update.dtype).eps
-    needed, usable = solution.width_needed, solution.usable_width
-    exact, reason = verdict(
-        {
-            "enough width": (needed <= usable, f"{needed} needed of {usable}"),
-            "one image": (not batch, batch_numbers),
-            "no more directions than tokens": (
-                token_side.excess < 1e3 * eps,
-                f"{token_side.excess:.1e} of the gradient lies outside {token_side.tokens} directions, "
-                f"in {update.dtype}",
-            ),
-            "tokens stand out from the noise": (
-                token_side.gap > 2,
-                f"the weakest token's singular value is {token_side.gap:.1f} times the strongest of the noise",
-            ),
-            "margin": (
-                not 0 <= predicted - EXACT_TO_8_BITS_DB < _MARGIN_DB,
-                f"predicted {predicted:.1f} dB, which can be too optimistic by up to {_MARGIN_DB:.0f} dB",
-            ),
-        },
-        predicted,
-    )
-    return Reconstruction(
-        attack="span_closed_form",
-        images=images,
-        pixels=preprocessing.to_pixels(images),
-        labels=found,
-        exact=exact,
-        reason=reason,
-        diagnostics={
-            **solution.numbers,
-            "predicted_psnr": predicted,
-            "precision": str(update.dtype).removeprefix("torch."),
-            "labels": found_how,
-            "batch": batch_numbers,
-        },
-        seconds=time.perf_counter() - start,
+    span, eps = solution.token_side, torch.finfo(update.dtype).eps
+    conditions = (
+        Condition(
+            "enough width", solution.width_needed <= solution.usable_width,
+            {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
+        ),
+        one_image(anatomy, update),
+        Condition(
+            "no more directions than tokens", span.excess < 1e3 * eps,
+            {"excess": span.excess, "tokens": span.tokens, "dtype": str(update.dtype)},
+            "{excess:.1e} of the gradient lies outside {tokens} directions, in {dtype}",
+        ),
+        Condition(
+            "tokens stand out from the noise", span.gap > 2, {"gap": span.gap},
+            "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
+        ),
+        Condition(
+            "margin", not 0 <= predicted - EXACT_TO_8_BITS_DB < _MARGIN_DB,
+            {"predicted": predicted, "margin": _MARGIN_DB},
+            "predicted {predicted:.1f} dB, which can be too optimistic by up to {margin:.0f} dB",
+        ),
+    )  # fmt: skip
+    return report(
+        "span_closed_form",
+        solution.images,
+        conditions=conditions,
+        predicted_psnr=predicted,
+        labels=labels_or_none(model, update, anatomy, labels),
+        numbers=solution.numbers,
+        dtype=update.dtype,
+        preprocessing=preprocessing,
+        start=start,
     )
 
 

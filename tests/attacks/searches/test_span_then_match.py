@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -338,7 +339,8 @@ def test_invert_says_where_it_would_go_on_but_searches_only_when_asked(monkeypat
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a search was run unasked")
 
-    monkeypatch.setitem(al.attacks.ATTACKS, "span_then_match", never)
+    row = al.attacks.ATTACKS["span_then_match"]
+    monkeypatch.setitem(al.attacks.ATTACKS, row.name, replace(row, function=never))
     model, _, update = sinusoidal()
     outcome = al.invert(model, update).diagnostics["attacks"]
     assert "name it to go on from the span's picture" in outcome["span_then_match"]
