@@ -109,6 +109,12 @@ class Anatomy:
     heads: int | None = None
     preprocessing: Preprocessing = UNIT
 
+    def tensor_names(self) -> set[str]:
+        """Names of all tensors of the model that an attack may read."""
+        found = {name for field in _NAME_FIELDS if (name := getattr(self, field)) is not None}
+        found |= {rows.name for field in _ROW_FIELDS if (rows := getattr(self, field)) is not None}
+        return found | set(self.prefix)
+
     def names(self) -> dict[str, str]:
         """Part to tensor name, for every part the model has: what a report or an error prints."""
         found = {}

@@ -1,7 +1,8 @@
 """The attacks: plain functions of (model, update) that return a :class:`Reconstruction`."""
 
 from .catalogue import ATTACKS, CLOSED_FORMS, Attack
-from .closed_forms.april import april_closed_form, attention_product
+from .closed_forms.april import april_closed_form
+from .closed_forms.attention_identity import attention_product
 from .closed_forms.patch_embedding import embedding_closed_form
 from .closed_forms.span import span_closed_form
 from .evidence import is_batch, one_image, one_image_residual

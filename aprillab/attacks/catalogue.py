@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from .closed_forms.april import april_closed_form
-from .closed_forms.patch_embedding import embedding_closed_form
-from .closed_forms.span import span_closed_form
+from .closed_forms import april, april_system, patch_embedding, span
 from .grey_levels.span_then_round import span_then_round
 from .result import Reconstruction
 from .searches.match import match_gradients
@@ -32,10 +30,11 @@ class Attack:
     title : str
         In words, for reports and figures.
     function : callable
-        ``(model, update, *, anatomy, preprocessing, labels, device, …)`` to :class:`Reconstruction`.
+        ``(model, update, *, anatomy, preprocessing, labels, device, …)`` to
+        :class:`Reconstruction`.
     family : {"closed form", "search", "grey levels"}
-        A closed form takes a second and no budget. The others take ``seed``, ``max_evaluations``, ``max_seconds``,
-        ``callback`` and ``progress`` besides.
+        A closed form takes a second and no budget. The others take ``seed``, ``max_evaluations``,
+        ``max_seconds``, ``callback`` and ``progress`` besides.
     needs : tuple of str
         Fields of :class:`~aprillab.Anatomy` whose gradients must be shared.
     """
@@ -52,8 +51,6 @@ class Attack:
         return self.family != "closed form"
 
 
-_PROJECTIONS = ("query", "key", "value")
-_SPAN = ("patch_weight", *_PROJECTIONS)
 _RECIPES = {
     "dlg": "DLG",
     "idlg": "iDLG",
@@ -63,18 +60,22 @@ _RECIPES = {
     "april": "APRIL",
 }
 
-# The closed forms come first, the strongest before the others: fewest conditions, least amplification of rounding.
+# The closed forms come first, the strongest before the others: fewest conditions, least
+# amplification of rounding.
 _ROWS = (
-    Attack("embedding", "patch-embedding system", embedding_closed_form, "closed form", ("patch_weight", "position")),
-    Attack("april", "APRIL's closed form", april_closed_form, "closed form", ("position", *_PROJECTIONS)),
-    Attack("span", "span attack", span_closed_form, "closed form", _SPAN),
-    Attack("span_then_match", "span, then matching", span_then_match, "search", _SPAN),
-    Attack("span_then_round", "span, then whole grey levels", span_then_round, "grey levels", _SPAN),
+    Attack(
+        "embedding", "patch-embedding system", patch_embedding.embedding_closed_form, "closed form",
+        patch_embedding.NEEDS,
+    ),
+    Attack("april", "APRIL's closed form", april.april_closed_form, "closed form", april_system.NEEDS),
+    Attack("span", "span attack", span.span_closed_form, "closed form", span.NEEDS),
+    Attack("span_then_match", "span, then matching", span_then_match, "search", span.NEEDS),
+    Attack("span_then_round", "span, then whole grey levels", span_then_round, "grey levels", span.NEEDS),
     *(
         Attack(f"match:{name}", f"gradient matching, {title}", partial(match_gradients, preset=name), "search", ())
         for name, title in _RECIPES.items()
     ),
-)
+)  # fmt: skip
 
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ROWS}
 """All attacks by name."""

@@ -36,12 +36,13 @@ def invert(
     model : nn.Module
     update : ClientUpdate
     attack : "auto" or a key of :data:`~aprillab.attacks.ATTACKS`
-        ``"auto"`` tries the closed forms in their order and stops at the first that is exact; if none
-        is, the one with the highest predicted PSNR is returned, marked as not exact. The others can
-        search for minutes, so they are never run unasked; ``diagnostics["attacks"]`` says where they
-        would go on.
+        ``"auto"`` tries the closed forms in their order and stops at the first that is exact; if
+        none is, the one with the highest predicted PSNR is returned, marked as not exact. The
+        others can search for minutes, so they are never run unasked; ``diagnostics["attacks"]``
+        says where they would go on.
     verify : bool
-        Also replay the client with the reconstruction (one more gradient): ``diagnostics["gradient_residual"]``.
+        Also replay the client with the reconstruction (one more gradient):
+        ``diagnostics["gradient_residual"]``.
     anatomy, preprocessing, labels, device
         As in :func:`~aprillab.attacks.closed_forms.patch_embedding.embedding_closed_form`.
     **options
@@ -50,14 +51,14 @@ def invert(
     Returns
     -------
     Reconstruction
-        ``diagnostics["chosen"]`` names the attack that made it, ``["attacks"]`` maps each to what became of it, in
-        words.
+        ``diagnostics["chosen"]`` names the attack that made it, ``["attacks"]`` maps each to what
+        became of it, in words.
 
     Raises
     ------
     AttackNotApplicable
-        If none applies; the message has all the reasons. Gradient matching may still work then, unless nothing
-        but zeros arrives below the head.
+        If none applies; the message has all the reasons. Gradient matching may still work then,
+        unless nothing but zeros arrives below the head.
     UpdateError
         If the update does not belong to the model.
     ValueError

@@ -1,8 +1,8 @@
 """The labels of a client's batch, read off the classifier's gradient.
 
-With cross-entropy the gradient that reaches the logits of one image is r = softmax(logits) − onehot(y): its only
-negative entry is the label. The head's bias gradient is the mean of the r of the batch; the head's weight
-gradient is the mean of r fᵀ, with f the features the head reads.
+With cross-entropy the gradient that reaches the logits of one image is r = softmax(logits) −
+onehot(y): its only negative entry is the label. The head's bias gradient is the mean of the r of
+the batch; the head's weight gradient is the mean of r fᵀ, with f the features the head reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, dissect
 from ..update import ClientUpdate, check_update
 from .evidence import one_image
-from .result import AttackNotApplicable
+from .result import AttackNotApplicable, Condition
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,31 @@ def recover_labels(
     Returns
     -------
     Labels
-        For one image exact by the sign rule. For a batch a greedy count: each label lowers its entry of the
-        bias gradient by 1/B, so labels are taken off one at a time where the entry is lowest; right as long as
-        the model is not yet confident, and never marked exact.
+        For one image exact by the sign rule. For a batch a greedy count: each label lowers its
+        entry of the bias gradient by 1/B, so labels are taken off one at a time where the entry is
+        lowest; right as long as the model is not yet confident, and never marked exact.
 
     Raises
     ------
     AttackNotApplicable
-        If the head's gradients are withheld or zero, if a batch is asked for and only the weight is shared, or if
-        the weight alone cannot tell two labels apart (two classes).
+        If the head's gradients are withheld or zero, if a batch is asked for and only the weight is
+        shared, or if the weight alone cannot tell two labels apart (two classes).
     ValueError
         If ``batch_size`` is not positive.
     UpdateError
         If the update does not belong to the model.
     """
     anatomy = anatomy or dissect(model)
-    check_update(model, update)
+    check_update(model, update, finite={anatomy.head_weight or "", anatomy.head_bias or ""})
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
-    batch_size = batch_size or update.batch_size or 1
+    return _labels_of_head(update, anatomy, batch_size or update.batch_size or 1, one_image(anatomy, update))
+
+
+def _labels_of_head(update: ClientUpdate, anatomy: Anatomy, batch_size: int, one: Condition) -> Labels:
+    """As :func:`recover_labels`, of an update that was checked and for which ``one`` image is shown
+    or not.
+    """
     bias = update.gradients.get(anatomy.head_bias or "")
     weight = update.gradients.get(anatomy.head_weight or "")
     if bias is not None:
@@ -93,18 +99,20 @@ def recover_labels(
         left[found[-1]] += 1 / batch_size
     labels = torch.tensor(sorted(found))
     negative = int((residual < 0).sum())
-    one = one_image(anatomy, update)
     exact = batch_size == 1 and negative == 1 and one.holds
     reason = f"{source}: {negative} negative entr{'y' if negative == 1 else 'ies'}; {one.text}"
     return Labels(labels, exact, reason, {"source": source, "negative_entries": negative, "batch_size": batch_size})
 
 
 def _residual_from_weight(weight: Tensor) -> Tensor:
-    """softmax − onehot of one image, up to a positive factor, from r fᵀ: all rows but the label's point one way."""
+    """softmax − onehot of one image, up to a positive factor, from r fᵀ: all rows but the label's
+    point one way.
+    """
     w = weight.double()
     f = w[w.norm(dim=1).argmax()]
     r = w @ f / f.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    # The label's entry is minus the sum of all others, so it is the largest; it must come out negative.
+    # The label's entry is minus the sum of all others, so it is the largest; it must come out
+    # negative.
     first, second = r.abs().topk(2).values.tolist() if len(r) > 1 else (1.0, 0.0)
     if 0 < first <= second * (1 + 1e3 * torch.finfo(weight.dtype).eps):
         raise AttackNotApplicable(
@@ -117,18 +125,32 @@ def _residual_from_weight(weight: Tensor) -> Tensor:
 
 
 def labels_or_none(
-    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, given: Tensor | None
+    model: nn.Module,
+    update: ClientUpdate,
+    anatomy: Anatomy,
+    given: Tensor | None,
+    *,
+    one: Condition | None = None,
 ) -> tuple[Tensor | None, str]:
-    """Labels for a Reconstruction of one image, and a word on where they come from."""
+    """Labels for a Reconstruction of one image, and a word on where they come from.
+
+    With ``one``, what :func:`~aprillab.attacks.evidence.one_image` says of it, the update counts as
+    checked.
+    """
     if given is not None:
         return given, "known to the attacker"
     try:
-        found = recover_labels(model, update, batch_size=1, anatomy=anatomy)
+        if one is None:
+            found = recover_labels(model, update, batch_size=1, anatomy=anatomy)
+        else:
+            found = _labels_of_head(update, anatomy, 1, one)
     except AttackNotApplicable as refusal:
         return None, refusal.reason
     return found.labels, f"recovered, {'exact' if found.exact else 'not certain'}: {found.reason}"
 
 
 def assumed_batch_size(update: ClientUpdate, labels: object, batch_size: int | None) -> int:
-    """B as an attack takes it: as told, else as many as it knows labels, else as the client says, else 1."""
+    """B as an attack takes it: as told, else as many as it knows labels, else as the client says,
+    else 1.
+    """
     return batch_size or (len(labels) if isinstance(labels, Tensor) else 0) or update.batch_size or 1

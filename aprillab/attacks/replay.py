@@ -23,8 +23,9 @@ def gradient_residual(
 ) -> float | None:
     """Relative distance ‖∇w' − ∇w‖ / ‖∇w‖ between the reconstruction's gradient and the client's.
 
-    The attacker plays the client with the picture it found. A small value does not prove the picture right (twin
-    data, chapter 05); a large one proves it wrong, or the label, or the model. Costs one gradient.
+    The attacker plays the client with the picture it found. A small value does not prove the
+    picture right (twin data, chapter 05); a large one proves it wrong, or the label, or the model.
+    Costs one gradient.
 
     Parameters
     ----------
@@ -36,7 +37,8 @@ def gradient_residual(
     Returns
     -------
     float or None
-        None where the labels are not known. Rounding alone leaves about 1e-6 in float32, 1e-15 in float64.
+        None where the labels are not known. Rounding alone leaves about 1e-6 in float32, 1e-15 in
+        float64.
     """
     if reconstruction.labels is None:
         return None
@@ -45,7 +47,9 @@ def gradient_residual(
 
 
 def as_shared(model: nn.Module, update: ClientUpdate) -> nn.Module:
-    """The model if its trainable parameters are those of the update, else a copy for which that is so."""
+    """The model if its trainable parameters are those of the update, else a copy for which that is
+    so.
+    """
     wanted = {name: name in update.gradients for name, _ in model.named_parameters()}
     if all(parameter.requires_grad == wanted[name] for name, parameter in model.named_parameters()):
         return model
@@ -56,7 +60,9 @@ def as_shared(model: nn.Module, update: ClientUpdate) -> nn.Module:
 
 
 def replay(client: nn.Module, images: Tensor, labels: Tensor, *, loss: Loss) -> dict[str, Tensor]:
-    """The gradients of other pictures, on the client's device and in its precision; no random state is changed."""
+    """The gradients of other pictures, on the client's device and in its precision; no random state
+    is changed.
+    """
     parameter = next(client.parameters())
     with torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else []):
         update = client_update(client, images.to(parameter), labels.to(parameter.device), loss=loss)

@@ -67,7 +67,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The pictures an attack brought back, and how far to trust them without having seen the originals.
+    """The pictures an attack brought back, and how far to trust them with no original seen.
 
     Attributes
     ----------
@@ -80,8 +80,8 @@ class Reconstruction:
     labels : Tensor of shape (B,) or None
         Recovered or handed over; ``diagnostics["labels"]`` says which.
     exact : bool
-        True only when the attack's conditions were verified on this very update *and* the error predicted from
-        its residuals stays below half a grey level of an 8-bit picture.
+        True only when the attack's conditions were verified on this very update *and* the error
+        predicted from its residuals stays below half a grey level of an 8-bit picture.
     reason : str
         Why it is exact, or which condition failed, with the numbers.
     diagnostics : dict
@@ -91,10 +91,11 @@ class Reconstruction:
     history : list of dict
         One entry for each recorded step; empty for the closed forms.
     conditions : tuple of Condition
-        What the attack checked on this update; empty for gradient matching, which can verify nothing.
+        What the attack checked on this update; empty for gradient matching, which can verify
+        nothing.
     predicted_psnr : float or None
-        In dB, seen without the original; None where the attack cannot predict it. Where a condition fails it
-        means little.
+        In dB, seen without the original; None where the attack cannot predict it. Where a condition
+        fails it means little.
     """
 
     attack: str
@@ -111,7 +112,9 @@ class Reconstruction:
 
     @property
     def conditions_hold(self) -> bool:
-        """Whether the attack checked conditions and all of them hold: precision alone limits the picture."""
+        """Whether the attack checked conditions and all of them hold: precision alone limits the
+        picture.
+        """
         return bool(self.conditions) and all(condition.holds for condition in self.conditions)
 
 
@@ -182,5 +185,7 @@ def decibels(mean_square: float) -> float:
 
 
 def predicted_psnr(mean_square: float, preprocessing: Preprocessing) -> float:
-    """PSNR in dB of pixels in [0, 1] whose mean squared error in model-input space is ``mean_square``."""
+    """PSNR in dB of pixels in [0, 1] whose mean squared error in model-input space is
+    ``mean_square``.
+    """
     return decibels(mean_square * sum(std**2 for std in preprocessing.std) / len(preprocessing.std))

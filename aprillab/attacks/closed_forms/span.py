@@ -1,20 +1,23 @@
-"""The span attack: patches from the span of the first attention's gradient, the position embedding's withheld.
+"""The span attack: patches from the span of the first attention's gradient alone.
 
-The gradients of W_Q, W_K, W_V are sums over tokens of (something) u_iᵀ, with u_i the token as the attention reads
-it: their rows D lie in span{u_0 … u_n}, and wherever that span is smaller than the width, it is known from D. In
-architecture B, u_i = γ ∘ (C z_i)/σ_i + β with C = I − 11ᵀ/d, so C z_i lies in the span of the rows of D/γ and of β/γ:
+The gradients of W_Q, W_K, W_V are sums over tokens of (something) u_iᵀ, with u_i the token as the
+attention reads it: their rows D lie in span{u_0 … u_n}, and wherever that span is smaller than the
+width, it is known from D. In architecture B, u_i = γ ∘ (C z_i)/σ_i + β with C = I − 11ᵀ/d, so C z_i
+lies in the span of the rows of D/γ and of β/γ:
 
     C (W_e x_i + b_e + E_i) = (D/γ)ᵀ c_i (+ t β/γ)        for some coefficients c_i.
 
-In architecture A the same holds without C, γ and β. Likewise x_i = (∂l/∂W_e)ᵀ c'_i, for the patch embedding reads
-the patches. W_e, b_e and E_i are known to the server, so both are linear in the pixels of patch i alone. Chapter 07
-derives it. We know of no publication that attacks a ViT this way; the nearest are DAGER (Petrov et al., NeurIPS
-2024, arXiv 2405.15586) and TIGER (arXiv 2606.18312), both for text.
+In architecture A the same holds without C, γ and β. Likewise x_i = (∂l/∂W_e)ᵀ c'_i, for the patch
+embedding reads the patches. W_e, b_e and E_i are known to the server, so both are linear in the
+pixels of patch i alone. Chapter 07 derives it. We know of no publication that attacks a ViT this
+way; the nearest are DAGER (Petrov et al., NeurIPS 2024, arXiv 2405.15586) and TIGER (arXiv
+2606.18312), both for text.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +25,155 @@ from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect, tensors_of
 from ...metrics import EXACT_TO_8_BITS_DB
-from ...models import unpatchify
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate, check_update
+from ...update import ClientUpdate
 from ..evidence import one_image
 from ..labels import labels_or_none
 from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report
+from .inputs import shared_gradients
+from .noisy_span import NoisySpan, noisy_span
+from .span_solution import SpanSolution
 
-# Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted from the minimum
-# of the least squares was too small by at most this.
+NEEDS = ("patch_weight", "query", "key", "value")
+
+# Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted
+# from the minimum of the least squares was too small by at most this.
 _MARGIN_DB = 7.0
+_EXCESS_LIMIT = 1e3  # in units of ε: rounding leaves a few, a second image or noise far more
+_LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
+_DEAD = 1e-3  # of the median γ: a feature with less carries nothing to the attention
+# Normal equations square the condition number. Where the factor's diagonal shows a square up to
+# this, one step of refinement leaves no more than QR does; beyond it QR is taken.
+_MOST_SQUARED = 1e8
+
+
+# --- The equations: tensors in, tensors out -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenEquations:
+    """What is known of the tokens: A x_i + e_i lies in the span of the rows of D.
+
+    Attributes
+    ----------
+    D : Tensor (3d, w), the projections' gradients
+    A : Tensor (w, p), C W_e
+    e : Tensor (w, n), C (b_e + E_i) in columns
+    usable : int
+        The width that counts: without features that do not reach the attention.
+    """
+
+    D: Tensor
+    A: Tensor
+    e: Tensor
+    usable: int
+
+
+def token_equations(
+    D: Tensor, W_e: Tensor, places: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None
+) -> TokenEquations:
+    """Equations (7.3) and (7.4): the LayerNorm, if there is one (γ given), taken off both sides.
+
+    Parameters
+    ----------
+    D : Tensor (3d, d)
+        ∂l/∂W_Q, ∂l/∂W_K and ∂l/∂W_V of the first block, one below the other.
+    W_e : Tensor (d, p)
+    places : Tensor (n, d)
+        b_e + E_i, one patch a row.
+    gamma, beta : Tensor (d,), of the LayerNorm before the attention
+    """
+    A, e = W_e, places.T
+    if gamma is None:
+        return TokenEquations(D, A, e, len(A))
+    # γ⁻¹(u − β) is parallel to C z: centre the tokens, divide the rows by γ.
+    A, e = A - A.mean(0), e - e.mean(0)
+    alive = gamma.abs() > _DEAD * gamma.abs().median()
+    D, A, e = D[:, alive] / gamma[alive], A[alive], e[alive]
+    shift = torch.zeros_like(A[:, 0]) if beta is None else beta[alive] / gamma[alive]
+    if not shift.any():
+        return TokenEquations(D, A, e, len(A))
+    # A multiple of β/γ is in every row: take its direction out of both sides. The mean's goes with
+    # it.
+    mirror = _mirror_onto_first(shift)
+    D = (D - 2 * torch.outer(D @ mirror, mirror))[:, 1:]
+    A, e = ((x - 2 * torch.outer(mirror, mirror @ x))[1:] for x in (A, e))
+    return TokenEquations(D, A, e, int(alive.sum()))
+
+
+def _mirror_onto_first(v: Tensor) -> Tensor:
+    """The unit normal of Householder's reflection that takes v to a multiple of the first basis
+    vector.
+    """
+    normal = v / v.norm()
+    normal[0] += torch.copysign(torch.ones_like(normal[0]), normal[0])
+    return normal / normal.norm()
+
+
+def width_needed(patches: int, pixels_per_patch: int, prefix: int, layernorm: bool, *, batch_size: int = 1) -> int:
+    """The least width d that the count (7.6) allows.
+
+    In a batch (B − 1)·n directions stay open at any width: the differences of its images at each
+    place.
+
+    >>> width_needed(196, 768, 1, True)  # ViT-B/16 at 224
+    394
+    """
+    tokens = batch_size * patches + prefix
+    unknowns = min(pixels_per_patch, batch_size * patches)
+    return unknowns + tokens + int(layernorm) - (batch_size - 1) * patches
+
+
+def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """The pixels X (p, n) of least ‖T x + t‖² + ratio² ‖R x‖², (7.7), and H (p, p).
+
+    HᵀH is the normal matrix.
+
+    >>> T, t = torch.eye(2).double(), torch.tensor([[2.0], [4.0]]).double()
+    >>> smallest(T, t, T, 1.0)[0].flatten().round(decimals=9).tolist()
+    [-1.0, -2.0]
+    """
+    normal, right = T.T @ T + ratio**2 * (R.T @ R), T.T @ -t
+    H, failed = torch.linalg.cholesky_ex(normal, upper=True)
+    if not failed and float((H.diagonal().max() / H.diagonal().min()) ** 2) < _MOST_SQUARED:
+        X = torch.cholesky_solve(right, H, upper=True)
+        # One step of refinement, from residuals that squared nothing.
+        off = T.T @ -(T @ X + t) - ratio**2 * (R.T @ (R @ X))
+        return X + torch.cholesky_solve(off, H, upper=True), H
+    Q, H = torch.linalg.qr(torch.cat([T, ratio * R]))
+    return torch.linalg.solve_triangular(H, Q[: len(T)].T @ -t, upper=True), H
+
+
+def smallest_combination(
+    equations: TokenEquations, token_side: NoisySpan, pixel_side: NoisySpan
+) -> tuple[Tensor, Tensor, float, float]:
+    """The patches X (p, n) of the smallest combinations, (7.7).
+
+    Returns
+    -------
+    X : Tensor (p, n)
+    H : Tensor (p, p), the square root of the normal matrix
+    variance : float
+        Of one coefficient, as the minimum itself shows it.
+    ratio : float
+        How much an error of a patch's own coefficients weighs against one of its token's.
+    """
+    p = equations.A.shape[1]
+    # What a token and a patch cost: ‖T x + t‖ = ‖c‖ and ‖R x‖ = ‖c'‖.
+    T, t = token_side.coefficients(equations.A), token_side.coefficients(equations.e)
+    R = pixel_side.coefficients(torch.eye(p).to(T))
+    # Both estimate the same amplification of noise: a second solve brings them to one scale.
+    X, _ = smallest(T, t, R, 1.0)
+    c, c_pixel = (T @ X + t).square().sum(0), (R @ X).square().sum(0)  # (n,), (n,)
+    ratio = float((c / c_pixel.clamp_min(1e-300)).median().sqrt())
+    X, H = smallest(T, t, R, ratio)
+    minimum = (T @ X + t).square().sum(0) + ratio**2 * (R @ X).square().sum(0)  # (n,)
+    # What is left of the minimum, over the w + p equations less p unknowns, is the variance of one
+    # coefficient.
+    return X, H, float(minimum.mean()) / len(equations.A), ratio
+
+
+# --- The attack -----------------------------------------------------------------------------------
 
 
 def span_closed_form(
@@ -44,38 +186,46 @@ def span_closed_form(
     labels: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Reconstruction:
-    """Find, patch by patch, the pixels whose token is the smallest combination of the gradient's rows.
+    """Find, patch by patch, the pixels whose token is the smallest combination of the rows.
 
-    In exact arithmetic the span is a subspace and the pixels are the one solution in it. In finite precision D
-    is a noisy matrix, and a token that needs large coefficients c_i carries an error as large; so the attack
-    minimizes ‖c_i‖² + r² ‖c'_i‖² over the pixels, one least-squares problem with the same matrix for all patches.
-    Rows of D are first scaled to equal noise, which the singular vectors beyond the tokens' number measure.
+    In exact arithmetic the span is a subspace and the pixels are the one solution in it. In finite
+    precision D is a noisy matrix, and a token that needs large coefficients c_i carries an error as
+    large; so the attack minimizes ‖c_i‖² + r² ‖c'_i‖² over the pixels, one least-squares problem
+    with the same matrix for all patches. Rows of D are first scaled to equal noise, which the
+    singular vectors beyond the tokens' number measure.
 
-    Needs the gradients of the first attention's projections and of the patch embedding, the position
-    embedding's *values* (public: it is part of the model), one image, and enough width:
-    min(p, n) + tokens (+ 1 for the LayerNorm's mean) ≤ d, features with γ = 0 not counted. The E_i + b_e must be
-    independent modulo the image of W_e, to the gradient's precision; sinusoids are not, in float32.
+    Needs the gradients of the first attention's projections and of the patch embedding, the
+    position embedding's *values* (public: it is part of the model), one image, and enough width:
+    min(p, n) + tokens (+ 1 for the LayerNorm's mean) ≤ d, features with γ = 0 not counted. The E_i
+    + b_e must be independent modulo the image of W_e, to the gradient's precision; sinusoids are
+    not, in float32.
 
     Parameters
     ----------
     model : nn.Module
     update : ClientUpdate
     strict : bool
-        Refuse where the width does not suffice; False returns the smallest solution, marked not exact.
-    anatomy, preprocessing, labels, device
-        As in :func:`~aprillab.attacks.closed_forms.patch_embedding.embedding_closed_form`.
+        Refuse where the width does not suffice; False returns the smallest solution, marked not
+        exact.
+    anatomy : Anatomy, optional
+        Default is ``dissect(model)``.
+    preprocessing : Preprocessing, optional
+        Pixels to model input; default is the model family's own.
+    labels : int64 Tensor of shape (1,), optional
+        If the attacker knows the label; otherwise it is recovered.
+    device : where to solve; default is where the update lies
 
     Returns
     -------
     Reconstruction
-        With ``diagnostics``: ``tokens``, ``width_needed``, ``tokens_above_noise`` (numerical rank of D),
-        ``gap`` (the last token's singular value over the largest of the noise).
+        With ``diagnostics``: ``tokens``, ``width_needed``, ``tokens_above_noise`` (numerical rank
+        of D), ``gap`` (the last token's singular value over the largest of the noise).
 
     Raises
     ------
     AttackNotApplicable
-        If a gradient is not shared, the first block is unknown, there is no position embedding, or the width
-        does not suffice.
+        If a gradient is not shared, the first block is unknown, there is no position embedding, or
+        the width does not suffice.
     UpdateError
         If the update does not belong to the model.
     """
@@ -119,52 +269,6 @@ def span_closed_form(
     )
 
 
-@dataclass(frozen=True)
-class SpanSolution:
-    """What the span says of the patches: the most probable ones, and how uncertain each direction is.
-
-    Attributes
-    ----------
-    patches : Tensor (p, n), in model-input space
-    root : Tensor (p, p)
-        H, with (HᵀH)⁻¹ · ``variance`` the covariance of a patch's error; it is the same for all patches.
-    variance : float
-    patch_size, image_size : in pixels
-    token_side : the noisy span of the tokens
-    width_needed, usable_width : int
-    numbers : dict, for ``diagnostics``
-    """
-
-    patches: Tensor
-    root: Tensor
-    variance: float
-    patch_size: int
-    image_size: tuple[int, int]
-    token_side: _Span
-    width_needed: int
-    usable_width: int
-    numbers: dict[str, float]
-
-    @property
-    def images(self) -> Tensor:
-        """(1, C, H, W)"""
-        return unpatchify(self.patches.T[None], self.patch_size, self.image_size)
-
-    @property
-    def mean_square_error(self) -> float:
-        """Of the pixels, in model-input space, as least squares predicts it from its own minimum.
-
-        Where the problem is so ill-conditioned that the minimum itself shrinks, this is too optimistic.
-        """
-        inverse = torch.linalg.solve_triangular(self.root, torch.eye(len(self.root)).to(self.root), upper=True)
-        return float(self.variance * inverse.square().sum() / len(self.root))
-
-    def directions(self) -> tuple[Tensor, Tensor]:
-        """Orthonormal directions in a patch, in rows (p, p), and the standard deviation of the error in each (p,)."""
-        s, Vt = torch.linalg.svd(self.root)[1:]
-        return Vt, self.variance**0.5 / s.clamp_min(torch.finfo(s.dtype).tiny)
-
-
 def solve_span(
     model: nn.Module,
     update: ClientUpdate,
@@ -176,74 +280,46 @@ def solve_span(
 ) -> SpanSolution:
     """The linear algebra of the span attack, for one image or for a batch.
 
-    With B images the span has the B·n + 1 directions of all their tokens, and a patch is known up to combinations of
-    the differences between the images at each place: (B − 1)·n directions of p are open, and the rest is known and
-    the same for all images of the batch but for these.
+    With B images the span has the B·n + 1 directions of all their tokens, and a patch is known up
+    to combinations of the differences between the images at each place: (B − 1)·n directions of p
+    are open, and the rest is known and the same for all images of the batch but for these.
 
     Raises
     ------
     AttackNotApplicable
         As :func:`span_closed_form`.
     """
-    name = "span_closed_form"
-    check_update(model, update)
-    _check_applies(name, anatomy, update)
+    shared = _check(model, update, anatomy, device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
-    gradients = update.to(device).gradients
     eps = torch.finfo(update.dtype).eps
-
-    patch_gradient = gradients[anatomy.patch_weight].double().flatten(1)  # (d, p)
-    D = torch.cat([rows.of(gradients).double() for rows in _projections(anatomy)])  # (3d, d)
-    A, e = _embedding(anatomy, weights)  # (d, p), (d, n): a token is A x_i + e_i
-    prenorm = anatomy.first_block == "prenorm"
-    beta = torch.zeros_like(A[:, 0])
-    if prenorm:
-        A, e = A - A.mean(0), e - e.mean(0)  # C z_i
-        D, A, e, beta = _undo_layernorm(anatomy, weights, D, A, e)
-    (width, p), n = A.shape, e.shape[1]
-    d = patch_gradient.shape[0]
+    equations = _equations(shared, anatomy, weights)
+    dW = shared["patch_weight"].flatten(1)  # (d, p)
+    (d, p), n = dW.shape, equations.e.shape[1]
     tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
-    usable = width + bool(beta.any())  # the direction of β/γ was projected out, and with it the mean's
-    unknowns = min(p, batch_size * n)
-    needed = unknowns + tokens + prenorm
-    if batch_size > 1:
-        needed -= (batch_size - 1) * n  # directions that no width would close
-    if strict and needed > usable:
-        raise AttackNotApplicable(
-            name,
-            f"min(p, n) + tokens{' + 1' if prenorm else ''} = {needed} > {usable} = d: "
-            f"the span of {tokens} tokens leaves {width - tokens} equations for {unknowns} unknowns a patch",
-            width_needed=needed,
-            width=usable,
-        )
-    if not D.any() or not patch_gradient.any():
-        raise AttackNotApplicable(name, "the first attention's gradient is zero: the head passes nothing down")
-
-    token_side = _noisy_span(D, tokens, eps)
-    pixel_side = _noisy_span(patch_gradient, batch_size * n, eps)
-    T, t = token_side.coefficients(A), token_side.coefficients(e)  # ‖T x + t‖ = ‖c‖
-    R = pixel_side.coefficients(torch.eye(p).to(A))  # ‖R x‖ = ‖c'‖
-    X, _ = _smallest(T, t, R, 1.0)
-    # Both kinds of coefficient estimate the same amplification of noise: a second solve brings them to one scale.
-    c, c_pixel = (T @ X + t).square().sum(0), (R @ X).square().sum(0)  # (n,), (n,)
-    ratio = float((c / c_pixel.clamp_min(1e-300)).median().sqrt())
-    X, H = _smallest(T, t, R, ratio)  # (p, n)
-    objective = (T @ X + t).square().sum(0) + ratio**2 * (R @ X).square().sum(0)  # (n,)
+    # Is the model wide enough for one solution? (7.6)
+    prenorm = anatomy.first_block == "prenorm"
+    needed = width_needed(n, p, tokens - batch_size * n, prenorm, batch_size=batch_size)
+    if strict and needed > equations.usable:
+        _refuse_width(needed, equations, tokens, min(p, batch_size * n), prenorm)
+    # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
+    # (7.7).
+    token_side = noisy_span(equations.D, tokens, eps)
+    pixel_side = noisy_span(dW, batch_size * n, eps)
+    X, H, variance, ratio = smallest_combination(equations, token_side, pixel_side)
     return SpanSolution(
         patches=X,
         root=H,
-        # What is left of the objective, over the equations to spare, is the variance of one coefficient.
-        variance=float(objective.mean()) / max(len(T) + len(R) - p, 1),
-        patch_size=weights[anatomy.patch_weight].shape[-1],
+        variance=variance,
+        patch_size=shared["patch_weight"].shape[-1],
         image_size=anatomy.image_size,
         token_side=token_side,
         width_needed=needed,
-        usable_width=usable,
+        usable_width=equations.usable,
         numbers={
             "patches": n,
             "tokens": tokens,
             "width": d,
-            "usable_width": usable,
+            "usable_width": equations.usable,
             "width_needed": needed,
             "pixels_per_patch": p,
             "tokens_above_noise": token_side.above_noise,
@@ -254,113 +330,14 @@ def solve_span(
     )
 
 
-@dataclass(frozen=True)
-class _Span:
-    """The row space of a noisy gradient whose rows were scaled to noise of variance 1.
-
-    ``s`` (k,) and ``Vt`` (k, k) are its singular values and right singular vectors, ``floor`` the least singular
-    value that pure noise of this shape has.
-    """
-
-    s: Tensor
-    Vt: Tensor
-    floor: float
-    tokens: int
-    excess: float
-
-    @property
-    def damped(self) -> Tensor:
-        return (self.s**2 + self.floor**2).sqrt()
-
-    @property
-    def gap(self) -> float:
-        """The last token's singular value over the first one beyond the tokens."""
-        if len(self.s) <= self.tokens:
-            return 1.0
-        return float(self.s[self.tokens - 1] / self.s[self.tokens].clamp_min(1e-300))
-
-    @property
-    def above_noise(self) -> int:
-        beyond = self.s[self.tokens] if len(self.s) > self.tokens else self.s[-1]
-        return int((self.s > 2 * beyond).sum())
-
-    def coefficients(self, targets: Tensor) -> Tensor:
-        """Columns whose norms are those of the smallest c with Dᵀ c ≈ target, for targets in columns (k, m)."""
-        return (self.Vt @ targets) / self.damped[:, None]
+# --- Check ----------------------------------------------------------------------------------------
 
 
-def _noisy_span(D: Tensor, tokens: int, eps: float) -> _Span:
-    """Scale the rows of D (m, k) to equal noise and decompose.
-
-    The noise of a row is measured where no token can be: in the right singular vectors beyond the first ``tokens``.
-    """
-    rows, k = D.shape
-    norms = D.norm(dim=1)
-    D = D[norms > 0] / norms[norms > 0, None]
-    Vt = torch.linalg.svd(D, full_matrices=len(D) < k)[2]
-    if k > tokens:
-        beyond = (D @ Vt[tokens:].T).square().mean(1).sqrt()
-        excess = float(beyond.square().mean().sqrt() * (k - tokens) ** 0.5)
-        noise = beyond.clamp_min(max(0.1 * float(beyond.median()), 1e-3 * eps / k**0.5))
-    else:
-        excess, noise = 0.0, torch.full_like(norms[norms > 0], eps)
-    D = D / noise[:, None]
-    s, Vt = torch.linalg.svd(D, full_matrices=len(D) < k)[1:]
-    s = torch.cat([s, s.new_zeros(k - len(s))])
-    # Bai and Yin: noise of variance 1 in m × k numbers has no singular value below √m − √k.
-    return _Span(s, Vt, max(rows**0.5 - k**0.5, 1.0), tokens, excess)
-
-
-def _smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """The pixels X (p, n) that minimize ‖T x + t‖² + ratio² ‖R x‖², and a factor H (p, p) with HᵀH the normal matrix.
-
-    By QR and not by the normal equations, whose condition is the square.
-    """
-    stacked = torch.cat([T, ratio * R])
-    Q, H = torch.linalg.qr(stacked)
-    right = Q[: len(T)].T @ -t
-    return torch.linalg.solve_triangular(H, right, upper=True), H
-
-
-def _projections(anatomy: Anatomy) -> list:
-    return [rows for rows in (anatomy.query, anatomy.key, anatomy.value) if rows is not None]
-
-
-def _embedding(anatomy: Anatomy, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """W_e (d, p) and b_e + E_i as columns (d, n), float64."""
-    W_e = weights[anatomy.patch_weight].double().flatten(1)
-    E = weights[anatomy.position].double().flatten(0, -2)[anatomy.position_prefix :]  # type: ignore[index]
-    if anatomy.patch_bias is not None:
-        E = E + weights[anatomy.patch_bias].double()
-    return W_e, E.T
-
-
-def _extra_prefix(anatomy: Anatomy, weights: dict[str, Tensor]) -> int:
-    """Tokens before the patches that have no position of their own (timm's ``no_embed_class``)."""
-    prefix = sum(weights[token].flatten(0, -2).shape[0] for token in anatomy.prefix)
-    return max(prefix - anatomy.position_prefix, 0)
-
-
-def _undo_layernorm(
-    anatomy: Anatomy, weights: dict[str, Tensor], D: Tensor, A: Tensor, e: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Divide the rows of D by γ and project β/γ out of D, A and e.
-
-    Features whose γ is (nearly) zero carry nothing to the attention: they are left out, which costs their width.
-    """
-    gamma = weights[anatomy.norm_weight].double() if anatomy.norm_weight else torch.ones(len(A)).to(A)
-    beta = weights[anatomy.norm_bias].double() if anatomy.norm_bias else torch.zeros_like(gamma)
-    alive = gamma.abs() > 1e-3 * gamma.abs().median()
-    D, A, e = D[:, alive] / gamma[alive], A[alive], e[alive]
-    shift = beta[alive] / gamma[alive]
-    if shift.any():
-        # An orthonormal basis of what is orthogonal to β/γ: the last columns of a complete QR.
-        basis = torch.linalg.qr(shift[:, None], mode="complete").Q[:, 1:]  # (d, d − 1)
-        D, A, e = D @ basis, basis.T @ A, basis.T @ e
-    return D, A, e, shift
-
-
-def _check_applies(name: str, anatomy: Anatomy, update: ClientUpdate) -> None:
+def _check(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """The gradients that the span needs, or a refusal."""
+    name = "span_closed_form"
     if anatomy.first_block not in ("april", "prenorm"):
         raise AttackNotApplicable(
             name,
@@ -373,8 +350,38 @@ def _check_applies(name: str, anatomy: Anatomy, update: ClientUpdate) -> None:
             "without a position embedding every patch obeys the same equations: nothing tells the patches apart, and "
             "x = 0 solves them all when there is no bias",
         )
-    needed: dict[str, str | None] = {"patch embedding": anatomy.patch_weight}
-    needed |= {part: rows.name if (rows := getattr(anatomy, part)) else None for part in ("query", "key", "value")}
-    for part, tensor in needed.items():
-        if tensor is None or tensor not in update.gradients:
-            raise AttackNotApplicable(name, f"the gradient of the {part} ({tensor}) is not shared")
+    shared = shared_gradients(name, model, update, anatomy, NEEDS, device=device)
+    if not shared["patch_weight"].any() or not any(shared[part].any() for part in ("query", "key", "value")):
+        raise AttackNotApplicable(name, "the first attention's gradient is zero: the head passes nothing down")
+    return shared
+
+
+def _equations(shared: Mapping[str, Tensor], anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
+    """The token equations of a model: its values of W_e, b_e + E_i, γ and β put in."""
+    W_e = weights[anatomy.patch_weight].double().flatten(1)  # (d, p)
+    places = weights[anatomy.position or ""].double().flatten(0, -2)[anatomy.position_prefix :]  # (n, d)
+    if anatomy.patch_bias is not None:
+        places = places + weights[anatomy.patch_bias].double()
+    D = torch.cat([shared[part] for part in ("query", "key", "value")])  # (3d, d)
+    if anatomy.first_block == "april":
+        return token_equations(D, W_e, places)
+    gamma = weights[anatomy.norm_weight].double() if anatomy.norm_weight else torch.ones_like(W_e[:, 0])
+    beta = weights[anatomy.norm_bias].double() if anatomy.norm_bias else None
+    return token_equations(D, W_e, places, gamma, beta)
+
+
+def _extra_prefix(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
+    """Tokens before the patches that have no position of their own (timm's ``no_embed_class``)."""
+    prefix = sum(weights[token].flatten(0, -2).shape[0] for token in anatomy.prefix)
+    return max(prefix - anatomy.position_prefix, 0)
+
+
+def _refuse_width(needed: int, equations: TokenEquations, tokens: int, unknowns: int, layernorm: bool) -> None:
+    usable, width = equations.usable, len(equations.A)
+    raise AttackNotApplicable(
+        "span_closed_form",
+        f"min(p, n) + tokens{' + 1' if layernorm else ''} = {needed} > {usable} = d: "
+        f"the span of {tokens} tokens leaves {width - tokens} equations for {unknowns} unknowns a patch",
+        width_needed=needed,
+        width=usable,
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...models import patchify, unpatchify
 from ...preprocessing import Preprocessing
-from ..closed_forms.span import SpanSolution
+from ..closed_forms.span_solution import SpanSolution
 from .lattice import ReducedLattice, reduced_lattice
 
 # In grey levels. What the span is less sure of than _SURE it is too sure of, by up to 18 times where we measured it.

@@ -286,7 +286,7 @@ def _verdict(state: _State, residual: float | None, limit: float, opened: str, t
     return {"exact": settled == patches and residual <= limit and fine, "reason": text}
 
 
-# --- What the attack has so far -----------------------------------------------------------------------------------
+# --- What the attack has so far -------------------------------------------------------------------
 
 
 @dataclass

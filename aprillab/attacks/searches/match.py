@@ -358,7 +358,7 @@ def match_gradients(
     )
 
 
-# --- What the caller says, checked -------------------------------------------------------------------------------
+# --- What the caller says, checked ----------------------------------------------------------------
 
 
 def _options(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:

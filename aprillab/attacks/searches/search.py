@@ -22,7 +22,7 @@ from . import objectives
 from .coordinates import Coordinates
 from .objectives import Distance, position_cosine
 
-# --- The problem: loss and gradient for pictures on trial -------------------------------------------------------
+# --- The problem: loss and gradient for pictures on trial -----------------------------------------
 
 
 @dataclass
@@ -109,7 +109,7 @@ def _residual(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         return difference / torch.stack([t.norm() for t in targets]).norm()
 
 
-# --- The search: budgets, restarts, the best so far -------------------------------------------------------------
+# --- The search: budgets, restarts, the best so far -----------------------------------------------
 
 
 class _Stop(Exception):
@@ -317,7 +317,7 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
 
-# --- The optimizers: each calls search.evaluate until it raises or nothing moves any more -----------------------
+# --- The optimizers: each calls search.evaluate until it raises or nothing moves any more ---------
 
 
 def _lbfgs(search: Search, variables: Variables, learning_rate: float) -> None:

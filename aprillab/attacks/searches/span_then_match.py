@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ...anatomy import Anatomy, dissect
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
-from ..closed_forms.span import SpanSolution, solve_span
+from ..closed_forms.span import solve_span
+from ..closed_forms.span_solution import SpanSolution
 from ..labels import assumed_batch_size
 from ..result import Reconstruction
 from .coordinates import Coordinates

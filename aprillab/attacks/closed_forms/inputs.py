@@ -1,0 +1,54 @@
+"""What a closed form reads of an update, checked: the first thing that each of them does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...anatomy import Anatomy, Rows
+from ...update import ClientUpdate, check_update
+from ..result import AttackNotApplicable
+
+_WORDS = {"position": "position embedding", "patch_weight": "patch embedding"}
+
+
+def shared_gradients(
+    attack: str,
+    model: nn.Module,
+    update: ClientUpdate,
+    anatomy: Anatomy,
+    needs: tuple[str, ...],
+    *,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """The gradients that an attack needs, by their field of :class:`~aprillab.Anatomy`, in float64.
+
+    Parameters
+    ----------
+    attack : str
+        Who asks; for the refusal.
+    model, update, anatomy
+    needs : tuple of str
+        Fields of Anatomy.
+    device : where to solve; default is where the update lies
+
+    Raises
+    ------
+    UpdateError
+        If the update does not belong to the model, or a tensor that the attacks read is not finite.
+    AttackNotApplicable
+        If the model has no such part, or its gradient is not shared.
+    """
+    check_update(model, update, finite=anatomy.tensor_names())
+    found = {}
+    for part in needs:
+        words, where = _WORDS.get(part, part), getattr(anatomy, part)
+        if where is None:
+            raise AttackNotApplicable(attack, f"the model has no {words} that dissect() knows of")
+        rows = where if isinstance(where, Rows) else Rows(where)
+        gradient = rows.of(update.gradients)
+        if gradient is None:
+            why = f": {rows} is fixed or withheld" if part == "position" else f" ({rows})"
+            raise AttackNotApplicable(attack, f"the gradient of the {words} is not shared{why}")
+        found[part] = gradient.to(device, torch.float64)
+    return found

@@ -1,0 +1,61 @@
+"""What the span attack says of the patches, for the attacks that go on from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...models import unpatchify
+from .noisy_span import NoisySpan
+
+
+@dataclass(frozen=True)
+class SpanSolution:
+    """The most probable patches, and how uncertain each direction of a patch is.
+
+    Attributes
+    ----------
+    patches : Tensor (p, n), in model-input space
+    root : Tensor (p, p)
+        H, with (HᵀH)⁻¹ · ``variance`` the covariance of a patch's error; it is the same for all
+        patches.
+    variance : float
+    patch_size, image_size : in pixels
+    token_side : the noisy span of the tokens
+    width_needed, usable_width : int
+    numbers : dict, for ``diagnostics``
+    """
+
+    patches: Tensor
+    root: Tensor
+    variance: float
+    patch_size: int
+    image_size: tuple[int, int]
+    token_side: NoisySpan
+    width_needed: int
+    usable_width: int
+    numbers: dict[str, float]
+
+    @property
+    def images(self) -> Tensor:
+        """(1, C, H, W)"""
+        return unpatchify(self.patches.T[None], self.patch_size, self.image_size)
+
+    @property
+    def mean_square_error(self) -> float:
+        """Of the pixels, in model-input space, as least squares predicts it from its own minimum.
+
+        Where the problem is so ill-conditioned that the minimum itself shrinks, this is too
+        optimistic.
+        """
+        inverse = torch.linalg.solve_triangular(self.root, torch.eye(len(self.root)).to(self.root), upper=True)
+        return float(self.variance * inverse.square().sum() / len(self.root))
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Orthonormal directions in a patch, in rows (p, p), and the standard deviation of the
+        error in each (p,).
+        """
+        s, Vt = torch.linalg.svd(self.root)[1:]
+        return Vt, self.variance**0.5 / s.clamp_min(torch.finfo(s.dtype).tiny)
