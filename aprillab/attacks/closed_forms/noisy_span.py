@@ -20,11 +20,9 @@ from torch import Tensor
 
 from .linear_algebra import orthonormal
 
-# Directions that the iteration carries along beyond the tokens, and its rounds: the singular values
-# of every victim's update come out as those of the full decomposition, and its picture within 0.1
-# dB (data/results/closed_forms.md).
-_OVERSAMPLING = 16
-_ROUNDS = 2
+# Directions that the iteration carries along beyond the tokens: so many that one round is enough. Every
+# victim's picture comes out within 0.15 dB of the full decomposition's (data/results/closed_forms.md).
+_OVERSAMPLING = 24
 _SEED = 7  # of the directions that it begins with: any will do, if it is always the same
 
 
@@ -91,59 +89,59 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
         Of the precision in which D was shared: no row is taken to be much more precise.
     """
     (rows, width), lengths = D.shape, D.norm(dim=1)
-    D = D[lengths > 0] / lengths[lengths > 0, None]
+    if not lengths.all():
+        D, lengths = D[lengths > 0], lengths[lengths > 0]
+    D = D / lengths[:, None]
     k = min(tokens + _OVERSAMPLING, *D.shape)
     # What a row has outside the tokens' directions is its noise.
-    V = strongest_directions(D, k)[1]
-    excess, noise = row_noise(D, V[:, :tokens], eps)
-    D = D / noise[:, None]
+    _, V, DV = strongest_directions(D, k)
+    excess, noise = row_noise(D - DV[:, :tokens] @ V[:, :tokens].T, D.shape[1] - tokens, eps)
     # The tokens' directions once more, now that all rows count by what they know.
-    s, V = strongest_directions(D, k, start=V)
+    D = D / noise[:, None]
+    s, V, DV = strongest_directions(D, k, start=DV / noise[:, None])
     # Bai and Yin: noise of variance 1 in m × w numbers has no singular value below √m − √w.
     floor = max(rows**0.5 - width**0.5, 1.0)
-    rest = D - (D @ V) @ V.T
-    gram = rest.T @ rest + floor**2 * torch.eye(width).to(D)
+    # Noise alone is as even as can be: seven digits of its Gram matrix are more than enough.
+    rest = (D - DV @ V.T).float()
+    gram = (rest.T @ rest).double() + floor**2 * torch.eye(width).to(D)
     return NoisySpan(tokens, s, V, torch.linalg.cholesky(gram), floor, excess)
 
 
-def strongest_directions(D: Tensor, k: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k strongest singular values (k,) and right singular vectors (w, k) of D (m, w).
+def strongest_directions(D: Tensor, k: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The k strongest singular values (k,) and right singular vectors V (w, k) of D (m, w), and D V.
 
-    By subspace iteration from random directions (Halko, Martinsson and Tropp, SIAM Review 2011), or
-    by one round of it from directions (w, k) that are nearly right. Nothing is squared, so all that
-    float64 can hold is seen. Where k is no small part of the width, the whole decomposition is as
-    cheap.
+    By one round of subspace iteration, from random mixtures of the rows (Halko, Martinsson and Tropp,
+    SIAM Review 2011) or from a ``start`` (m, k) whose columns nearly span those of D V. Nothing is
+    squared, so all that float64 can hold is seen. Where k is no small part of the width, the whole
+    decomposition is as cheap.
 
-    >>> s, V = strongest_directions(torch.diag(torch.tensor([1.0, 1e-9, 1e-12]).double()), 2)
+    >>> s, V, DV = strongest_directions(torch.diag(torch.tensor([1.0, 1e-9, 1e-12]).double()), 2)
     >>> [f"{value:.0e}" for value in s.tolist()]
     ['1e+00', '1e-09']
     """
     width = D.shape[1]
     if 2 * k >= width:
         s, Vt = torch.linalg.svd(torch.linalg.qr(D, mode="r").R, full_matrices=False)[1:]
-        return s[:k], Vt[:k].T
-    rounds = _ROUNDS if start is None else 1
+        return s[:k], Vt[:k].T, D @ Vt[:k].T
     if start is None:
         generator = torch.Generator().manual_seed(_SEED)
-        start = torch.randn(width, k, generator=generator, dtype=D.dtype).to(D)
-    V = start
-    for _ in range(rounds):
-        V = orthonormal(D.T @ orthonormal(D @ V))
-    s, rotation = torch.linalg.svd(torch.linalg.qr(D @ V, mode="r").R)[1:]
-    return s, V @ rotation.T
+        mixed_rows = D.T @ torch.randn(len(D), k, generator=generator, dtype=D.dtype).to(D)
+        start = D @ orthonormal(mixed_rows)
+    V = orthonormal(D.T @ orthonormal(start))
+    DV = D @ V
+    s, rotation = torch.linalg.svd(torch.linalg.qr(DV, mode="r").R)[1:]
+    return s, V @ rotation.T, DV @ rotation.T
 
 
-def row_noise(D: Tensor, V: Tensor, eps: float) -> tuple[float, Tensor]:
-    """What lies outside the directions V (w, tokens): the excess, and an entry's noise by row (m,).
+def row_noise(outside: Tensor, spare: int, eps: float) -> tuple[float, Tensor]:
+    """How much lies outside the tokens' directions, and an entry's noise by row (m,).
 
-    The rows of D (m, w) have length 1. Without a direction to spare nothing can be measured: then
-    it is ``eps``.
+    ``outside`` (m, w) is what rows of length 1 have there, in ``spare`` dimensions. With none to
+    spare nothing can be measured: then the noise is ``eps``.
     """
-    spare = D.shape[1] - V.shape[1]
     if spare <= 0:
-        return 0.0, torch.full_like(D[:, 0], eps)
-    noise = (D - (D @ V) @ V.T).square().sum(1).div(spare).sqrt()
+        return 0.0, torch.full_like(outside[:, 0], eps)
+    noise = outside.square().sum(1).div(spare).sqrt()
     excess = float(noise.square().mean().sqrt()) * spare**0.5
-    # No row counts as ten times more precise than most, nor as a thousand times more than its
-    # format.
-    return excess, noise.clamp_min(max(0.1 * float(noise.median()), 1e-3 * eps / D.shape[1] ** 0.5))
+    # No row counts as ten times more precise than most, nor as a thousand times more than its format.
+    return excess, noise.clamp_min(max(0.1 * float(noise.median()), 1e-3 * eps / outside.shape[1] ** 0.5))

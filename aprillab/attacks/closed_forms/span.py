@@ -89,8 +89,10 @@ def token_equations(
     # γ⁻¹(u − β) is parallel to C z: centre the tokens, divide the rows by γ.
     A, e = A - A.mean(0), e - e.mean(0)
     alive = gamma.abs() > _DEAD * gamma.abs().median()
-    D, A, e = D[:, alive] / gamma[alive], A[alive], e[alive]
-    shift = torch.zeros_like(A[:, 0]) if beta is None else beta[alive] / gamma[alive]
+    if not alive.all():
+        D, A, e, gamma = D[:, alive], A[alive], e[alive], gamma[alive]
+    D = D / gamma
+    shift = torch.zeros_like(gamma) if beta is None else beta[alive] / gamma
     if not shift.any():
         return TokenEquations(D, A, e, len(A))
     # A multiple of β/γ is in every row: take its direction out of both sides. The mean's goes with
@@ -120,57 +122,68 @@ def width_needed(patches: int, pixels_per_patch: int, prefix: int, layernorm: bo
     394
     """
     tokens = batch_size * patches + prefix
-    unknowns = min(pixels_per_patch, batch_size * patches)
-    return unknowns + tokens + int(layernorm) - (batch_size - 1) * patches
+    return min(pixels_per_patch, batch_size * patches) + tokens + int(layernorm) - (batch_size - 1) * patches
 
 
-def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """The pixels X (p, n) of least ‖T x + t‖² + ratio² ‖R x‖², (7.7), and H (p, p).
+@dataclass(frozen=True)
+class Smallest:
+    """The patches whose tokens and whose own pixels are the smallest combinations, (7.7).
 
-    HᵀH is the normal matrix.
+    Attributes
+    ----------
+    patches : Tensor (p, n)
+    root : Tensor (p, p)
+        H, with HᵀH the normal matrix.
+    token_cost, pixel_cost : Tensor (n,)
+        ‖c‖² of each token and ‖c'‖² of each patch.
+    """
+
+    patches: Tensor
+    root: Tensor
+    token_cost: Tensor
+    pixel_cost: Tensor
+
+
+def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float, normal: tuple[Tensor, Tensor]) -> Smallest:
+    """The pixels x of least ‖T x + t‖² + ratio² ‖R x‖², (7.7), for all columns of t (m, n) at once.
+
+    ``normal`` has TᵀT and RᵀR, (p, p) each, which are the same for every ratio.
 
     >>> T, t = torch.eye(2).double(), torch.tensor([[2.0], [4.0]]).double()
-    >>> smallest(T, t, T, 1.0)[0].flatten().round(decimals=9).tolist()
+    >>> smallest(T, t, T, 1.0, (T, T)).patches.flatten().round(decimals=9).tolist()
     [-1.0, -2.0]
     """
-    normal, right = T.T @ T + ratio**2 * (R.T @ R), T.T @ -t
-    H, failed = torch.linalg.cholesky_ex(normal, upper=True)
-    if not failed and float((H.diagonal().max() / H.diagonal().min()) ** 2) < _MOST_SQUARED:
-        X = torch.cholesky_solve(right, H, upper=True)
-        # One step of refinement, from residuals that squared nothing.
-        off = T.T @ -(T @ X + t) - ratio**2 * (R.T @ (R @ X))
-        return X + torch.cholesky_solve(off, H, upper=True), H
-    Q, H = torch.linalg.qr(torch.cat([T, ratio * R]))
-    return torch.linalg.solve_triangular(H, Q[: len(T)].T @ -t, upper=True), H
+    H, failed = torch.linalg.cholesky_ex(normal[0] + ratio**2 * normal[1], upper=True)
+    squared = failed or float((H.diagonal().max() / H.diagonal().min()) ** 2) >= _MOST_SQUARED
+    if squared:
+        Q, H = torch.linalg.qr(torch.cat([T, ratio * R]))
+        X = torch.linalg.solve_triangular(H, Q[: len(T)].T @ -t, upper=True)
+    else:
+        X = torch.cholesky_solve(T.T @ -t, H, upper=True)
+    c, c_pixel = T @ X + t, R @ X
+    if not squared:  # one step of refinement, from residuals that squared nothing
+        X = X - torch.cholesky_solve(T.T @ c + ratio**2 * (R.T @ c_pixel), H, upper=True)
+    return Smallest(X, H, c.square().sum(0), c_pixel.square().sum(0))
 
 
 def smallest_combination(
     equations: TokenEquations, token_side: NoisySpan, pixel_side: NoisySpan
-) -> tuple[Tensor, Tensor, float, float]:
-    """The patches X (p, n) of the smallest combinations, (7.7).
+) -> tuple[Smallest, float, float]:
+    """The patches of the smallest combinations, (7.7), the variance of one coefficient, and the ratio.
 
-    Returns
-    -------
-    X : Tensor (p, n)
-    H : Tensor (p, p), the square root of the normal matrix
-    variance : float
-        Of one coefficient, as the minimum itself shows it.
-    ratio : float
-        How much an error of a patch's own coefficients weighs against one of its token's.
+    The ratio says how much a patch's own coefficients weigh against its token's.
     """
-    p = equations.A.shape[1]
     # What a token and a patch cost: ‖T x + t‖ = ‖c‖ and ‖R x‖ = ‖c'‖.
     T, t = token_side.coefficients(equations.A), token_side.coefficients(equations.e)
-    R = pixel_side.coefficients(torch.eye(p).to(T))
+    R = pixel_side.coefficients(torch.eye(T.shape[1]).to(T))
+    normal = T.T @ T, R.T @ R
     # Both estimate the same amplification of noise: a second solve brings them to one scale.
-    X, _ = smallest(T, t, R, 1.0)
-    c, c_pixel = (T @ X + t).square().sum(0), (R @ X).square().sum(0)  # (n,), (n,)
-    ratio = float((c / c_pixel.clamp_min(1e-300)).median().sqrt())
-    X, H = smallest(T, t, R, ratio)
-    minimum = (T @ X + t).square().sum(0) + ratio**2 * (R @ X).square().sum(0)  # (n,)
-    # What is left of the minimum, over the w + p equations less p unknowns, is the variance of one
-    # coefficient.
-    return X, H, float(minimum.mean()) / len(equations.A), ratio
+    first = smallest(T, t, R, 1.0, normal)
+    ratio = float((first.token_cost / first.pixel_cost.clamp_min(1e-300)).median().sqrt())
+    solution = smallest(T, t, R, ratio, normal)
+    # What is left, over w + p equations less p unknowns, is the variance of one coefficient.
+    minimum = solution.token_cost + ratio**2 * solution.pixel_cost  # (n,)
+    return solution, float(minimum.mean()) / len(equations.A), ratio
 
 
 # --- The attack -----------------------------------------------------------------------------------
@@ -305,10 +318,10 @@ def solve_span(
     # (7.7).
     token_side = noisy_span(equations.D, tokens, eps)
     pixel_side = noisy_span(dW, batch_size * n, eps)
-    X, H, variance, ratio = smallest_combination(equations, token_side, pixel_side)
+    solution, variance, ratio = smallest_combination(equations, token_side, pixel_side)
     return SpanSolution(
-        patches=X,
-        root=H,
+        patches=solution.patches,
+        root=solution.root,
         variance=variance,
         patch_size=shared["patch_weight"].shape[-1],
         image_size=anatomy.image_size,
