@@ -10,9 +10,9 @@ from types import ModuleType
 
 import notebook_tools as tools
 import pytest
+from colab_runtimes import ADDED_ON_COLAB, COLAB
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from packaging.requirements import Requirement
-from test_packaging import ADDED_ON_COLAB, COLAB
 
 SCRIPT = tools.ROOT / "tools/try_colab.py"
 SETUP = tools.tagged(tools.read("01"), "setup")[0].source
