@@ -22,7 +22,7 @@ from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
 from ..update import UpdateError
 from ..version import __version__
 from ..zoo import MODEL_NAMES, ModelError, Position
-from .run import DTYPES, RESPONSIBLE_USE, CommandError, note, run_audit, run_compare, run_demo, run_invert
+from .invert import DTYPES, RESPONSIBLE_USE, CommandError, note, run_audit, run_compare, run_demo, run_invert
 
 EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted."
 

@@ -22,7 +22,7 @@ import aprillab
 from aprillab.anatomy import dissect, tensors_of
 from aprillab.attacks import AttackNotApplicable
 from aprillab.commands import cli, demo
-from aprillab.commands import run as commands
+from aprillab.commands import invert as commands
 from aprillab.commands.demo import SCENES, demo_figure, play_demo, play_round
 from aprillab.data import load_victim
 from aprillab.metrics import psnr
