@@ -21,9 +21,9 @@ from torchvision.models import VisionTransformer
 import aprillab
 from aprillab.anatomy import dissect, tensors_of
 from aprillab.attacks import AttackNotApplicable
-from aprillab.commands import cli, demo
-from aprillab.commands import invert as commands
-from aprillab.commands.demo import SCENES, demo_figure, play_demo, play_round
+from aprillab.commands import cli, demo, invert
+from aprillab.commands.demo import SCENES, demo_figure, play_demo
+from aprillab.commands.round import play_round
 from aprillab.data import load_victim
 from aprillab.metrics import psnr
 from aprillab.models import sinusoidal_1d, sinusoidal_2d
@@ -117,7 +117,7 @@ def test_interruption_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "play_round", interrupt)
+    monkeypatch.setattr(invert, "play_round", interrupt)
     code, _, err = run("invert", "coffee", *SMALL)
     assert code == 130
     is_one_error(err, "interrupted")
@@ -130,11 +130,11 @@ def test_lack_of_memory_is_no_traceback_and_a_bug_is_one(run: Run, monkeypatch: 
 
         return play
 
-    monkeypatch.setattr(commands, "play_round", fail("DefaultCPUAllocator: can't allocate memory"))
+    monkeypatch.setattr(invert, "play_round", fail("DefaultCPUAllocator: can't allocate memory"))
     code, _, err = run("invert", "coffee", *SMALL)
     assert code == 2
     is_one_error(err, "not enough memory")
-    monkeypatch.setattr(commands, "play_round", fail("a bug of ours"))
+    monkeypatch.setattr(invert, "play_round", fail("a bug of ours"))
     with pytest.raises(RuntimeError, match="a bug of ours"):
         cli.main(["invert", "coffee", *SMALL])
 
@@ -165,7 +165,7 @@ def small_vit(name: str, *, image_size: int, position: str, seed: int) -> torch.
 
 def test_demo_plays_three_attacks(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = load_victim("astronaut", 32)
-    monkeypatch.setattr(commands, "_photograph", lambda name, size: small if size == 224 else None)
+    monkeypatch.setattr(demo, "photograph", lambda name, size: small if size == 224 else None)
     monkeypatch.setattr(demo, "build_model", small_vit)
     code, out, err = run("demo", "--out", "new/folder/demo.png")
     assert (code, err) == (0, "")

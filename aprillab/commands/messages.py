@@ -1,0 +1,20 @@
+"""What all commands say: errors, notes on stderr, and the texts below every help."""
+
+from __future__ import annotations
+
+import sys
+
+EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted."
+RESPONSIBLE_USE = (
+    "Use this to learn, to audit systems that are yours and to build better defences: attack pictures that are\n"
+    "public, or your own, or those of people who said yes."
+)
+
+
+class CommandError(Exception):
+    """Bad input or usage; the message is for the user."""
+
+
+def note(text: str) -> None:
+    """Print a remark that is no error on stderr."""
+    print(f"aprillab: note: {text}", file=sys.stderr)
