@@ -40,8 +40,9 @@ from tqdm.auto import tqdm
 import aprillab as al
 from aprillab import viz
 from aprillab.attacks import CLOSED_FORMS, PRESETS
-from aprillab.comparison.records import Case, Row, read_curves, read_pictures, read_rows
-from aprillab.comparison.run import cross, run
+from aprillab.comparison.cases import Case, cross
+from aprillab.comparison.records import Row, read_curves, read_pictures, read_rows
+from aprillab.comparison.run import run
 from aprillab.models import patchify
 from aprillab.training import evaluate, train
 from aprillab.zoo import Position, build_model

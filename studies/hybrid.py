@@ -13,8 +13,10 @@ import tempfile
 from pathlib import Path
 
 from aprillab import viz
+from aprillab.comparison.cases import Case, cross
 from aprillab.comparison.figures import picture_pages
-from aprillab.comparison.run import Case, Row, cross, run
+from aprillab.comparison.records import Row
+from aprillab.comparison.run import run
 
 RESULTS = Path(__file__).parent.parent / "data" / "results"
 EVALUATIONS, SECONDS = 300, 150.0

@@ -30,8 +30,10 @@ from aprillab import (
     span_then_round,
     viz,
 )
+from aprillab.comparison.cases import Case, cross
 from aprillab.comparison.figures import picture_pages
-from aprillab.comparison.run import Case, Row, cross, run
+from aprillab.comparison.records import Row
+from aprillab.comparison.run import run
 from studies.hybrid import RESULTS, VICTIMS
 
 EVALUATIONS, SECONDS = 4000, 170.0

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ..anatomy import UnknownModelError
 from ..attacks.result import AttackNotApplicable
-from ..comparison.records import CompareError
+from ..comparison.cases import CompareError
 from ..data import PictureError, PictureWarning
 from ..update import UpdateError
 from ..version import __version__

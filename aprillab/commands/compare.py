@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from .. import viz
 from ..attacks.catalogue import ATTACKS
 from ..comparison import figures
-from ..comparison.records import DTYPES, Case, Row
-from ..comparison.run import cross, report, table
+from ..comparison.cases import DTYPES, Case, cross
+from ..comparison.records import Row
 from ..comparison.run import run as run_cases
+from ..comparison.table import report, table
 from ..zoo import MODEL_NAMES, Position
 from .arguments import listed, positive, whole
 from .files import writable_file, writable_folder, write

@@ -15,7 +15,7 @@ from ..anatomy import dissect, tensors_of
 from ..attacks.catalogue import CLOSED_FORMS
 from ..attacks.result import AttackNotApplicable
 from ..audit.report import json_safe
-from ..comparison.records import DTYPES
+from ..comparison.cases import DTYPES
 from ..version import __version__
 from ..zoo import MODEL_NAMES, Position, build_model
 from .arguments import PHOTO, whole

@@ -1,4 +1,4 @@
-"""What a comparison keeps: its cases, a CSV row for each, the searches' points on their way, the pictures.
+"""What a comparison keeps: a CSV row for each case, the searches' points on their way, the pictures.
 
 A CSV ends between two lines whenever the program ends, and what is read back is what was written, to six digits.
 """
@@ -6,111 +6,17 @@ A CSV ends between two lines whenever the program ends, and what is read back is
 from __future__ import annotations
 
 import csv
-import functools
-import hashlib
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data import victims
-from ..zoo import Position
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-class CompareError(ValueError):
-    """A comparison that cannot be made: an unknown name, or a file that holds another one."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attack on one client's update.
-
-    Attributes
-    ----------
-    attack : key of :data:`aprillab.comparison.run.ATTACKS`
-    victims : tuple of str
-        The batch: names of :func:`aprillab.victims`, or ``"mnist:K"`` for the K-th test digit of
-        :func:`aprillab.mnist5k` (the split of seed 0; one channel, 28 × 28 pixels, its own label).
-    model, image_size, patch_size, width, depth, heads, mlp_ratio, channels, classes, position
-        As in :func:`~aprillab.zoo.build_model`; None for what the model's name implies.
-    weights : "init" or a path
-        Random weights, or a file of them, in whose name ``{model}``, ``{position}`` and ``{seed}`` are filled in.
-    dtype : {"float32", "float64"}, of the client's model and gradient
-    labels : {"recover", "given"}
-        Whether the attacker has to find the labels, if it needs them, or is told.
-    seed : int
-        Of random weights, the photographs' labels (drawn, all different in a batch) and the search's first guess.
-    """
-
-    attack: str
-    victims: tuple[str, ...]
-    model: str = "prenorm"
-    image_size: int = 32
-    patch_size: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
-    channels: int = 3
-    classes: int = 10
-    position: Position = "learned"
-    weights: str = "init"
-    dtype: str = "float32"
-    labels: Literal["recover", "given"] = "recover"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("position", self.position, get_args(Position)),
-            ("precision", self.dtype, list(DTYPES)),
-            ("labels", self.labels, ["recover", "given"]),
-        ):
-            if value not in known:
-                raise CompareError(f"{name} {value!r} is none of {', '.join(known)}")
-        for name in self.victims:
-            _check_victim(self, name)
-        if not 1 <= len(self.victims) <= self.classes:
-            raise CompareError(f"{len(self.victims)} victims in a batch: from 1 to the {self.classes} classes")
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.victims)
-
-    @property
-    def weights_file(self) -> Path | None:
-        """The file of this case's weights; None for random ones."""
-        if self.weights == "init":
-            return None
-        name = self.weights
-        for part in ("model", "position", "seed"):
-            name = name.replace(f"{{{part}}}", str(getattr(self, part)))
-        return Path(name)
-
-    @functools.cached_property
-    def update(self) -> str:
-        """Twelve hexadecimal digits that all attacks on the same update share."""
-        facts = {name: _text(value) for name, value in asdict(self).items() if name not in ("attack", "labels")}
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-
-
-def _check_victim(case: Case, name: str) -> None:
-    source, colon, number = name.partition(":")
-    if source == "mnist" and colon:
-        if not number.isdecimal() or (case.channels, case.image_size) != (1, 28) or case.classes < 10:
-            raise CompareError(
-                f"victim {name!r}: mnist:K is a test digit by its number, for models of one channel, 28 pixels and "
-                f"10 classes or more, not of {case.channels}, {case.image_size} and {case.classes}"
-            )
-    elif name not in victims():
-        raise CompareError(f"there is no victim {name!r}; there are mnist:K and {', '.join(victims())}")
+from .cases import Case, CompareError, cell
 
 
 @dataclass(frozen=True)
@@ -241,15 +147,7 @@ def cells(record: Row | Point) -> dict[str, str]:
     if isinstance(record, Row):
         case = values.pop("case")
         values = {**asdict(case), "batch_size": case.batch_size, "update": case.update, **values}
-    return {name: _text(value) for name, value in values.items()}
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, tuple):
-        return "+".join(value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return {name: cell(value) for name, value in values.items()}
 
 
 _KINDS: dict[str, Callable[[str], Any]] = {

@@ -5,7 +5,7 @@
     print(table(rows))
 
 Beside ``compare.csv`` lie ``compare_curves.csv``, how each search went, and ``compare_pictures/``, what came of it
-(compare_records.py has the columns). Attacks see model and update, and the labels where a case says so.
+(records.py has the columns). Attacks see model and update, and the labels where a case says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,19 +28,16 @@ from ..anatomy import dissect
 from ..attacks.catalogue import ATTACKS
 from ..attacks.result import AttackNotApplicable
 from ..attacks.searches.match import PRESETS, match_gradients
-from ..data import load_victim, mnist5k
 from ..metrics import match_batch, psnr, ssim
 from ..models import VisionTransformer
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, UpdateError, client_update, logits_of
 from ..version import __version__
 from ..zoo import build_model
+from .cases import DTYPES, Case, CompareError, private_pictures
 from .records import (
-    DTYPES,
     POINT_COLUMNS,
     ROW_COLUMNS,
-    Case,
-    CompareError,
     Point,
     Row,
     append_lines,
@@ -52,53 +48,6 @@ from .records import (
     read_rows,
     write_lines,
 )
-
-
-def cross(
-    *,
-    victims: Sequence[str],
-    attacks: Sequence[str] = tuple(ATTACKS),
-    models: Sequence[str] = ("prenorm",),
-    positions: Sequence[str] = ("learned",),
-    dtypes: Sequence[str] = ("float32",),
-    weights: Sequence[str] = ("init",),
-    seeds: Sequence[int] = (0,),
-    batch_sizes: Sequence[int] = (1,),
-    **common: Any,
-) -> list[Case]:
-    """Every combination, seed by seed, so that a run which is broken off has whole seeds.
-
-    Parameters
-    ----------
-    victims : names
-        Cut into batches in this order; what is left over at the end is left out.
-    attacks, models, positions, dtypes, weights, seeds
-        Values of :class:`Case`'s fields.
-    batch_sizes : ints
-    **common
-        Other fields of :class:`Case`, the same in all.
-
-    Raises
-    ------
-    CompareError
-        If a name is unknown, or a batch larger than the list of victims.
-    """
-    if too_large := [size for size in batch_sizes if not 1 <= size <= len(victims)]:
-        raise CompareError(f"a batch of {too_large[0]} cannot be made of {len(victims)} victims")
-    return [
-        Case(
-            attack=attack, victims=tuple(victims[i : i + size]), model=model, position=position, dtype=dtype,  # type: ignore[arg-type]
-            weights=file, seed=seed, **common,
-        )
-        for seed in seeds
-        for size in batch_sizes
-        for model in models
-        for file in weights
-        for dtype in dtypes
-        for position in positions
-        for i in range(0, len(victims) - size + 1, size)
-        for attack in attacks
-    ]  # fmt: skip
 
 
 def run(
@@ -160,7 +109,7 @@ def run(
         if case not in done:
             groups.setdefault(case.update, []).append(case)
     _check_models([group[0] for group in groups.values()])
-    _begin(path, rows)
+    _drop_unfinished_rows(path, rows)
     if any(ATTACKS[case.attack].searches for group in groups.values() for case in group):
         _warm_up()
     bar = tqdm(
@@ -196,29 +145,6 @@ class _Client:
     weights_sha256: str
 
 
-def _private(case: Case) -> tuple[Tensor, Tensor]:
-    """Pixels (B, C, H, W) and labels (B,): a digit's own, a photograph's drawn from those that are left."""
-    pixels: list[Tensor] = []
-    labels: list[int | None] = []
-    for name in case.victims:
-        if not name.startswith("mnist:"):
-            pixels.append(load_victim(name, case.image_size, channels=case.channels, dtype=torch.float64))
-            labels.append(None)
-            continue
-        try:
-            images, known = mnist5k("test", dtype=torch.float64)
-        except ImportError as error:
-            raise CompareError(f"victim {name!r}: {error}") from error
-        number = int(name.removeprefix("mnist:"))
-        if number >= len(images):
-            raise CompareError(f"victim {name!r}: there are {len(images)} test digits, from mnist:0")
-        pixels.append(images[number])
-        labels.append(int(known[number]))
-    drawn = torch.randperm(case.classes, generator=torch.Generator().manual_seed(case.seed)).tolist()
-    free = iter([label for label in drawn if label not in labels])
-    return torch.stack(pixels), torch.tensor([next(free) if label is None else label for label in labels])
-
-
 def _build(case: Case) -> nn.Module:
     return build_model(
         case.model, image_size=case.image_size, patch_size=case.patch_size, width=case.width, depth=case.depth,
@@ -231,7 +157,7 @@ def _check_models(cases: Sequence[Case]) -> None:
     """Build each kind of model once, and load the victims, before hours are spent on what comes first."""
     seen = set()
     for case in cases:
-        _private(case)
+        private_pictures(case)
         like = replace(case, attack="", victims=("astronaut",), dtype="float32", seed=0)
         if (like, case.weights_file) not in seen:
             seen.add((like, case.weights_file))
@@ -251,7 +177,7 @@ def _warm_up() -> None:
 
 
 def _play_client(case: Case, device: torch.device) -> _Client:
-    pixels, labels = _private(case)
+    pixels, labels = private_pictures(case)
     model = _build(case).to(device)
     preprocessing = dissect(model).preprocessing
     images = preprocessing.to_input(pixels.to(device, DTYPES[case.dtype]))  # (B, C, H, W)
@@ -378,7 +304,7 @@ def _check_rows(
             raise CompareError(f"{file} has changed since the rows in {path} were made: begin them again")
 
 
-def _begin(path: Path, rows: Sequence[Row]) -> None:
+def _drop_unfinished_rows(path: Path, rows: Sequence[Row]) -> None:
     """Leave in the files nothing but what belongs to these rows."""
     done = {(row.case.update, row.case.attack, row.case.labels) for row in rows}
     curves = read_curves(path) if rows else {}
@@ -388,70 +314,3 @@ def _begin(path: Path, rows: Sequence[Row]) -> None:
     for file in path.with_name(f"{path.stem}_pictures").glob("*.safetensors"):
         if file.stem not in {update for update, _, _ in done}:
             file.unlink()
-
-
-# --- The summary ----------------------------------------------------------------------------------------------------
-
-BY = ("model", "image_size", "weights", "dtype", "batch_size", "labels", "position", "attack")
-
-
-def table(rows: Sequence[Row], *, by: Sequence[str] = BY) -> str:
-    """A Markdown table: one line for each combination of the columns ``by``, then why attacks were refused.
-
-    Columns with one value in all rows are left out, except the attack. PSNR in dB (a run's is the mean over its
-    batch), seconds of the attack; medians over the runs that were not refused.
-    """
-    texts = [cells(row) for row in rows]
-    by = [name for name in by if name == "attack" or len({text[name] for text in texts}) > 1]
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for line, row in zip(texts, rows, strict=True):
-        groups.setdefault(tuple(line[name] for name in by), []).append(row)
-    head = [name.replace("_", " ") for name in by]
-    head += ["runs", "median dB", "least dB", "exact", "refused", "median s"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    reasons: dict[str, list[str]] = {}
-    for key, group in groups.items():
-        scored = [row for row in group if row.psnr is not None]
-        values = sorted(-math.inf if math.isnan(row.psnr) else row.psnr for row in scored if row.psnr is not None)
-        numbers = ["–"] * 3
-        if scored:
-            seconds = statistics.median(row.seconds for row in scored)
-            numbers = [f"{statistics.median(values):.1f}", f"{values[0]:.1f}", f"{seconds:.3g}"]
-        exact, refused = sum(bool(row.exact) for row in group), len(group) - len(scored)
-        counts = [f"{exact} of {len(scored)}" if scored else "–", str(refused)]
-        lines.append(f"| {' | '.join([*key, str(len(group)), *numbers[:2], *counts, numbers[2]])} |")
-        for row in group:
-            if row.psnr is None:
-                reasons.setdefault(row.case.attack, []).append(row.outcome.removeprefix("refused: "))
-    if reasons:
-        lines += ["", "Refused, and why:", ""]
-        lines += [
-            f"- {attack} ({said.count(reason)}): {reason}"
-            for attack, said in reasons.items()
-            for reason in dict.fromkeys(said)
-        ]
-    return "\n".join(lines)
-
-
-def report(rows: Sequence[Row], command: str, figures: dict[str, str] | None = None) -> str:
-    """The summary as a Markdown page with the command that makes it; ``figures`` maps files to alternative texts."""
-    lines = [cells(row) for row in rows]
-    # Every value of a column, in the order of the rows; "" where there is none.
-    values = {name: " / ".join(filter(None, dict.fromkeys(line[name] for line in lines))) for name in ROW_COLUMNS}
-    setting = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in _SETTING if values[name])
-    limit = f"{values['max_evaluations']} evaluations" + (f" or {s} s" if (s := values["max_seconds"]) else "")
-    pictures = "".join(f"![{alt}]({name})\n\n" for name, alt in (figures or {}).items())
-    versions = ", ".join(f"{name} {values[name]}" for name in ("aprillab", "torch", "python"))
-    return (
-        f"# Attacks compared\n\n{setting}; victims {values['victims']}. A search ends after {limit}. PSNR of pixels "
-        "in [0, 1], mean over a batch after the best assignment. Exact is what the attack itself could verify.\n\n"
-        f"{table(rows)}\n\n{pictures}"
-        f"{versions}, {values['machine']}, {values['threads']} thread(s), {values['device']}. Made by `{command}`. "
-        "Seconds, and what a limit in seconds cut short, depend on the machine.\n"
-    )
-
-
-_SETTING = (
-    "model", "image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "channels", "classes", "position",
-    "weights", "dtype", "labels", "batch_size", "seed",
-)  # fmt: skip

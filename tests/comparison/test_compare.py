@@ -19,15 +19,10 @@ from aprillab.attacks.catalogue import ATTACKS, Attack
 from aprillab.commands import cli
 from aprillab.comparison import figures as compare_figures
 from aprillab.comparison import run as compare
-from aprillab.comparison.records import (
-    Case,
-    CompareError,
-    pictures_file,
-    read_curves,
-    read_pictures,
-    read_rows,
-)
-from aprillab.comparison.run import cross, report, run, table
+from aprillab.comparison.cases import Case, CompareError, cross, private_pictures
+from aprillab.comparison.records import Row, pictures_file, read_curves, read_pictures, read_rows
+from aprillab.comparison.run import run
+from aprillab.comparison.table import report, table
 from aprillab.data import load_victim, mnist5k
 from aprillab.metrics import psnr, ssim
 from aprillab.models import VisionTransformer
@@ -224,7 +219,7 @@ def test_digits_have_their_own_labels(path: Path, monkeypatch: pytest.MonkeyPatc
     run(cross(victims=victims[:2], attacks=["mine"], batch_sizes=[2], labels="given", **grey), path=path, **QUICK)
     assert seen == [[3, 0]] == [labels[[350, 7]].tolist()]
     for case in cross(victims=victims, attacks=["mine"], batch_sizes=[3], seeds=range(20), **grey):
-        _, mixed = compare._private(case)
+        _, mixed = private_pictures(case)
         assert mixed[:2].tolist() == [3, 0]
         assert mixed[2] not in (3, 0)
 
@@ -391,7 +386,7 @@ def test_every_attack_of_the_package_can_be_compared(path: Path) -> None:
 
 def test_table_counts_and_takes_medians() -> None:
     rows = [
-        compare.Row(
+        Row(
             case=Case(attack=attack, victims=("coffee",), seed=seed), psnr=value, psnr_min=value, ssim=0.5,
             exact=exact, predicted_psnr=None, loss=None, residual=None, evaluations=None, seconds=seconds,
             gradient_seconds=0.1, stopped="", outcome="", max_evaluations=5, max_seconds=None, weights_sha256="",

@@ -14,9 +14,10 @@ import torch
 
 import aprillab as al
 from aprillab.attacks import CLOSED_FORMS
+from aprillab.attacks.catalogue import ATTACKS
 from aprillab.comparison import run as compare
-from aprillab.comparison.records import ROW_COLUMNS, Case, Row, read_curves, read_rows
-from aprillab.comparison.run import ATTACKS
+from aprillab.comparison.cases import Case
+from aprillab.comparison.records import ROW_COLUMNS, Row, read_curves, read_rows
 from aprillab.training import evaluate
 from aprillab.zoo import build_model
 from studies import effect
