@@ -19,7 +19,7 @@ from torch import Tensor
 from .cases import Case, CompareError, cell
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """What became of a case. A refused attack has no scores and says why in ``outcome``.
 
@@ -46,17 +46,17 @@ class Row:
     """
 
     case: Case
-    psnr: float | None
-    psnr_min: float | None
-    ssim: float | None
-    exact: bool | None
-    predicted_psnr: float | None
-    loss: float | None
-    residual: float | None
-    evaluations: int | None
+    psnr: float | None = None
+    psnr_min: float | None = None
+    ssim: float | None = None
+    exact: bool | None = None
+    predicted_psnr: float | None = None
+    loss: float | None = None
+    residual: float | None = None
+    evaluations: int | None = None
     seconds: float
     gradient_seconds: float
-    stopped: str
+    stopped: str = ""
     outcome: str
     max_evaluations: int
     max_seconds: float | None

@@ -10,35 +10,21 @@ Beside ``compare.csv`` lie ``compare_curves.csv``, how each search went, and ``c
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
-import platform
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..anatomy import dissect
 from ..attacks.catalogue import ATTACKS
-from ..attacks.result import AttackNotApplicable
-from ..attacks.searches.match import PRESETS, match_gradients
-from ..metrics import match_batch, psnr, ssim
-from ..models import VisionTransformer
-from ..preprocessing import Preprocessing
-from ..update import ClientUpdate, UpdateError, client_update, logits_of
-from ..version import __version__
-from ..zoo import build_model
-from .cases import DTYPES, Case, CompareError, private_pictures
+from ..attacks.searches.match import PRESETS
+from .cases import Case, CompareError, private_pictures
+from .play import build_for, digest_of, play_attack, play_client, warm_up
 from .records import (
     POINT_COLUMNS,
     ROW_COLUMNS,
-    Point,
     Row,
     append_lines,
     cells,
@@ -96,61 +82,46 @@ def run(
         As it comes; the search under way is dropped, all rows before it are kept.
     """
     path, cases = Path(path), list(dict.fromkeys(cases))
-    if unknown := [case.attack for case in cases if case.attack not in ATTACKS]:
-        raise CompareError(f"there is no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
-    least = max(preset.get("restarts", 1) for preset in PRESETS.values())
-    if max_evaluations < least or curve_every < 1:
-        raise CompareError(f"max_evaluations={max_evaluations} must be {least} or more, and curve_every positive")
+    _check_arguments(cases, max_evaluations, curve_every)
+    budget: dict[str, Any] = {"max_evaluations": max_evaluations, "max_seconds": max_seconds}
     rows = read_rows(path) if resume else []
-    _check_rows(path, rows, set(cases), max_evaluations, max_seconds)
-    done = {row.case for row in rows}
-    groups: dict[str, list[Case]] = {}
-    for case in cases:
-        if case not in done:
-            groups.setdefault(case.update, []).append(case)
-    _check_models([group[0] for group in groups.values()])
+    _check_rows(path, rows, set(cases), **budget)
+    groups = _by_update(set(cases) - {row.case for row in rows}, cases)
+    _check_models([group[0] for group in groups])
     _drop_unfinished_rows(path, rows)
-    if any(ATTACKS[case.attack].searches for group in groups.values() for case in group):
-        _warm_up()
-    bar = tqdm(
-        total=len(cases), initial=len(cases) - sum(map(len, groups.values())), disable=not progress, unit=" case"
-    )
+    if any(ATTACKS[case.attack].searches for group in groups for case in group):
+        warm_up()
+    bar = tqdm(total=len(cases), initial=len(cases) - sum(map(len, groups)), disable=not progress, unit=" case")
     with bar:
-        for group in groups.values():
-            client = _play_client(group[0], torch.device(device))
+        for group in groups:
+            client = play_client(group[0], torch.device(device))
             for case in group:
                 bar.set_description(f"{case.attack} {case.position} {case.dtype} {'+'.join(case.victims)}")
-                row, found, points = _play_attack(case, client, max_evaluations, max_seconds, curve_every)
-                if pictures and found is not None:
-                    keep_pictures(path, case, client.pixels, *found)
-                append_lines(curves_file(path), [cells(point) for point in points])
-                append_lines(path, [cells(row)])  # last: without its row, the rest does not count
+                played = play_attack(case, client, **budget, curve_every=curve_every)
+                if pictures and played.pictures is not None:
+                    keep_pictures(path, case, client.pixels, *played.pictures)
+                append_lines(curves_file(path), [cells(point) for point in played.points])
+                append_lines(path, [cells(played.row)])  # last: without its row, the rest does not count
                 bar.update()
     known = {row.case: row for row in read_rows(path)}
     return [known[case] for case in cases]
 
 
-# --- One round: the client, the attacks, the scores ---------------------------------------------------------------
+def _by_update(missing: set[Case], cases: Sequence[Case]) -> list[list[Case]]:
+    """The missing cases in their order, those on one update together."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        if case in missing:
+            groups.setdefault(case.update, []).append(case)
+    return list(groups.values())
 
 
-@dataclass(frozen=True)
-class _Client:
-    """The private pictures (B, C, H, W), pixels in float64 on the CPU, and what is shared of them."""
-
-    pixels: Tensor
-    labels: Tensor
-    model: nn.Module
-    preprocessing: Preprocessing
-    update: ClientUpdate
-    weights_sha256: str
-
-
-def _build(case: Case) -> nn.Module:
-    return build_model(
-        case.model, image_size=case.image_size, patch_size=case.patch_size, width=case.width, depth=case.depth,
-        heads=case.heads, mlp_ratio=case.mlp_ratio, channels=case.channels, classes=case.classes,
-        position=case.position, weights=case.weights_file, dtype=DTYPES[case.dtype], seed=case.seed,
-    )  # fmt: skip
+def _check_arguments(cases: Sequence[Case], max_evaluations: int, curve_every: int) -> None:
+    if unknown := [case.attack for case in cases if case.attack not in ATTACKS]:
+        raise CompareError(f"there is no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
+    least = max(preset.get("restarts", 1) for preset in PRESETS.values())
+    if max_evaluations < least or curve_every < 1:
+        raise CompareError(f"max_evaluations={max_evaluations} must be {least} or more, and curve_every positive")
 
 
 def _check_models(cases: Sequence[Case]) -> None:
@@ -161,130 +132,7 @@ def _check_models(cases: Sequence[Case]) -> None:
         like = replace(case, attack="", victims=("astronaut",), dtype="float32", seed=0)
         if (like, case.weights_file) not in seen:
             seen.add((like, case.weights_file))
-            _build(case)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-
-
-def _warm_up() -> None:
-    """The first search of a process spends seconds on imports, which belong to no attack."""
-    model = VisionTransformer(image_size=4, patch_size=2, width=4, depth=1, heads=1, classes=2)
-    update = client_update(model, torch.ones(1, 3, 4, 4), torch.tensor([0]))
-    match_gradients(model, update, restarts=1, max_evaluations=2, progress=False)
-
-
-def _play_client(case: Case, device: torch.device) -> _Client:
-    pixels, labels = private_pictures(case)
-    model = _build(case).to(device)
-    preprocessing = dissect(model).preprocessing
-    images = preprocessing.to_input(pixels.to(device, DTYPES[case.dtype]))  # (B, C, H, W)
-    logits_of(model, images)  # the first pass pays for set-up
-    update = client_update(model, images, labels.to(device))
-    digest = _digest(case.weights_file) if case.weights_file else ""
-    return _Client(pixels, labels, model, preprocessing, update, digest)
-
-
-def _play_attack(
-    case: Case, client: _Client, max_evaluations: int, max_seconds: float | None, every: int
-) -> tuple[Row, tuple[Tensor, Tensor] | None, list[Point]]:
-    """The row, the pictures (B, C, H, W) in the victims' order with their PSNR (B,), and the search's points."""
-    watch = _Watch(case, client, every)
-    labels = client.labels.to(next(client.model.parameters()).device)
-    start = time.perf_counter()
-    pictures: tuple[Tensor, Tensor] | None = None
-    scores: dict[str, float] = {}
-    numbers: dict[str, Any] = {}
-    attack = ATTACKS[case.attack]
-    options: dict[str, Any] = {"labels": labels if case.labels == "given" else None}
-    if attack.searches:  # a closed form has no use for a seed, a budget or a callback
-        options |= {"seed": case.seed, "max_evaluations": max_evaluations, "max_seconds": max_seconds}
-        options |= {"callback": watch, "progress": False}
-    try:
-        found = attack.function(client.model, client.update, **options)
-    except (AttackNotApplicable, UpdateError) as refusal:
-        exact, outcome = None, f"refused: {getattr(refusal, 'reason', refusal)}"
-        seconds = time.perf_counter() - start
-    else:
-        numbers, exact, seconds = dict(found.diagnostics), found.exact, found.seconds - watch.seconds
-        if numbers.get("stopped") == "interrupted":  # match_gradients returns its best then
-            raise KeyboardInterrupt
-        outcome = f"{'exact' if exact else 'not exact'}: {found.reason}"
-        pictures = pixels, decibels = _assigned(found.pixels, client.pixels)
-        scores = {
-            "psnr": float(decibels.mean()),
-            "psnr_min": float(decibels.min()),
-            "ssim": float(torch.as_tensor(ssim(pixels, client.pixels)).mean()),
-        }
-    if watch.points and scores:
-        last = (numbers["evaluations"], seconds, numbers["loss"], scores["psnr"])
-        watch.points.append(Point(case.update, case.attack, case.labels, *last))
-    row = Row(
-        case=case,
-        psnr=scores.get("psnr"),
-        psnr_min=scores.get("psnr_min"),
-        ssim=scores.get("ssim"),
-        exact=exact,
-        predicted_psnr=None if exact is None else found.predicted_psnr,
-        loss=numbers.get("loss"),
-        residual=numbers.get("residual"),
-        evaluations=numbers.get("evaluations"),
-        seconds=seconds,
-        gradient_seconds=client.update.seconds or 0.0,
-        stopped=numbers.get("stopped", ""),
-        outcome=" ".join(outcome.split()),
-        max_evaluations=max_evaluations,
-        max_seconds=max_seconds,
-        weights_sha256=client.weights_sha256,
-        **_provenance(labels.device),
-    )
-    return row, pictures, watch.points
-
-
-@dataclass
-class _Watch:
-    """A callback that scores a search on its way, and keeps apart the seconds that this takes."""
-
-    case: Case
-    client: _Client
-    every: int
-    calls: int = 0
-    restart: int = 0
-    loss: float = math.inf
-    seconds: float = 0.0
-    points: list[Point] = field(default_factory=list)
-
-    def __call__(self, entry: dict[str, Any], images: Tensor) -> None:
-        start = time.perf_counter()
-        # The pictures are the best of the restart that runs, so the loss is too.
-        self.loss = entry["loss"] if entry["restart"] != self.restart else min(self.loss, entry["loss"])
-        self.restart = entry["restart"]
-        if self.calls % self.every == 0:
-            decibels = _assigned(self.client.preprocessing.to_pixels(images), self.client.pixels)[1].mean()
-            now = (entry["evaluation"], entry["seconds"] - self.seconds, self.loss, float(decibels))
-            self.points.append(Point(self.case.update, self.case.attack, self.case.labels, *now))
-        self.calls += 1
-        self.seconds += time.perf_counter() - start
-
-
-def _assigned(pixels: Tensor, originals: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstructions in the order of the originals, (B, C, H, W) float64 on the CPU, and their PSNR in dB, (B,)."""
-    pixels = pixels.detach().to(originals)
-    pixels = pixels.expand_as(originals) if len(pixels) == 1 else pixels[match_batch(pixels, originals)]
-    return pixels, torch.as_tensor(psnr(pixels, originals))
-
-
-def _provenance(device: torch.device) -> dict[str, Any]:
-    return {
-        "aprillab": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "machine": f"{platform.machine()}, {os.cpu_count()} processors",
-    }
+            build_for(case)
 
 
 def _check_rows(
@@ -300,7 +148,7 @@ def _check_rows(
                 "begin this one again"
             )
     for file, digest in {(row.case.weights_file, row.weights_sha256) for row in rows if row.case in asked}:
-        if file and file.is_file() and _digest(file) != digest:
+        if file and file.is_file() and digest_of(file) != digest:
             raise CompareError(f"{file} has changed since the rows in {path} were made: begin them again")
 
 

@@ -18,7 +18,7 @@ from aprillab.attacks import Reconstruction, embedding_closed_form, match_gradie
 from aprillab.attacks.catalogue import ATTACKS, Attack
 from aprillab.commands import cli
 from aprillab.comparison import figures as compare_figures
-from aprillab.comparison import run as compare
+from aprillab.comparison import play
 from aprillab.comparison.cases import Case, CompareError, cross, private_pictures
 from aprillab.comparison.records import Row, pictures_file, read_curves, read_pictures, read_rows
 from aprillab.comparison.run import run
@@ -98,7 +98,7 @@ def test_rows_agree_with_direct_calls(path: Path) -> None:
 
 def test_attacks_of_one_update_share_it_and_others_do_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(compare, "client_update", lambda *a, **k: made.append(client_update(*a, **k)) or made[-1])
+    monkeypatch.setattr(play, "client_update", lambda *a, **k: made.append(client_update(*a, **k)) or made[-1])
     cases = cross(victims=["coffee", "clock"], attacks=["embedding", "span", "april"], seeds=[0, 1], **TINY)
     rows = run(cases, path=path, **QUICK)
     assert [row.case for row in rows] == cases
@@ -197,8 +197,8 @@ def test_curves_have_the_best_so_far(path: Path) -> None:
 def test_time_of_scoring_does_not_count(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = cross(victims=["coffee"], attacks=["match:april"], **TINY)
     (quick,) = run([case], path=path, max_evaluations=12, curve_every=1, progress=False)
-    assigned = compare._assigned
-    monkeypatch.setattr(compare, "_assigned", lambda *pair: (compare.time.sleep(0.15), assigned(*pair))[1])
+    assigned = play._assigned
+    monkeypatch.setattr(play, "_assigned", lambda *pair: (play.time.sleep(0.15), assigned(*pair))[1])
     (slow,) = run([case], path=path, resume=False, max_evaluations=12, curve_every=1, progress=False)
     assert slow.seconds < quick.seconds + 1  # thirteen scores of 0.15 s each
     (points,) = read_curves(path).values()

@@ -252,7 +252,7 @@ def test_a_second_run_trains_and_attacks_nothing(
         raise AssertionError("done already")
 
     monkeypatch.setattr(effect, "train", never)
-    monkeypatch.setattr(compare, "_play_client", never)
+    monkeypatch.setattr(compare, "play_client", never)
     before = (folder / "effect.csv").read_bytes()
     monkeypatch.setattr(effect, "write", lambda *_: None)  # the page costs more than all the rest
     monkeypatch.setattr(sys, "argv", ["effect", "--quick", "--output", str(folder)])
