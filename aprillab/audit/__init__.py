@@ -1,6 +1,8 @@
 """What an update gives away: :func:`audit` and the files that :func:`write_audit` makes of its findings."""
 
+from .findings import Audit, Finding, Part
 from .report import write_audit
-from .run import TRUST_WORDS, Audit, Finding, Part, audit
+from .run import audit
+from .words import TRUST_WORDS
 
 __all__ = ["TRUST_WORDS", "Audit", "Finding", "Part", "audit", "write_audit"]

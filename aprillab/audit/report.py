@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from .. import viz
-from .run import NOT_SAFE, TRUST_WORDS, Audit, Finding
+from .findings import Audit, Finding
+from .words import NOT_SAFE, TRUST_WORDS
 
 FORMAT = "aprillab-audit-1"
 

@@ -6,9 +6,6 @@ picture; :func:`aprillab.audit.report.write_audit` puts the pictures, a JSON rep
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -21,149 +18,12 @@ from ..attacks.replay import gradient_residual
 from ..attacks.result import AttackNotApplicable, Condition, Reconstruction
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, check_update
-
-#: How far to trust a picture, best first: from the attack's own verdict, its predicted PSNR and the replay.
-Trust = Literal["exact", "close", "likely", "coarse", "unverified", "poor", "contradicted", "mixture", "none"]
-
-TRUST_WORDS: dict[Trust, str] = {
-    "exact": "Trust it. The attack's conditions were verified on this very update, and the predicted error is below "
-    "half a grey level: this is the private picture.",
-    "close": "Trust what you see, not every grey level. The conditions hold, and the predicted error is too small "
-    "for the eye.",
-    "likely": "Very probably the private picture. A condition failed (see the reason), but played back through the "
-    "model the picture gives this update, up to less than a hundredth.",
-    "coarse": "Trust the scene, not the details. The conditions hold, and the predicted error leaves a picture that "
-    "can be recognized.",
-    "unverified": "Take it for a hint. A condition failed (see the reason), so the error predicted cannot be relied "
-    "on.",
-    "poor": "Trust no detail of it. The error predicted, or the miss when it is played back, is large. Some of the "
-    "scene may still be recognizable: look at it.",
-    "contradicted": "Do not trust it. By its own numbers it should be right, but played back through the model it "
-    "does not give this update: other weights than the client's, dropout, or an update that is no gradient would "
-    "explain that.",
-    "mixture": "Do not take it for a photograph. More than one picture, or strong noise, is behind this update; a "
-    "closed form returns their mixture.",
-    "none": "There is nothing to trust: the attack does not apply.",
-}
+from .findings import Audit, Finding, Part
+from .words import Trust
 
 # Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to 0.08 at 18 to
 # 31 dB, above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
 _GOOD_REPLAY, _BAD_REPLAY = 0.01, 0.1
-NOT_SAFE = (
-    "That an attack fails does not make the update safe: gradient matching needs none of these conditions, an attack "
-    "tuned to this system may need fewer, and what was not shared this time may be shared next time."
-)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the gradients an attack reads.
-
-    Attributes
-    ----------
-    part : str
-        In words.
-    parameter : str or None
-        Its name in the model; None where the model has no such part.
-    state : {"shared", "zero", "withheld", "fixed", "no such part"}
-        ``"fixed"``: not trained, hence no gradient.
-    norm : float or None
-        Of the gradient, where it is shared.
-    gives : str
-        What an attacker takes from it.
-    """
-
-    part: str
-    parameter: str | None
-    state: str
-    norm: float | None
-    gives: str
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one attack makes of the update.
-
-    Attributes
-    ----------
-    attack : Attack
-        A row of :data:`aprillab.attacks.CLOSED_FORMS`.
-    result : Reconstruction or None
-        None where the attack does not apply.
-    reason : str
-        Why it is exact, why not, or why it does not apply.
-    replay : float or None
-        ``gradient_residual`` of the reconstruction; None where it could not be computed.
-    trust : Trust
-    """
-
-    attack: Attack
-    result: Reconstruction | None
-    reason: str
-    replay: float | None
-    trust: Trust
-
-
-@dataclass(frozen=True)
-class Audit:
-    """Everything an audit found.
-
-    Attributes
-    ----------
-    model : str
-        Class of the model.
-    anatomy : Anatomy
-    update : ClientUpdate
-    preprocessing : Preprocessing
-    parts : tuple of Part
-    labels : Labels or None
-    labels_reason : str
-    one_image : Condition
-        Fails where the client says, or the head's gradient suggests, that several images are behind the update.
-    findings : tuple of Finding
-    notes : tuple of str
-        What limits the audit itself: half precision, several local steps, dropout.
-    """
-
-    model: str
-    anatomy: Anatomy
-    update: ClientUpdate
-    preprocessing: Preprocessing
-    parts: tuple[Part, ...]
-    labels: Labels | None
-    labels_reason: str
-    one_image: Condition
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def applied(self) -> tuple[Finding, ...]:
-        """The findings of attacks that returned a picture."""
-        return tuple(found for found in self.findings if found.result is not None)
-
-    @property
-    def verdict(self) -> str:
-        """The audit in one paragraph of plain words."""
-        best = {found.trust: found.attack.title for found in reversed(self.findings)}
-        away = "This update gives the private picture away"
-        if "exact" in best:
-            return f"{away}, exactly: {best['exact']}."
-        if "close" in best:
-            return f"{away}, with errors too small for the eye: {best['close']}."
-        if "likely" in best:
-            return f"{away}, very probably: {best['likely']}. A condition of the attack failed, yet the picture fits."
-        if "coarse" in best:
-            return f"{away}, recognizable though with visible errors: {best['coarse']}. {NOT_SAFE}"
-        if "mixture" in best:
-            return f"The closed forms return a mixture of pictures, or noise, and no photograph. {NOT_SAFE}"
-        if "contradicted" in best:
-            return (
-                "A picture came out that should be right and yet does not give this update when played back: check "
-                f"that the model has the weights and the mode the client used. {NOT_SAFE}"
-            )
-        if self.applied:
-            return f"Pictures came out, but none whose error can be relied on: look at them yourself. {NOT_SAFE}"
-        return f"No closed form applies to this update. {NOT_SAFE}"
 
 
 def audit(
@@ -207,22 +67,13 @@ def audit(
     progress = tqdm(CLOSED_FORMS.values(), desc="attacks", disable=None, leave=False)
     for attack in progress:
         progress.set_postfix_str(attack.name)
-        try:
-            result = attack.function(model, update, anatomy=anatomy, preprocessing=preprocessing)
-        except AttackNotApplicable as refusal:
-            findings.append(Finding(attack, None, refusal.reason, None, "none"))
-            continue
-        except torch.linalg.LinAlgError as error:
-            reason = f"its linear algebra broke down on these numbers ({str(error).splitlines()[0]})"
+        result, reason = _attempt(attack, model, update, anatomy, preprocessing)
+        if result is None:
             findings.append(Finding(attack, None, reason, None, "none"))
             continue
-        try:
-            replay = gradient_residual(model, update, result)
-        # The model is the user's, and so is whatever its forward pass raises.
-        except Exception as error:
-            replay = None
-            notes.append(f"Playing the client failed ({type(error).__name__}: {error}): no replay.")
-        findings.append(Finding(attack, result, result.reason, replay, _trust(result, replay, one)))
+        replay, failed = _replay(model, update, result)
+        notes += failed
+        findings.append(Finding(attack, result, reason, replay, _trust(result, replay, one)))
     return Audit(
         model=f"{type(model).__module__}.{type(model).__qualname__}",
         anatomy=anatomy,
@@ -235,6 +86,28 @@ def audit(
         findings=tuple(findings),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _attempt(
+    attack: Attack, model: nn.Module, update: ClientUpdate, anatomy: Anatomy, preprocessing: Preprocessing
+) -> tuple[Reconstruction | None, str]:
+    """What the attack returns, and its reason; None, and why, where it does not apply."""
+    try:
+        result = attack.function(model, update, anatomy=anatomy, preprocessing=preprocessing)
+    except AttackNotApplicable as refusal:
+        return None, refusal.reason
+    except torch.linalg.LinAlgError as error:
+        return None, f"its linear algebra broke down on these numbers ({str(error).splitlines()[0]})"
+    return result, result.reason
+
+
+def _replay(model: nn.Module, update: ClientUpdate, result: Reconstruction) -> tuple[float | None, list[str]]:
+    """The gradient residual of a reconstruction; None, and a note, where the client cannot be played."""
+    try:
+        return gradient_residual(model, update, result), []
+    # The model is the user's, and so is whatever its forward pass raises.
+    except Exception as error:
+        return None, [f"Playing the client failed ({type(error).__name__}: {error}): no replay."]
 
 
 def _trust(result: Reconstruction, replay: float | None, one: Condition) -> Trust:

@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from ..anatomy import Anatomy, UnknownModelError, dissect, tensors_of
+from ..audit.findings import Audit, Finding
 from ..audit.report import labels_words, picture_name, write_audit
-from ..audit.run import TRUST_WORDS, Audit, Finding, audit
+from ..audit.run import audit
+from ..audit.words import TRUST_WORDS
 from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
 from ..update import ClientUpdate, UpdateError, load_update
 from .files import writable_folder
