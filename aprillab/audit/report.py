@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from .. import viz
+from ..attacks.result import Reconstruction
+from ..update import ClientUpdate
 from .findings import Audit, Finding
-from .words import NOT_SAFE, TRUST_WORDS
+from .words import BELOW_PICTURE, NOT_SAFE, TRUST_WORDS
 
 FORMAT = "aprillab-audit-1"
 
@@ -40,7 +42,7 @@ def report(found: Audit) -> dict[str, Any]:
             },
             "update": {
                 "tensors": len(update.gradients),
-                "dtype": str(update.dtype).removeprefix("torch."),
+                "dtype": _dtype(update),
                 "source": update.source,
                 "batch_size_claimed": update.batch_size,
                 "withheld": update.withheld,
@@ -95,11 +97,47 @@ def picture_name(finding: Finding) -> str | None:
 
 def markdown(found: Audit) -> str:
     """The audit in words, as Markdown, with the pictures by file name."""
-    facts = report(found)
-    lines = ["# What this update gives away", "", f"**{found.verdict}**", ""]
-    if found.applied:
-        lines += [f"![{overview_alt(found)}](overview.png)", ""]
-    lines += [
+    picture = [f"![{overview_alt(found)}](overview.png)", ""] if found.applied else []
+    notes = ["", "## What limits this audit", "", *(f"- {note}" for note in found.notes)] if found.notes else []
+    lines = [
+        "# What this update gives away",
+        "",
+        f"**{found.verdict}**",
+        "",
+        *picture,
+        *_parts_lines(found),
+        "",
+        "## Labels and number of images",
+        "",
+        f"- Labels: {labels_words(found)}",
+        f"- {'One image' if found.one_image.holds else 'More than one image, or noise'}: {found.one_image.text}.",
+        "",
+        "## The attacks",
+        *(line for finding in found.findings for line in _finding_lines(finding)),
+        *notes,
+        "",
+        *_HOW_TO_READ,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_HOW_TO_READ = (
+    "## How to read it",
+    "",
+    "- *Predicted PSNR* comes from the attack's residuals, without the original; above 59 dB the error is below "
+    "an 8-bit rounding. It holds only if the attack's conditions do.",
+    "- *Gradient residual* is how far the reconstruction, played back as a client, misses this update: near 0 "
+    "for the right picture, near 1 for an unrelated one. A small value alone is no proof: very different "
+    "pictures can have almost the same gradient.",
+    f"- {NOT_SAFE}",
+    "- A reconstruction of a private picture is as private as the picture. Keep this folder accordingly.",
+)
+
+
+def _parts_lines(found: Audit) -> list[str]:
+    """The section on the gradients that are there."""
+    lines = [
         "## What is in the update",
         "",
         "| part | parameter | in the update | what it gives |",
@@ -109,45 +147,34 @@ def markdown(found: Audit) -> str:
         parameter = f"`{part.parameter}`" if part.parameter else ""
         norm = f", norm {part.norm:.2e}" if part.norm else ""
         lines.append(f"| {part.part} | {parameter} | {part.state}{norm} | {part.gives} |")
-    kind = facts["update"]
-    lines += [
+    update, size = found.update, "×".join(map(str, found.anatomy.image_size))
+    return [
+        *lines,
         "",
-        f"{kind['tensors']} tensors in {kind['dtype']}, read as a {kind['source']} update of {found.model} "
-        f"({found.anatomy.family}), images of {'×'.join(map(str, found.anatomy.image_size))}.",
-        "",
-        "## Labels and number of images",
-        "",
-        f"- Labels: {labels_words(found)}",
-        f"- {'One image' if found.one_image.holds else 'More than one image, or noise'}: {found.one_image.text}.",
-        "",
-        "## The attacks",
+        f"{len(update.gradients)} tensors in {_dtype(update)}, read as a {update.source} update of {found.model} "
+        f"({found.anatomy.family}), images of {size}.",
     ]
-    for finding in found.findings:
-        title = finding.attack.title
-        lines += ["", f"### {title[0].upper()}{title[1:]} (`{finding.attack.function.__name__}`)", ""]
-        if finding.result is None:
-            lines.append(f"Does not apply: {finding.reason}.")
-            continue
-        entry = facts["attacks"][finding.attack.name]
-        lines += [f"**{entry['trust_words']}**", "", f"- exact: {'yes' if entry['exact'] else 'no'}"]
-        lines += [f"- {name}: {value}" for name, value in _numbers(finding).items()]
-        lines += [f"- reason: {finding.reason}", f"- picture: [{entry['picture']}]({entry['picture']})"]
-    if found.notes:
-        lines += ["", "## What limits this audit", "", *(f"- {note}" for note in found.notes)]
-    lines += [
+
+
+def _finding_lines(finding: Finding) -> list[str]:
+    """The section on one attack."""
+    title, result = finding.attack.title, finding.result
+    head = ["", f"### {title[0].upper()}{title[1:]} (`{finding.attack.function.__name__}`)", ""]
+    if result is None:
+        return [*head, f"Does not apply: {finding.reason}."]
+    return [
+        *head,
+        f"**{TRUST_WORDS[finding.trust]}**",
         "",
-        "## How to read it",
-        "",
-        "- *Predicted PSNR* comes from the attack's residuals, without the original; above 59 dB the error is below "
-        "an 8-bit rounding. It holds only if the attack's conditions do.",
-        "- *Gradient residual* is how far the reconstruction, played back as a client, misses this update: near 0 "
-        "for the right picture, near 1 for an unrelated one. A small value alone is no proof: very different "
-        "pictures can have almost the same gradient.",
-        f"- {NOT_SAFE}",
-        "- A reconstruction of a private picture is as private as the picture. Keep this folder accordingly.",
-        "",
+        f"- exact: {'yes' if finding.trust == 'exact' else 'no'}",
+        *(f"- {name}: {value}" for name, value in _numbers(finding, result).items()),
+        f"- reason: {finding.reason}",
+        f"- picture: [{picture_name(finding)}]({picture_name(finding)})",
     ]
-    return "\n".join(lines)
+
+
+def _dtype(update: ClientUpdate) -> str:
+    return str(update.dtype).removeprefix("torch.")
 
 
 def labels_words(found: Audit) -> str:
@@ -158,10 +185,8 @@ def labels_words(found: Audit) -> str:
     return f"{values} ({'exact' if found.labels.exact else 'not certain'}: {found.labels_reason})."
 
 
-def _numbers(finding: Finding) -> dict[str, str]:
+def _numbers(finding: Finding, result: Reconstruction) -> dict[str, str]:
     """The figures of a finding that decide, in words and in the report's order."""
-    result = finding.result
-    assert result is not None
     numbers = {"predicted PSNR": f"{result.predicted_psnr:.1f} dB"}
     if finding.trust == "mixture":
         numbers["predicted PSNR"] += " (of the mixture, not of a photograph)"
@@ -179,26 +204,22 @@ def _numbers(finding: Finding) -> dict[str, str]:
 
 def overview(found: Audit) -> Figure:
     """Every picture the attacks returned, side by side, each under what to think of it."""
-    shown = found.applied
+    shown = _pictures(found)
     fig, axes = viz.figure(1, len(shown), size=(max(4.4 * len(shown), 5.5), 5.4))
-    words = {
-        "likely": "very probably, by its replay",
-        "mixture": "a mixture, no photograph",
-        "contradicted": "contradicted by its replay",
-        "unverified": "a hint: a condition failed",
-        "poor": "not to be trusted",
-    }
-    for ax, finding in zip(axes[0], shown, strict=True):
-        assert finding.result is not None
-        viz.draw(ax, finding.result.pixels[0])
+    for ax, (finding, result) in zip(axes[0], shown, strict=True):
+        viz.draw(ax, result.pixels[0])
         ax.set_title(finding.attack.title, fontsize=15.5, fontweight="bold")
-        predicted = finding.result.predicted_psnr
-        trusted = finding.trust in ("exact", "close", "coarse")
-        below = f"{finding.trust}, predicted {predicted:.1f} dB" if trusted else words[finding.trust]
-        colour = viz.COLOURS["black"] if trusted or finding.trust == "likely" else viz.COLOURS["red"]
-        ax.set_xlabel(below, fontsize=14, fontweight="bold", color=colour, labelpad=8)
+        believed = finding.trust not in BELOW_PICTURE
+        words = BELOW_PICTURE.get(finding.trust, f"{finding.trust}, predicted {result.predicted_psnr:.1f} dB")
+        colour = viz.COLOURS["black"] if believed or finding.trust == "likely" else viz.COLOURS["red"]
+        ax.set_xlabel(words, fontsize=14, fontweight="bold", color=colour, labelpad=8)
     fig.supxlabel("Made from model and update alone; no original seen.", fontsize=12.5, color="0.25")
     return fig
+
+
+def _pictures(found: Audit) -> list[tuple[Finding, Reconstruction]]:
+    """The findings of attacks that returned a picture, each with it."""
+    return [(finding, finding.result) for finding in found.findings if finding.result is not None]
 
 
 def overview_alt(found: Audit) -> str:
@@ -233,9 +254,8 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
     }
     if found.applied:
         files["overview.png"] = viz.to_png(overview(found))
-    for finding in found.applied:
-        assert finding.result is not None
-        files[str(picture_name(finding))] = _png(finding.result.pixels[0])
+    for finding, result in _pictures(found):
+        files[str(picture_name(finding))] = _png(result.pixels[0])
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return [folder / name for name in files]
