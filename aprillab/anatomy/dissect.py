@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import models
-from .preprocessing import HALF, IMAGENET, UNIT, Preprocessing
+from .. import models
+from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
 
 
 class UnknownModelError(ValueError):

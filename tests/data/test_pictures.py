@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 
-from aprillab import data
 from aprillab.data import (
     DatasetMissing,
     PictureError,
@@ -31,8 +30,9 @@ from aprillab.data import (
     victim_info,
     victims,
 )
+from aprillab.data import pictures as data
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data" / "victims"
 
 
@@ -164,7 +164,7 @@ def test_an_installed_wheel_brings_its_own_victims(tmp_path: Path, monkeypatch: 
     manifest = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))[:3]
     (tmp_path / "aprillab" / "_victims" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     monkeypatch.setattr(data.resources, "files", lambda package: tmp_path / package)
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "aprillab" / "data.py"))
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "aprillab" / "data" / "pictures.py"))
     data._manifest.cache_clear()
     try:
         assert victims() == [entry["name"] for entry in manifest]

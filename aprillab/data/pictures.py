@@ -187,7 +187,7 @@ def _victims_folder() -> Traversable:
 def _folder(name: str, holding: str) -> Traversable:
     """A folder of data/: inside the package when it came as a wheel, beside it in a source checkout."""
     installed = resources.files("aprillab") / f"_{name}"
-    checkout = Path(__file__).resolve().parents[1] / "data" / name
+    checkout = Path(__file__).resolve().parents[2] / "data" / name
     for folder in (installed, checkout):
         if (folder / holding).is_file():
             return folder
