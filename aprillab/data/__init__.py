@@ -4,21 +4,10 @@ Everything is a tensor of pixels in [0, 1], shape (C, H, W) or (N, C, H, W). Not
 and no data set silently stands in for another.
 """
 
-from .pictures import (
-    PICTURE_FORMATS,
-    DatasetMissing,
-    PictureError,
-    PictureWarning,
-    VictimInfo,
-    load_victim,
-    load_victims,
-    mnist5k,
-    read_picture,
-    result_file,
-    torchvision_dataset,
-    victim_info,
-    victims,
-)
+from .datasets import DatasetMissing, mnist5k, torchvision_dataset
+from .folders import result_file
+from .pictures import PICTURE_FORMATS, PictureError, PictureWarning, read_picture
+from .victims import VictimInfo, load_victim, load_victims, victim_info, victims
 
 __all__ = [
     "PICTURE_FORMATS",

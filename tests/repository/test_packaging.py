@@ -168,9 +168,10 @@ def test_unpacked_wheel_loads_its_own_victims_from_another_folder(wheel: Path, t
     zipfile.ZipFile(wheel).extractall(installed)
     script = (
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
-        "import torch, aprillab.data.pictures as data\n"
+        "import torch, aprillab.data as data\n"
+        "from aprillab.data.victims import _victims_folder\n"
         "pictures, names = data.load_victims()\n"
-        "torch.save({'file': data.__file__, 'folder': str(data._victims_folder()), 'names': names, "
+        "torch.save({'file': data.__file__, 'folder': str(_victims_folder()), 'names': names, "
         "'pictures': pictures}, 'seen.pt')\n"
     )
     ran = subprocess.run([sys.executable, "-c", script], cwd=elsewhere, capture_output=True, text=True)

@@ -1,0 +1,47 @@
+"""Where the files of ``data/`` are: in a source checkout, or within an installed package."""
+
+from __future__ import annotations
+
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+
+def data_folder(name: str, holding: str) -> Traversable:
+    """A folder of ``data/``: within the package when it came as a wheel, beside it in a checkout.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file ``holding`` is in neither.
+    """
+    installed = resources.files("aprillab") / f"_{name}"
+    checkout = Path(__file__).resolve().parents[2] / "data" / name
+    for folder in (installed, checkout):
+        if (folder / holding).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{holding} is neither in {installed} nor in {checkout}: install aprillab again from a complete checkout of "
+        "its repository (in its folder: pip install -e .)"
+    )
+
+
+def result_file(name: str) -> Traversable:
+    """A file of ``data/results``, where studies write what they measured, from a wheel as from a checkout.
+
+    Parameters
+    ----------
+    name : str
+        Its name, such as ``"accuracy.csv"``.
+
+    Returns
+    -------
+    Traversable
+        To be opened: ``result_file("accuracy.csv").open(newline="")``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    """
+    return data_folder("results", name) / name
