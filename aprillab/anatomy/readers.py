@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models
 from ..preprocessing import HALF, IMAGENET, Preprocessing
 from .record import Anatomy, Rows, UnknownModelError, tensors_of
 
+_PROJECTIONS = ("query", "key", "value")
 
-def _fused(name: str, width: int) -> tuple[Rows, Rows, Rows]:
-    """Queries, keys and values stacked in this order in one tensor of 3·width rows."""
-    return Rows(name, 0, width), Rows(name, width, 2 * width), Rows(name, 2 * width, 3 * width)
+
+def _fused(name: str, width: int, suffix: str = "") -> dict[str, Rows]:
+    """Queries, keys and values stacked in this order in one tensor of 3·width rows.
+
+    >>> _fused("attn.qkv.weight", 192)["key"]
+    Rows(name='attn.qkv.weight', start=192, stop=384)
+    """
+    return {f"{part}{suffix}": Rows(name, i * width, (i + 1) * width) for i, part in enumerate(_PROJECTIONS)}
 
 
 def _read_aprillab(model: nn.Module) -> Anatomy:
     """aprillab.models.VisionTransformer."""
     assert isinstance(model, models.VisionTransformer)
     names, attention, bias = tensors_of(model), "blocks.0.attention", model.patch_embedding.bias is not None
-    parts = {part: Rows(f"{attention}.{part}.weight") for part in ("query", "key", "value")}
-    biases = {f"{part}_bias": Rows(f"{attention}.{part}.bias") for part in ("query", "key", "value") if bias}
+    parts = {part: Rows(f"{attention}.{part}.weight") for part in _PROJECTIONS}
+    biases = {f"{part}_bias": Rows(f"{attention}.{part}.bias") for part in _PROJECTIONS if bias}
     prenorm = model.block == "prenorm"
     return Anatomy(
         family="aprillab",
@@ -56,8 +62,6 @@ def _read_torchvision(model: nn.Module) -> Anatomy:
     # Fine-tuners often put one Linear in the place of `heads`.
     head = next((h for h in ("heads.head", "heads") if f"{h}.weight" in names), None)
     block, width = "encoder.layers.encoder_layer_0", m.hidden_dim
-    query, key, value = _fused(f"{block}.self_attention.in_proj_weight", width)
-    query_bias, key_bias, value_bias = _fused(f"{block}.self_attention.in_proj_bias", width)
     return Anatomy(
         family="torchvision",
         image_size=(m.image_size, m.image_size),
@@ -68,12 +72,8 @@ def _read_torchvision(model: nn.Module) -> Anatomy:
         position="encoder.pos_embedding",
         position_prefix=1,
         prefix=("class_token",),
-        query=query,
-        key=key,
-        value=value,
-        query_bias=query_bias,
-        key_bias=key_bias,
-        value_bias=value_bias,
+        **_fused(f"{block}.self_attention.in_proj_weight", width),
+        **_fused(f"{block}.self_attention.in_proj_bias", width, "_bias"),
         norm_weight=f"{block}.ln_1.weight",
         norm_bias=f"{block}.ln_1.bias",
         first_block="prenorm",
@@ -86,29 +86,17 @@ def _read_timm(model: nn.Module) -> Anatomy:
     """timm's VisionTransformer and VisionTransformerDistilled, with whatever prefix tokens they have."""
     m: Any = model
     names = tensors_of(model)
-    if "patch_embed.proj.weight" not in names or names["patch_embed.proj.weight"].ndim != 4:
-        raise UnknownModelError("this timm model has no convolution patch_embed.proj (a hybrid or linear stem?)")
-    if any(name.startswith("patch_embed.backbone") for name in names):
-        raise UnknownModelError("this timm model embeds the patches of a CNN's feature map, not those of the image")
-    if not isinstance(getattr(m.patch_embed, "norm", None), nn.Identity | None):
-        raise UnknownModelError("this timm model normalizes the embedded patches before it adds their position")
+    _check_timm(m, names)
     has: Callable[[str], str | None] = lambda name: name if name in names else None  # noqa: E731
     # Order of the tokens in timm's sequences: class token, then distillation token or registers.
     prefix = tuple(name for name in ("cls_token", "dist_token", "reg_token") if name in names)
-    prefix_tokens = sum(names[name].shape[1] for name in prefix)
     position = has("pos_embed")
     size, patch = m.patch_embed.img_size, names["patch_embed.proj.weight"].shape[-1]
     only_patches = position is not None and names[position].shape[-2] == (size[0] // patch) * (size[1] // patch)
-    fused = "blocks.0.attn.qkv.weight" in names
-    width = len(names["blocks.0.attn.qkv.weight"]) // 3 if fused else 0
-    query, key, value = _fused("blocks.0.attn.qkv.weight", width) if fused else (None, None, None)
-    biased = "blocks.0.attn.qkv.bias" in names
-    query_bias, key_bias, value_bias = _fused("blocks.0.attn.qkv.bias", width) if biased else (None, None, None)
-    norm = has("blocks.0.norm1.weight")
-    # timm's ResPostBlock has a norm1 too, but behind the attention; parallel blocks have no `attn`.
-    first = m.blocks[0]
-    plain = type(first).__name__ == "Block" and isinstance(first.norm1, nn.LayerNorm) and norm is not None
-    plain = plain and fused and isinstance(m.norm_pre, nn.Identity)
+    projections: dict[str, Rows] = {}
+    for tensor, suffix in (("weight", ""), ("bias", "_bias")):
+        if (fused := f"blocks.0.attn.qkv.{tensor}") in names:
+            projections |= _fused(fused, len(names[fused]) // 3, suffix)
     config = getattr(m, "pretrained_cfg", None) or {}
     return Anatomy(
         family="timm",
@@ -118,20 +106,35 @@ def _read_timm(model: nn.Module) -> Anatomy:
         head_weight=has("head.weight"),
         head_bias=has("head.bias"),
         position=position,
-        position_prefix=0 if only_patches else prefix_tokens,
+        position_prefix=0 if only_patches else sum(names[name].shape[1] for name in prefix),
         prefix=prefix,
-        query=query,
-        key=key,
-        value=value,
-        query_bias=query_bias,
-        key_bias=key_bias,
-        value_bias=value_bias,
-        norm_weight=norm,
+        **projections,
+        norm_weight=has("blocks.0.norm1.weight"),
         norm_bias=has("blocks.0.norm1.bias"),
-        first_block="prenorm" if plain else "unknown",
-        heads=getattr(getattr(first, "attn", None), "num_heads", None),
+        first_block="prenorm" if "query" in projections and _plain_timm(m) else "unknown",
+        heads=getattr(getattr(m.blocks[0], "attn", None), "num_heads", None),
         preprocessing=Preprocessing(tuple(config["mean"]), tuple(config["std"])) if "mean" in config else HALF,
     )
+
+
+def _check_timm(m: Any, names: Mapping[str, Tensor]) -> None:
+    """Refuse what does not embed the patches of the image by one convolution."""
+    if "patch_embed.proj.weight" not in names or names["patch_embed.proj.weight"].ndim != 4:
+        raise UnknownModelError("this timm model has no convolution patch_embed.proj (a hybrid or linear stem?)")
+    if any(name.startswith("patch_embed.backbone") for name in names):
+        raise UnknownModelError("this timm model embeds the patches of a CNN's feature map, not those of the image")
+    if not isinstance(getattr(m.patch_embed, "norm", None), nn.Identity | None):
+        raise UnknownModelError("this timm model normalizes the embedded patches before it adds their position")
+
+
+def _plain_timm(m: Any) -> bool:
+    """Whether one LayerNorm, and nothing else, stands between the tokens and the first attention.
+
+    timm's ResPostBlock has a norm1 too, but behind the attention; parallel blocks have no ``attn``.
+    """
+    first = m.blocks[0]
+    plain = type(first).__name__ == "Block" and isinstance(first.norm1, nn.LayerNorm)
+    return plain and first.norm1.weight is not None and isinstance(m.norm_pre, nn.Identity)
 
 
 def _read_transformers(model: nn.Module) -> Anatomy:
@@ -141,9 +144,8 @@ def _read_transformers(model: nn.Module) -> Anatomy:
     new = "vit.layers.0.attention.q_proj.weight" in names
     block = "vit.layers.0" if new else "vit.encoder.layer.0"
     attention = f"{block}.attention" if new else f"{block}.attention.attention"
-    part = ("q_proj", "k_proj", "v_proj") if new else ("query", "key", "value")
-    query, key, value = (Rows(f"{attention}.{name}.weight") for name in part)
-    biases = [Rows(f"{attention}.{n}.bias") if f"{attention}.{n}.bias" in names else None for n in part]
+    parts = dict(zip(_PROJECTIONS, ("q_proj", "k_proj", "v_proj") if new else _PROJECTIONS, strict=True))
+    biased = [part for part, name in parts.items() if f"{attention}.{name}.bias" in names]
     size = m.config.image_size
     return Anatomy(
         family="transformers",
@@ -155,12 +157,8 @@ def _read_transformers(model: nn.Module) -> Anatomy:
         position="vit.embeddings.position_embeddings",
         position_prefix=1,
         prefix=("vit.embeddings.cls_token",),
-        query=query,
-        key=key,
-        value=value,
-        query_bias=biases[0],
-        key_bias=biases[1],
-        value_bias=biases[2],
+        **{part: Rows(f"{attention}.{name}.weight") for part, name in parts.items()},
+        **{f"{part}_bias": Rows(f"{attention}.{parts[part]}.bias") for part in biased},
         norm_weight=f"{block}.layernorm_before.weight",
         norm_bias=f"{block}.layernorm_before.bias",
         first_block="prenorm",
