@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,59 +95,33 @@ def train(
     _check(images, labels, settings)
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the checkpoint's path")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("nothing to train: every parameter of the model is frozen")
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=lr,
-    )
     steps = math.ceil(len(images) / batch_size)
-    rising = max(1, round(warmup * steps * epochs))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, rising, steps * epochs))
+    run = _prepare(model, lr, weight_decay, rising=max(1, round(warmup * steps * epochs)), steps=steps * epochs)
     history: list[dict[str, Any]] = []
     if resume and Path(checkpoint or "").is_file():
-        history = _load(Path(checkpoint or ""), model, parameters, optimizer, settings)
-        _fast_forward(schedule, steps * len(history))
-    device = next(iter(parameters.values())).device
+        history = _load(Path(checkpoint or ""), run, settings)
+        _fast_forward(run.schedule, steps * len(history))
     order = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    try:
-        with tqdm(total=epochs, initial=len(history), desc="training", unit=" epoch", disable=not progress) as bar:
-            for epoch in range(epochs):
-                permutation = torch.randperm(len(images), generator=order)
-                if epoch < len(history):
-                    continue  # done before the break; its draw keeps the order of the later ones
-                kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
-                start = time.perf_counter()
-                try:
-                    loss = _epoch(model, images, labels, permutation, batch_size, optimizer, schedule, seed + epoch)
-                    entry: dict[str, Any] = {"epoch": epoch + 1, "loss": loss, "lr": schedule.get_last_lr()[0]}
-                    entry["seconds"] = time.perf_counter() - start
+    bar = tqdm(total=epochs, initial=len(history), desc="training", unit=" epoch", disable=not progress)
+    with bar, _mode_kept(model):
+        for epoch in range(epochs):
+            permutation = torch.randperm(len(images), generator=order)
+            if epoch < len(history):
+                continue  # done before the break; its draw keeps the order of the later ones
+            try:
+                with _undone_if_broken_off(model):
+                    entry: dict[str, Any] = {"epoch": epoch + 1}
+                    entry |= _epoch(run, images, labels, permutation.split(batch_size), seed + epoch)
+                    _check_finite(entry, lr, next(model.parameters()))
                     if test is not None:
                         entry["test_accuracy"] = evaluate(model, *test)
-                except BaseException as error:
-                    model.load_state_dict(kept)  # history and weights stay together
-                    if isinstance(error, KeyboardInterrupt):
-                        break
-                    raise
-                if not math.isfinite(loss):
-                    model.load_state_dict(kept)
-                    raise ValueError(
-                        f"the loss is {loss} in epoch {epoch + 1}: lr={lr} is too large for this model in "
-                        f"{next(iter(parameters.values())).dtype} on {device}. The model has the weights of the "
-                        "epoch before"
-                    )
-                history.append(entry)
-                if checkpoint is not None:
-                    _save(Path(checkpoint), model, parameters, optimizer, settings, history)
-                bar.update()
-                bar.set_postfix({k: f"{entry[k]:.3f}" for k in ("loss", "test_accuracy") if k in entry})
-    finally:
-        model.train(was_training)
+            except KeyboardInterrupt:
+                break
+            history.append(entry)
+            if checkpoint is not None:
+                _save(Path(checkpoint), run, settings, history)
+            bar.update()
+            bar.set_postfix({k: f"{entry[k]:.3f}" for k in ("loss", "test_accuracy") if k in entry})
     return history
 
 
@@ -165,46 +142,97 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: as many of one as of the other, and some")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            right = sum(
-                int((logits_of(model, x.to(device)).argmax(-1) == y.to(device)).sum())
-                for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-            )
-    finally:
-        model.train(was_training)
+    with _mode_kept(model), torch.no_grad():
+        model.eval()
+        right = sum(
+            int((logits_of(model, x.to(device)).argmax(-1) == y.to(device)).sum())
+            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        )
     return right / len(images)
 
 
-def _epoch(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    permutation: Tensor,
-    batch_size: int,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    seed: int,
-) -> float:
-    """One pass over the images in the order of ``permutation``; the mean loss."""
-    device = next(model.parameters()).device
-    model.train()
+@dataclass(frozen=True)
+class _Run:
+    """What a training changes: the model, its trained parameters by name, the optimizer and the learning rate."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
+
+
+def _prepare(model: nn.Module, lr: float, weight_decay: float, *, rising: int, steps: int) -> _Run:
+    """AdamW on what is trained, with decay on matrices alone; its rate rises for ``rising`` of the ``steps``."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("nothing to train: every parameter of the model is frozen")
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=lr,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, rising, steps))
+    return _Run(model, parameters, optimizer, schedule)
+
+
+def _epoch(run: _Run, images: Tensor, labels: Tensor, batches: Sequence[Tensor], seed: int) -> dict[str, Any]:
+    """One pass over the images, in batches of their numbers: the mean loss, the last rate, the seconds."""
+    start, device = time.perf_counter(), run.device
+    run.model.train()
     total = torch.zeros((), dtype=torch.float64)
     # Dropout draws from the global generators: give them this epoch's seed and put them back.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(seed)
-        for chosen in permutation.split(batch_size):
+        for chosen in batches:
             x, y = images[chosen.to(images.device)].to(device), labels[chosen.to(labels.device)].to(device)
-            loss = nn.functional.cross_entropy(logits_of(model, x), y)
-            optimizer.zero_grad(set_to_none=True)
+            loss = nn.functional.cross_entropy(logits_of(run.model, x), y)
+            run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
-            schedule.step()
+            run.optimizer.step()
+            run.schedule.step()
             total += loss.detach().cpu().double() * len(chosen)
-    optimizer.zero_grad(set_to_none=True)
-    return float(total) / len(images)
+    run.optimizer.zero_grad(set_to_none=True)
+    return {
+        "loss": float(total) / len(images),
+        "lr": run.schedule.get_last_lr()[0],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+@contextmanager
+def _mode_kept(model: nn.Module) -> Iterator[None]:
+    """Leave the model in the mode (train or eval) it came in."""
+    was_training = model.training
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _undone_if_broken_off(model: nn.Module) -> Iterator[None]:
+    """Give the model its weights back if anything is raised, so that history and weights stay together."""
+    kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    try:
+        yield
+    except BaseException:
+        model.load_state_dict(kept)
+        raise
+
+
+def _check_finite(entry: dict[str, Any], lr: float, parameter: Tensor) -> None:
+    if not math.isfinite(entry["loss"]):
+        raise ValueError(
+            f"the loss is {entry['loss']} in epoch {entry['epoch']}: lr={lr} is too large for this model in "
+            f"{parameter.dtype} on {parameter.device}. The model has the weights of the epoch before"
+        )
 
 
 def _rate(step: int, rising: int, total: int) -> float:
@@ -239,18 +267,11 @@ def _check(images: Tensor, labels: Tensor, settings: dict[str, Any]) -> None:
 # --- Checkpoints ----------------------------------------------------------------------------------------------
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
-    history: list[dict[str, Any]],
-) -> None:
+def _save(path: Path, run: _Run, settings: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Weights, optimizer state and history; written beside the old file first, so that a crash leaves one whole."""
-    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    for name, p in parameters.items():
-        tensors |= {f"optimizer.{key}.{name}": t for key, t in optimizer.state[p].items()}
+    tensors = {f"model.{name}": t for name, t in run.model.state_dict().items()}
+    for name, p in run.parameters.items():
+        tensors |= {f"optimizer.{key}.{name}": t for key, t in run.optimizer.state[p].items()}
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     facts = {"format": FORMAT, "settings": json.dumps(settings), "history": json.dumps(history)}
     beside = path.with_name(path.name + ".part")
@@ -261,13 +282,8 @@ def _save(
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
 
 
-def _load(
-    path: Path,
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
-) -> list[dict[str, Any]]:
+def _load(path: Path, run: _Run, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The history; weights and optimizer get the state they had."""
     tensors, facts = _read(path)
     try:
         saved, history = json.loads(facts["settings"]), json.loads(facts["history"])
@@ -277,17 +293,17 @@ def _load(
         different = [f"{k}={saved.get(k)} there, {v} here" for k, v in settings.items() if saved.get(k) != v]
         raise CheckpointError(f"{path} was written with other settings: {'; '.join(different)}")
     keys = ("step", "exp_avg", "exp_avg_sq")
-    wanted = {f"model.{name}": t.shape for name, t in model.state_dict().items()}
-    wanted |= {f"optimizer.{key}.{name}": p.shape for name, p in parameters.items() for key in keys[1:]}
-    wanted |= {f"optimizer.step.{name}": torch.Size() for name in parameters}
+    wanted = {f"model.{name}": t.shape for name, t in run.model.state_dict().items()}
+    wanted |= {f"optimizer.{key}.{name}": p.shape for name, p in run.parameters.items() for key in keys[1:]}
+    wanted |= {f"optimizer.step.{name}": torch.Size() for name in run.parameters}
     if wanted != (found := {name: t.shape for name, t in tensors.items()}):
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise CheckpointError(f"{path} is of another model or defence: {odd[0]} and {len(odd) - 1} more differ")
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-    for name, p in parameters.items():
-        optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+    run.model.load_state_dict({name: tensors[f"model.{name}"] for name in run.model.state_dict()})
+    for name, p in run.parameters.items():
+        run.optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
         for key in keys[1:]:
-            optimizer.state[p][key] = optimizer.state[p][key].to(p)
+            run.optimizer.state[p][key] = run.optimizer.state[p][key].to(p)
     return history
 
 
