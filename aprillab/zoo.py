@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +17,9 @@ from .models import VisionTransformer
 
 Position = Literal["learned", "frozen", "sinusoidal", "sinusoidal-2d", "none"]
 
-MODEL_NAMES = "april, prenorm, vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14, timm:NAME, transformers:vit"
+_OURS = ("april", "prenorm")
+_OF_TORCHVISION = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
+MODEL_NAMES = ", ".join((*_OURS, *_OF_TORCHVISION, "timm:NAME", "transformers:vit"))
 
 
 class ModelError(ValueError):
@@ -81,33 +82,23 @@ def build_model(
     UnknownModelError
         If it is built but is no Vision Transformer that ``dissect`` knows.
     """
-    if position not in get_args(Position):
-        raise ModelError(f"position={position!r} is none of {', '.join(get_args(Position))}")
-    if channels not in (1, 3):
-        raise ModelError(f"channels={channels} must be 3 (RGB) or 1 (grey)")
     given = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
-    shape = {option: value for option, value in given.items() if value is not None}
-    if wrong := [option for option, value in shape.items() if value <= 0]:
-        raise ModelError(f"{wrong[0]}={shape[wrong[0]]} must be positive")
-    library, _, rest = name.partition(":")
-    if library == "timm" and rest:
-        build: Callable[[], nn.Module] = lambda: _timm(rest, image_size, classes)  # noqa: E731
-    elif name == "transformers:vit":
-        build = lambda: _transformers(image_size, classes)  # noqa: E731
-    elif name in ("april", "prenorm"):
-        options = {"channels": channels, "position": "none" if position == "none" else "learned", "seed": seed}
-        build = lambda: _own(name, image_size, shape, classes=classes, **options)  # noqa: E731
-    elif name in MODEL_NAMES.split(", ") and name.startswith("vit_"):
-        build = lambda: _torchvision(name, image_size, classes)  # noqa: E731
-    else:
-        raise ModelError(f"there is no model {name!r}; there are {MODEL_NAMES}")
-    if name not in ("april", "prenorm") and (shape or channels != 3):
-        wrong = [*shape, *(["channels"] if channels != 3 else [])]
-        raise ModelError(f"{', '.join(wrong)}: only april and prenorm come in other shapes; {name} has its library's")
+    shape: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+    _check_options(name, position, channels, shape)
+    library = name.partition(":")[0]
     try:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
-            model = build()
+            if name in _OURS:
+                shape |= {"channels": channels, "classes": classes, "seed": seed}
+                shape["position"] = "none" if position == "none" else "learned"  # _set_position does the rest
+                model = _build_aprillab(name, image_size, shape)
+            elif library == "timm":
+                model = _build_timm(name.removeprefix("timm:"), image_size, classes)
+            elif library == "transformers":
+                model = _build_transformers(image_size, classes)
+            else:
+                model = _build_torchvision(name, image_size, classes)
     except ImportError as error:
         raise ModelError(
             f"{name} needs {library}, which is not installed: pip install 'aprillab[{library}]'"
@@ -125,29 +116,45 @@ def build_model(
     return model.to(dtype).eval()
 
 
-def _own(block: str, image_size: int, shape: dict[str, Any], **options: Any) -> nn.Module:
+def _check_options(name: str, position: str, channels: int, shape: dict[str, Any]) -> None:
+    """Refuse an unknown model, and options that no model, or not this one, can have."""
+    if position not in get_args(Position):
+        raise ModelError(f"position={position!r} is none of {', '.join(get_args(Position))}")
+    if channels not in (1, 3):
+        raise ModelError(f"channels={channels} must be 3 (RGB) or 1 (grey)")
+    if wrong := [option for option, value in shape.items() if value <= 0]:
+        raise ModelError(f"{wrong[0]}={shape[wrong[0]]} must be positive")
+    of_timm = name.startswith("timm:") and name != "timm:"
+    if not of_timm and name not in (*_OURS, *_OF_TORCHVISION, "transformers:vit"):
+        raise ModelError(f"there is no model {name!r}; there are {MODEL_NAMES}")
+    if name not in _OURS and (shape or channels != 3):
+        wrong = [*shape, *(["channels"] if channels != 3 else [])]
+        raise ModelError(f"{', '.join(wrong)}: only april and prenorm come in other shapes; {name} has its library's")
+
+
+def _build_aprillab(block: str, image_size: int, options: dict[str, Any]) -> nn.Module:
     if image_size >= 112 and image_size % 16 == 0:
         rule = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12}
-    elif image_size % 8 == 0 or "patch_size" in shape:
+    elif image_size % 8 == 0 or "patch_size" in options:
         rule = {"patch_size": image_size // 8, "width": 384, "depth": 4, "heads": 6}
     else:
         raise ValueError("it must be a multiple of 8 (8 × 8 patches), or from 112 up of 16 (patches of 16 pixels)")
-    return VisionTransformer(image_size=image_size, block=block, **{**rule, **shape}, **options)  # type: ignore[arg-type]
+    return VisionTransformer(image_size=image_size, block=block, **{**rule, **options})  # type: ignore[arg-type]
 
 
-def _torchvision(name: str, image_size: int, classes: int) -> nn.Module:
+def _build_torchvision(name: str, image_size: int, classes: int) -> nn.Module:
     from torchvision.models import get_model
 
     return get_model(name, weights=None, image_size=image_size, num_classes=classes)
 
 
-def _timm(name: str, image_size: int, classes: int) -> nn.Module:
+def _build_timm(name: str, image_size: int, classes: int) -> nn.Module:
     import timm
 
     return timm.create_model(name, pretrained=False, img_size=image_size, num_classes=classes)
 
 
-def _transformers(image_size: int, classes: int) -> nn.Module:
+def _build_transformers(image_size: int, classes: int) -> nn.Module:
     import transformers
 
     if image_size % 16:

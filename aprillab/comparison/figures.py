@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 
 from .. import viz
 from ..metrics import EXACT_TO_8_BITS_DB
+from .cases import Case
 from .records import Point, Row, read_curves, read_pictures
 
 #: Columns that tell one line of pictures from the next, where they differ at all.
@@ -99,21 +100,29 @@ def curves(rows: Sequence[Row], path: Path) -> Figure | None:
         2 * len(dtypes), len(positions), size=(2.9 * len(positions) + 1.2, 4.6 * len(dtypes) + 0.8)
     )
     for i, dtype in enumerate(dtypes):
+        losses, decibels = axes[2 * i : 2 * i + 2]
         for j, position in enumerate(positions):
             here = {case: run for case, run in runs.items() if (case.dtype, case.position) == (dtype, position)}
-            for attack in attacks:
-                group = [run for case, run in here.items() if case.attack == attack]
-                look = _look(attack, attacks)
-                _with_median(axes[2 * i, j], [_relative_loss(run) for run in group], look)
-                _with_median(axes[2 * i + 1, j], [[(p.evaluation, p.psnr) for p in run] for run in group], look)
-            axes[2 * i, j].set(yscale="log", title=f"{position}, {dtype}")
-            axes[2 * i + 1, j].set_xlabel("evaluations")
-        axes[2 * i, 0].set_ylabel("loss / first loss")
-        axes[2 * i + 1, 0].set_ylabel("PSNR in dB")
-        for line in axes[2 * i : 2 * i + 2]:
-            _same_range(line)
+            _draw_searches(losses[j], decibels[j], here, attacks)
+            losses[j].set(yscale="log", title=f"{position}, {dtype}")
+            decibels[j].set_xlabel("evaluations")
+        losses[0].set_ylabel("loss / first loss")
+        decibels[0].set_ylabel("PSNR in dB")
+        _same_range(losses)
+        _same_range(decibels)
     _legend(fig, attacks, {case.attack for case in runs})
     return fig
+
+
+def _draw_searches(
+    losses: Axes, decibels: Axes, runs: Mapping[Case, Sequence[Point]], attacks: Sequence[str]
+) -> None:
+    """The searches of one setting: relative loss in one panel, PSNR in the other, each attack with its look."""
+    for attack in attacks:
+        group = [run for case, run in runs.items() if case.attack == attack]
+        look = _look(attack, attacks)
+        _with_median(losses, [_relative_loss(run) for run in group], look)
+        _with_median(decibels, [[(p.evaluation, p.psnr) for p in run] for run in group], look)
 
 
 def seconds(rows: Sequence[Row]) -> Figure | None:

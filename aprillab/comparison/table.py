@@ -29,28 +29,42 @@ def table(rows: Sequence[Row], *, by: Sequence[str] = BY) -> str:
     head = [name.replace("_", " ") for name in by]
     head += ["runs", "median dB", "least dB", "exact", "refused", "median s"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [f"| {' | '.join([*key, *_summary(group)])} |" for key, group in groups.items()]
+    # The groups' order, in which the attacks stand in the table.
+    refused = [row for group in groups.values() for row in group if row.psnr is None]
+    return "\n".join([*lines, *_refusals(refused)])
+
+
+def _summary(group: Sequence[Row]) -> list[str]:
+    """The cells of one line: runs, median and least dB, how many are exact, how many refused, median seconds."""
+    scored = [row for row in group if row.psnr is not None]
+    refused = str(len(group) - len(scored))
+    if not scored:
+        return [str(len(group)), "–", "–", "–", refused, "–"]
+    decibels = sorted(-math.inf if math.isnan(row.psnr) else row.psnr for row in scored if row.psnr is not None)
+    return [
+        str(len(group)),
+        f"{statistics.median(decibels):.1f}",
+        f"{decibels[0]:.1f}",
+        f"{sum(bool(row.exact) for row in scored)} of {len(scored)}",
+        refused,
+        f"{statistics.median(row.seconds for row in scored):.3g}",
+    ]
+
+
+def _refusals(refused: Sequence[Row]) -> list[str]:
+    """Each attack's reasons, and how often it gave them."""
+    if not refused:
+        return []
     reasons: dict[str, list[str]] = {}
-    for key, group in groups.items():
-        scored = [row for row in group if row.psnr is not None]
-        values = sorted(-math.inf if math.isnan(row.psnr) else row.psnr for row in scored if row.psnr is not None)
-        numbers = ["–"] * 3
-        if scored:
-            seconds = statistics.median(row.seconds for row in scored)
-            numbers = [f"{statistics.median(values):.1f}", f"{values[0]:.1f}", f"{seconds:.3g}"]
-        exact, refused = sum(bool(row.exact) for row in group), len(group) - len(scored)
-        counts = [f"{exact} of {len(scored)}" if scored else "–", str(refused)]
-        lines.append(f"| {' | '.join([*key, str(len(group)), *numbers[:2], *counts, numbers[2]])} |")
-        for row in group:
-            if row.psnr is None:
-                reasons.setdefault(row.case.attack, []).append(row.outcome.removeprefix("refused: "))
-    if reasons:
-        lines += ["", "Refused, and why:", ""]
-        lines += [
-            f"- {attack} ({said.count(reason)}): {reason}"
-            for attack, said in reasons.items()
-            for reason in dict.fromkeys(said)
-        ]
-    return "\n".join(lines)
+    for row in refused:
+        reasons.setdefault(row.case.attack, []).append(row.outcome.removeprefix("refused: "))
+    lines = [
+        f"- {attack} ({given.count(reason)}): {reason}"
+        for attack, given in reasons.items()
+        for reason in dict.fromkeys(given)
+    ]
+    return ["", "Refused, and why:", "", *lines]
 
 
 def report(rows: Sequence[Row], command: str, figures: dict[str, str] | None = None) -> str:

@@ -78,26 +78,10 @@ def _open_picture(path: Path) -> tuple[Image.Image, list[str]]:
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise PictureError(f"{path}: this is {kind}. Name the picture file itself.")
-    remarks = []
     try:
         if path.stat().st_size == 0:
             raise PictureError(f"{path}: the file is empty (0 bytes). Copy or export the picture again.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=PICTURE_FORMATS) as file:
-                # A phone's MPO carries previews and depth beside the photograph: nothing to remark on.
-                frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
-                if frames > 1:
-                    remarks.append(f"this holds {frames} frames or pages; only the first is used")
-                image = ImageOps.exif_transpose(file)
-                if image.mode[0] in "IF":
-                    image = _to_8_bits(image, file.format, path)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            if np.asarray(image)[..., 3].min() < 255:
-                remarks.append("this is partly transparent; it is composited on white")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("L" if image.mode in ("1", "L") else "RGB"), remarks
+        return _decode(path)
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -116,6 +100,27 @@ def _open_picture(path: Path) -> tuple[Image.Image, list[str]]:
             f"{path}: the picture cannot be read: {error or type(error).__name__}. It may be damaged or cut short, "
             "or of a rare kind: copy it again, or save it as an 8-bit PNG or JPEG."
         ) from error
+
+
+def _decode(path: Path) -> tuple[Image.Image, list[str]]:
+    """What Pillow reads: its first frame, upright, in 8 bits, on white."""
+    remarks = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=PICTURE_FORMATS) as file:
+            # A phone's MPO carries previews and depth beside the photograph: nothing to remark on.
+            frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
+            if frames > 1:
+                remarks.append(f"this holds {frames} frames or pages; only the first is used")
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":
+                image = _to_8_bits(image, file.format, path)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() < 255:
+            remarks.append("this is partly transparent; it is composited on white")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if image.mode in ("1", "L") else "RGB"), remarks
 
 
 def _to_8_bits(image: Image.Image, file_format: str | None, path: Path) -> Image.Image:
