@@ -1,0 +1,356 @@
+"""How the package is built: which room may import which, and how long files and functions are.
+
+A room is a folder of the package or a file beside them. Its floor is one more than the highest floor it imports, so
+that the rooms which import none are on the first. The package's face (``__init__``) and ``__main__`` count as rooms
+like the others: nothing imports them, and both have to fit under the roof. A folder's own ``__init__`` is part of its
+room. Imports are read from the source, those inside functions too, absolute or relative.
+
+A function's body counts from its first statement after the docstring to its end, with comments and blank lines; its
+local variables are the names it binds itself, without parameters, names of comprehensions and of functions within.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "aprillab"
+
+#: From the ground up. A room may import from lower floors alone; rooms on one floor know nothing of each other.
+FLOORS = (
+    {"version", "models", "preprocessing", "data", "metrics", "viz", "update"},
+    {"anatomy", "training", "widgets"},
+    {"attacks", "defenses"},
+    {"zoo", "audit", "exercises", "__init__"},
+    {"comparison"},
+    {"commands"},
+    {"__main__"},
+)
+#: The same within attacks/. The files of the first floor may import each other, if there is no circle.
+ATTACK_FLOORS = (
+    {"result", "evidence", "labels", "replay"},
+    {"closed_forms"},
+    {"searches"},
+    {"grey_levels"},
+    {"catalogue"},
+    {"invert"},
+    {"__init__"},
+)
+MOST_FLOORS, MOST_FILE_LINES, MOST_BODY_LINES, MOST_LOCALS = 7, 400, 40, 15
+
+#: What is longer, and why. An entry that is needed no more fails, too: strike it out.
+LONG_FILES = {
+    "attacks/searches/match.py": "to be divided into recipes, problem and match",
+    "attacks/grey_levels/span_then_round.py": "to become a loop of named steps",
+}
+_FORMULAS = "each mistake is a formula under the chapter's letters, read beside the others"
+_LISTED = "a check lists the mistakes it knows, one after another"
+LONG_FUNCTIONS = {
+    "attacks/closed_forms/april.py:april_closed_form": "to be divided into check, solve and report",
+    "attacks/closed_forms/april.py:_one_system": "to become one function a system of equations",
+    "attacks/closed_forms/patch_embedding.py:embedding_closed_form": "to be divided into check, solve and report",
+    "attacks/closed_forms/span.py:solve_span": "to be divided into the chapter's steps",
+    "attacks/grey_levels/lattice.py:ReducedLattice.nearest": "a beam search, to get a reference for one point",
+    "attacks/grey_levels/span_then_round.py:span_then_round": "to become a loop of named steps",
+    "attacks/grey_levels/span_then_round.py:_State.try_whole_patches": "to become a named pass over the places",
+    "attacks/searches/match.py:match_gradients": "to take a recipe",
+    "attacks/searches/search.py:Problem.evaluate": "to be divided with Search",
+    "exercises/chapter02.py:check_sticks_out": _LISTED,
+    "exercises/chapter02.py:check_token_gradient.body": _FORMULAS,
+    "exercises/chapter02.py:check_sticks_out.body": _FORMULAS,
+    "exercises/chapter03.py:check_choose_damping": _LISTED,
+    "exercises/chapter03.py:check_patches_from.body": _FORMULAS,
+    "exercises/chapter03.py:_attack_mistakes": _FORMULAS,
+    "exercises/chapter04.py:check_predicted_mse": _LISTED,
+    "exercises/chapter04.py:check_predicted_mse.check": _FORMULAS,
+    "exercises/chapter05.py:check_total_variation": _LISTED,
+    "exercises/chapter06.py:check_paired_interval": _LISTED,
+}
+
+
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+
+def module_name(package: Path, path: Path) -> str:
+    """``attacks.searches.match``; a folder's ``__init__`` has the folder's name, and the package's own ``""``."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def read_imports(package: Path) -> dict[str, list[tuple[str, bool]]]:
+    """For each module the modules of the same package that it imports, and whether by the package's own name."""
+    modules = {module_name(package, path): path for path in package.rglob("*.py")}
+    return {name: list(_imports_of(name, path, package.name, modules)) for name, path in modules.items()}
+
+
+def _imports_of(name: str, path: Path, package: str, modules: Mapping[str, Path]) -> Iterator[tuple[str, bool]]:
+    here = name.split(".") if name else []
+    folder = here if path.name == "__init__.py" else here[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first, _, rest = alias.name.partition(".")
+                if first == package:
+                    yield rest, True
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                start = folder[: len(folder) - node.level + 1]
+            elif (node.module or "").partition(".")[0] == package:
+                start = []
+            else:
+                continue
+            source = (node.module or "").split(".") if node.module else []
+            base = [*start, *(source if node.level else source[1:])]
+            for alias in node.names:
+                inner = ".".join([*base, alias.name])
+                yield inner if inner in modules else ".".join(base), node.level == 0
+
+
+def rooms(imports: Mapping[str, Sequence[tuple[str, bool]]], folder: str = "") -> dict[str, set[str]]:
+    """Which room of a folder imports which others of it. The folder's own ``__init__`` is the room ``__init__``."""
+    inside = f"{folder}." if folder else ""
+
+    def room(module: str) -> str | None:
+        if module == folder:
+            return "__init__"
+        return module.removeprefix(inside).partition(".")[0] if module.startswith(inside) else None
+
+    graph: dict[str, set[str]] = {}
+    for module, imported in imports.items():
+        if (own := room(module)) is not None:
+            graph.setdefault(own, set()).update(other for name, _ in imported if (other := room(name)) is not None)
+    return {own: others - {own} for own, others in graph.items()}
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """A circle of imports, if there is one."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def highest_floor(graph: Mapping[str, set[str]]) -> int:
+    """Floors of a graph without a circle."""
+    floors: dict[str, int] = {}
+    for room in TopologicalSorter(graph).static_order():
+        floors[room] = 1 + max((floors[other] for other in graph.get(room, ())), default=0)
+    return max(floors.values())
+
+
+def upward(graph: Mapping[str, set[str]], floors: Sequence[set[str]], *, neighbours: bool = False) -> list[str]:
+    """Imports that do not lead down, and rooms that have no floor."""
+    level = {room: i for i, floor in enumerate(floors) for room in floor}
+    found = [f"{room} has no floor" for room in sorted(graph.keys() - level.keys())]
+    for room, others in graph.items():
+        for other in sorted(others & level.keys()):
+            if room in level and level[other] + (not neighbours) > level[room]:
+                found.append(f"{room} imports {other}")
+    return found
+
+
+def faces_from_inside(imports: Mapping[str, Sequence[tuple[str, bool]]]) -> list[str]:
+    """Modules that import the face of a folder they are in, or the package by its name."""
+    found = []
+    for module, imported in imports.items():
+        parts = module.split(".") if module else []
+        above = {".".join(parts[:i]) for i in range(len(parts))}
+        for name, by_package in imported:
+            if name in above or by_package:
+                found.append(f"{module or '__init__'} imports {name or 'the package itself'}")
+    return found
+
+
+def long_files(package: Path, most: int = MOST_FILE_LINES) -> set[str]:
+    return {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) > most
+    }
+
+
+def long_functions(package: Path) -> set[str]:
+    """``file:function`` of those with too many lines or local variables, with the names they are nested in."""
+    found = set()
+    for path in package.rglob("*.py"):
+        for name, node in _functions(ast.parse(path.read_text(encoding="utf-8"))):
+            if body_lines(node) > MOST_BODY_LINES or len(local_variables(node)) > MOST_LOCALS:
+                found.add(f"{path.relative_to(package).as_posix()}:{name}")
+    return found
+
+
+def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield f"{prefix}{node.name}", node
+        inner = f"{prefix}{node.name}." if isinstance(node, ast.FunctionDef | ast.ClassDef) else prefix
+        yield from _functions(node, inner)
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def local_variables(function: ast.FunctionDef) -> set[str]:
+    names = set()
+    left: list[ast.AST] = list(function.body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            names |= {inner.target.id for inner in ast.walk(node) if isinstance(inner, ast.NamedExpr)}
+        else:
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                names.add(node.name)
+            left += ast.iter_child_nodes(node)
+    given = function.args
+    return names - {argument.arg for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]}
+
+
+# --- The package --------------------------------------------------------------------------------------------------
+
+IMPORTS = read_imports(PACKAGE)
+
+
+def test_no_circle_among_files_or_rooms() -> None:
+    assert circle({module: {name for name, _ in imported} for module, imported in IMPORTS.items()}) == []
+    assert circle(rooms(IMPORTS)) == []
+    assert circle(rooms(IMPORTS, "attacks")) == []
+
+
+def test_arrows_point_down() -> None:
+    assert upward(rooms(IMPORTS), FLOORS) == []
+    assert upward(rooms(IMPORTS, "attacks"), ATTACK_FLOORS, neighbours=True) == []
+
+
+def test_every_floor_has_its_rooms() -> None:
+    assert set().union(*FLOORS) == set(rooms(IMPORTS))
+    assert set().union(*ATTACK_FLOORS) == set(rooms(IMPORTS, "attacks"))
+
+
+def test_at_most_seven_floors() -> None:
+    assert len(FLOORS) <= MOST_FLOORS
+    assert highest_floor(rooms(IMPORTS)) <= MOST_FLOORS
+
+
+def test_nobody_imports_a_face_from_inside() -> None:
+    assert faces_from_inside(IMPORTS) == []
+
+
+def test_files_fit_in_the_head() -> None:
+    assert long_files(PACKAGE) - LONG_FILES.keys() == set(), f"files over {MOST_FILE_LINES} lines"
+    assert LONG_FILES.keys() - long_files(PACKAGE) == set(), "no longer too long: strike out of LONG_FILES"
+
+
+def test_functions_fit_on_the_screen() -> None:
+    found = long_functions(PACKAGE)
+    words = f"over {MOST_BODY_LINES} lines or {MOST_LOCALS} local variables: look for the step that wants a name"
+    assert found - LONG_FUNCTIONS.keys() == set(), words
+    assert LONG_FUNCTIONS.keys() - found == set(), "no longer too long: strike out of LONG_FUNCTIONS"
+
+
+# --- That each of these can fail ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """``build({"a.py": "…"})``: a package ``house`` with these files, and an empty ``__init__.py`` in each folder."""
+
+    def make(files: Mapping[str, str]) -> Path:
+        for name, text in {"__init__.py": "", **files}.items():
+            path = tmp_path / "house" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not (path.parent / "__init__.py").exists():
+                (path.parent / "__init__.py").touch()
+            path.write_text(text, encoding="utf-8")
+        return tmp_path / "house"
+
+    return make
+
+
+def test_imports_of_every_kind_are_read(build) -> None:  # type: ignore[no-untyped-def]
+    house = build(
+        {
+            "a.py": "",
+            "b.py": "from . import a\nimport torch\nfrom torch import nn",
+            "c.py": "def f():\n    from .a import f",
+            "d/e.py": "from .. import a\nfrom .g import x\nfrom ..b import y",
+            "d/g.py": "import house.a\nfrom house.d import e\nfrom house import b, f",
+        }
+    )
+    imports = read_imports(house)
+    assert imports["b"] == [("a", False)]
+    assert imports["c"] == [("a", False)]
+    assert imports["d.e"] == [("a", False), ("d.g", False), ("b", False)]
+    assert sorted(imports["d.g"]) == [("", True), ("a", True), ("b", True), ("d.e", True)]
+    assert rooms(imports) == {"__init__": set(), "a": set(), "b": {"a"}, "c": {"a"}, "d": {"__init__", "a", "b"}}
+    assert rooms(imports, "d") == {"__init__": set(), "e": {"g"}, "g": {"e"}}
+
+
+def test_a_circle_is_seen_even_within_functions(build) -> None:  # type: ignore[no-untyped-def]
+    house = build({"a/x.py": "def f():\n    from ..b.y import g", "b/y.py": "", "b/z.py": "from ..a.x import f"})
+    imports = read_imports(house)
+    assert circle({module: {name for name, _ in imported} for module, imported in imports.items()}) == []
+    assert set(circle(rooms(imports))) == {"a", "b"}
+
+
+def test_an_arrow_up_or_aside_is_seen(build) -> None:  # type: ignore[no-untyped-def]
+    graph = rooms(read_imports(build({"a.py": "", "b.py": "from .a import f", "c.py": "from house.b import g"})))
+    assert upward(graph, [{"a"}, {"b"}, {"c", "__init__"}]) == []
+    assert upward(graph, [{"b"}, {"a"}, {"c", "__init__"}]) == ["b imports a"]
+    assert upward(graph, [{"a"}, {"b", "c", "__init__"}]) == ["c imports b"]
+    assert upward(graph, [{"a"}, {"b", "c", "__init__"}], neighbours=True) == []
+    assert upward(graph, [{"a"}, {"b"}, {"__init__"}]) == ["c has no floor"]
+
+
+def test_an_eighth_floor_is_seen(build) -> None:  # type: ignore[no-untyped-def]
+    house = build({f"r{i}.py": f"from . import r{i - 1}" if i else "" for i in range(8)})
+    assert highest_floor(rooms(read_imports(house))) == MOST_FLOORS + 1
+
+
+def test_a_face_imported_from_inside_is_seen(build) -> None:  # type: ignore[no-untyped-def]
+    house = build(
+        {
+            "__init__.py": "from .d import f",
+            "d/__init__.py": "from .e import f",
+            "d/e.py": "",
+            "d/g.py": "from . import f",
+            "d/h.py": "from .. import f\nfrom . import e",
+            "i.py": "from .d import f\nfrom house.d.e import f",
+        }
+    )
+    assert sorted(faces_from_inside(read_imports(house))) == [
+        "d.g imports d",
+        "d.h imports the package itself",
+        "i imports d.e",
+    ]
+
+
+def test_what_is_too_long_is_seen(build) -> None:  # type: ignore[no-untyped-def]
+    def function(name: str, lines: Sequence[str]) -> str:
+        return f"def {name}(x):\n    'Words.'\n" + textwrap.indent("\n".join(lines), "    ") + "\n"
+
+    few, many = ([f"y{i}, x = x" for i in range(count)] for count in (15, 16))
+    house = build(
+        {
+            "fits.py": function("f", ["x = 1"] * 40) + "#\n" * (400 - 42),
+            "long.py": "#\n" * 401,
+            "a/lines.py": "class A:\n" + textwrap.indent(function("g", ["x = 1"] * 41), "    "),
+            "names.py": function("f", [*few, "[z for z in x]", "lambda z: z"])
+            + function("g", [*few, "def inner(): pass"])
+            + function("h", ["def inner():", *(f"    {line}" for line in many)])
+            + function("k", [*few, "try: pass", "except E as e: pass"]),
+        }
+    )
+    assert long_files(house) == {"long.py"}
+    assert long_functions(house) == {"a/lines.py:A.g", "names.py:g", "names.py:h.inner", "names.py:k"}
