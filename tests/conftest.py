@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aprillab.anatomy import Anatomy, dissect
+from aprillab.attacks.catalogue import ATTACKS, Attack
 from aprillab.models import VisionTransformer
 
 TINY = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 2, "heads": 3, "classes": 5}
@@ -50,3 +52,17 @@ def make_vit() -> Callable[..., VisionTransformer]:
 def make_batch() -> Callable[..., tuple[Tensor, Tensor]]:
     """``make_batch(model, size=1, seed=0)``: images and labels for any model that can be dissected."""
     return private_batch
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the attacks as they are called."""
+    called: list[str] = []
+    for name, attack in list(ATTACKS.items()):
+
+        def counted(*arguments: Any, attack: Attack = attack, **options: Any) -> Any:
+            called.append(attack.name)
+            return attack.function(*arguments, **options)
+
+        monkeypatch.setitem(ATTACKS, name, replace(attack, function=counted))
+    return called

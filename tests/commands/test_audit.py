@@ -1,0 +1,314 @@
+"""``aprillab audit``: files and words, and bad updates, models and folders in one line each."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from audited import ATTENTION, LABEL, POSITION, SIZE, photograph, update_of, vit
+from command_line import Run, is_one_error
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from aprillab.audit import TRUST_WORDS
+from aprillab.commands import cli
+from aprillab.preprocessing import HALF, UNIT
+from aprillab.update import client_update, save_update
+from aprillab.zoo import build_model
+
+MODULE = """
+import torch
+from torch import nn
+from aprillab import VisionTransformer
+from torchvision.models import VisionTransformer as Torchvision
+
+SHAPE = dict(image_size=16, patch_size=4, width=64, depth=2, heads=4, classes=10, seed=1)
+NUMBER = 3
+
+def build(): return VisionTransformer(**SHAPE)
+def april(): return VisionTransformer(**{**SHAPE, "block": "april", "width": 16, "heads": 2})
+def narrow(): return VisionTransformer(**{**SHAPE, "width": 8, "heads": 2})
+def grey(): return VisionTransformer(**{**SHAPE, "channels": 1})
+def zero(): return Torchvision(16, 4, num_layers=1, num_heads=2, hidden_dim=64, mlp_dim=64, num_classes=10)
+def word(): return "a model"
+def broken(): raise ValueError("two\\nlines")
+def convolution(): return nn.Conv2d(3, 4, 3)
+class Stranger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.stem, self.place = nn.Conv2d(3, 64, 4, 4), nn.Parameter(torch.randn(16, 64))
+            self.out = nn.Linear(64, 10)
+    def forward(self, x):
+        z = self.stem(x).flatten(2).transpose(1, 2) + self.place
+        return self.out(torch.tanh(z).square().mean(1))
+class Place:
+    build = staticmethod(build)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run(function="build", update="update.safetensors", out="found", *more)``: exit code, stdout, stderr.
+
+    In a folder with the module ``federated`` and a good update of its ``build()``.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "federated.py").write_text(MODULE)
+    (tmp_path / "faulty.py").write_text("import torch\nimport no_such_package\n")
+    save_update(update_of(vit()), tmp_path / "update.safetensors")
+
+    def call(
+        function: str = "federated:build", *more: str, update: str = "update.safetensors", out: str = "found"
+    ) -> tuple[int, str, str]:
+        monkeypatch.delitem(sys.modules, "federated", raising=False)
+        path = list(sys.path)
+        code = cli.main(["audit", "--model", function, "--update", str(update), "--out", str(out), *more])
+        assert sys.path == path
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        return code, shown.out, shown.err
+
+    return call
+
+
+def test_command_writes_pictures_numbers_and_words(run: Run, tmp_path: Path) -> None:
+    code, out, err = run(out="new/found")
+    assert (code, err) == (0, "")
+    folder = tmp_path / "new/found"
+    assert {path.name for path in folder.iterdir()} == {
+        "embedding.png", "span.png", "overview.png", "report.json", "report.md",
+    }  # fmt: skip
+    original = (255 * photograph()).round().permute(1, 2, 0).numpy().astype(int)
+    with Image.open(folder / "embedding.png") as picture:
+        assert picture.size == (SIZE, SIZE)
+        assert np.array_equal(np.asarray(picture), original)
+    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert facts["labels"] == {"labels": [LABEL], "exact": True, "reason": facts["labels"]["reason"]}
+    assert facts["model"]["image_size"] == [SIZE, SIZE]
+    assert facts["model"]["tensors"]["position"] == POSITION
+    entry = facts["attacks"]["embedding"]
+    assert (entry["applies"], entry["exact"], entry["trust"], entry["diagnostics"]["rank"]) == (
+        True,
+        True,
+        "exact",
+        16,
+    )
+    assert entry["predicted_psnr"] > 59
+    assert entry["gradient_residual"] < 1e-3
+    assert facts["attacks"]["april"]["applies"] is False
+    words = (folder / "report.md").read_text(encoding="utf-8")
+    for text in (facts["verdict"], TRUST_WORDS["exact"], "rank: 16, for 16 patches", "`position_embedding` | shared"):
+        assert text in words
+    for text in (facts["verdict"], TRUST_WORDS["exact"], "misses the update by", "report.md", "who said yes"):
+        assert text in out
+
+
+def test_withheld_gradients_have_to_be_declared(run: Run, tmp_path: Path) -> None:
+    model = vit()
+    gradients = {name: g.contiguous() for name, g in update_of(model, withhold=[POSITION]).gradients.items()}
+    save_file({name: g.clone() for name, g in gradients.items()}, tmp_path / "foreign.safetensors")  # no metadata
+    code, _, err = run(update="foreign.safetensors")
+    assert code == 2
+    is_one_error(err, "lacks the gradient of 'position_embedding' (1 missing", "--withheld position_embedding")
+    code, out, _ = run("federated:build", "--withheld", POSITION, update="foreign.safetensors")
+    assert code == 0
+    assert "exactly: span attack" in out
+    code, _, err = run("federated:build", "--withheld", POSITION)
+    assert code == 2
+    is_one_error(err, "--withheld position_embedding: this gradient is in the update")
+
+
+@pytest.mark.parametrize("function", ["april", "narrow"])
+def test_too_many_tokens_for_the_width(run: Run, tmp_path: Path, function: str) -> None:
+    options = {"block": "april", "width": 16} if function == "april" else {"width": 8}
+    save_update(update_of(vit(heads=2, **options)), tmp_path / "update.safetensors")
+    code, out, _ = run(f"federated:{function}")
+    facts = json.loads((tmp_path / "found/report.json").read_text(encoding="utf-8"))["attacks"]
+    if function == "april":  # n = d: the patches alone still fit, the class token does not
+        assert code == 0
+        assert facts["embedding"]["applies"]
+        assert "17 tokens, but gradients of width 16" in facts["april"]["reason"]
+    else:
+        assert code == 1
+        assert "16 patches, but gradients of width 8" in facts["embedding"]["reason"]
+        assert "No closed form applies" in out
+        assert "does not make the update safe: gradient matching" in out
+    assert "> 16 = d" in facts["span"]["reason"] or "> 8 = d" in facts["span"]["reason"]
+
+
+def test_nothing_applies_is_said_and_does_not_mean_safe(run: Run, tmp_path: Path) -> None:
+    save_update(update_of(vit(), withhold=[POSITION, *ATTENTION]), tmp_path / "update.safetensors")
+    code, out, err = run()
+    assert (code, err) == (1, "")
+    words = (tmp_path / "found/report.md").read_text(encoding="utf-8")
+    for text in (out, words):
+        assert "No closed form applies" in text
+        assert "does not make the update safe" in text
+        assert "is not shared" in text
+    assert not list((tmp_path / "found").glob("*.png"))
+
+
+def test_zero_head_leaks_the_label_alone(run: Run, tmp_path: Path) -> None:
+    sys.path.insert(0, str(tmp_path))
+    try:
+        import federated
+    finally:
+        sys.path.pop(0)
+    save_update(update_of(federated.zero()), tmp_path / "update.safetensors")
+    code, out, _ = run("federated:zero")
+    assert code == 1
+    assert f"labels: {LABEL} (exact" in out
+    assert "zero" in out
+    assert "torchvision initializes it so" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "preprocessing"), [("unit", UNIT), ("half", HALF), ("0.5,0.5", HALF), ("0/0/0,1/1/1", UNIT)]
+)
+def test_preprocessing_changes_the_picture_alone(run: Run, tmp_path: Path, option: str, preprocessing) -> None:
+    assert run("federated:build", "--preprocessing", option)[0] == 0
+    expected = preprocessing.to_pixels(HALF.to_input(photograph()))
+    with Image.open(tmp_path / "found/embedding.png") as picture:
+        levels = np.asarray(picture).astype(int)
+    assert np.abs(levels - (255 * expected).round().permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_grey_models_give_grey_pictures(run: Run, tmp_path: Path) -> None:
+    save_update(update_of(vit(channels=1), photograph(channels=1)[None]), tmp_path / "update.safetensors")
+    assert run("federated:grey")[0] == 0
+    with Image.open(tmp_path / "found/embedding.png") as picture:
+        assert picture.mode == "L"
+    code, _, err = run("federated:grey", "--preprocessing", "imagenet")
+    assert code == 2
+    is_one_error(err, "--preprocessing", "1 channels")
+
+
+def test_parts_of_an_unknown_model_by_name(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("federated:Stranger")
+    assert code == 2
+    is_one_error(err, "Stranger is not a Vision Transformer", "stem.weight (64, 3, 4, 4)", "--part patch_weight=…")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        import federated
+    finally:
+        sys.path.pop(0)
+    update = client_update(federated.Stranger(), photograph()[None], torch.tensor([LABEL]))
+    save_update(update, tmp_path / "update.safetensors")
+    parts = ["patch_weight=stem.weight", "image_size=16", "position=place", "head_weight=out.weight"]
+    options = [word for part in [*parts, "head_bias=out.bias"] for word in ("--part", part)]
+    code, out, _ = run("federated:Stranger", *options)
+    assert code == 0
+    assert "exactly: patch-embedding system" in out
+    with Image.open(tmp_path / "found/embedding.png") as picture:
+        assert np.array_equal(np.asarray(picture), (255 * photograph()).round().permute(1, 2, 0).numpy())
+    for part, fragment in (("position=places", "no tensor called places"), ("nose=place", "no part is called nose")):
+        code, _, err = run("federated:Stranger", *options, "--part", part)
+        assert code == 2
+        is_one_error(err, fragment)
+
+
+# --- Bad updates ----------------------------------------------------------------------------------------------
+
+
+def changed(gradients: Mapping[str, Tensor], name: str, tensor: Tensor | None) -> dict[str, Tensor]:
+    kept = {key: g.clone().contiguous() for key, g in gradients.items() if key != name}
+    return kept if tensor is None else {**kept, name: tensor}
+
+
+HEAD = "head.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fragments"),
+    [
+        (HEAD, None, ["lacks the gradient of 'head.weight'", "--withheld head.weight"]),
+        ("extra.weight", torch.ones(2), ["do not belong together", "'extra.weight'"]),
+        (HEAD, torch.ones(64, 10), ["head.weight: the update has shape (64, 10)", "(10, 64)"]),
+        (HEAD, torch.full((10, 64), math.nan), ["head.weight: 640 of 640 gradient entries are NaN or infinite"]),
+        (HEAD, torch.full((10, 64), math.inf), ["head.weight: 640 of 640 gradient entries are NaN or infinite"]),
+        (HEAD, torch.ones(10, 64, dtype=torch.int64), ["'head.weight' is torch.int64"]),
+    ],
+)
+def test_tensors_that_are_wrong(
+    run: Run, tmp_path: Path, name: str, value: Tensor | None, fragments: list[str]
+) -> None:
+    save_file(changed(update_of(vit()).gradients, name, value), tmp_path / "update.safetensors")
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    is_one_error(err, *fragments)
+    assert not list((tmp_path / "found").iterdir())
+
+
+def test_files_that_are_wrong(run: Run, tmp_path: Path) -> None:
+    gradients = dict(update_of(vit()).gradients)
+    whole = (tmp_path / "update.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "words.safetensors").write_text("these are not the gradients you are looking for")
+    (tmp_path / "empty.safetensors").touch()
+    torch.save(gradients, tmp_path / "pickle.pt")
+    save_file({name: torch.zeros_like(g) for name, g in gradients.items()}, tmp_path / "zero.safetensors")
+    save_update(update_of(vit(width=32)), tmp_path / "other.safetensors")
+    save_update(update_of(build_model("timm:vit_tiny_patch16_224", image_size=16)), tmp_path / "timm.safetensors")
+    for name, fragments in (
+        ("cut.safetensors", ["not a readable safetensors file, or cut off"]),
+        ("words.safetensors", ["not a readable safetensors file"]),
+        ("empty.safetensors", ["not a readable safetensors file"]),
+        ("pickle.pt", ["a pickle (torch.save), which could run code", "save_update"]),
+        ("zero.safetensors", ["all gradients are zero"]),
+        ("other.safetensors", ["the update has shape (32,), VisionTransformer (64,)"]),
+        ("timm.safetensors", ["the update and VisionTransformer do not belong together"]),
+        ("absent.safetensors", ["no such file"]),
+        ("found", ["no such file"]),
+    ):
+        code, out, err = run(update=name)
+        assert (code, out) == (2, ""), name
+        is_one_error(err, *fragments)
+
+
+# --- Bad models, bad folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "fragments"),
+    [
+        ("federated", ["not of the form MODULE:FUNCTION"]),
+        (":build", ["not of the form MODULE:FUNCTION"]),
+        ("no_such_module:build", ["module 'no_such_module' cannot be imported", "No module named"]),
+        ("faulty:build", ["module 'faulty' cannot be imported", "no_such_package", "faulty.py, line 2"]),
+        (".federated:build", ["cannot be imported"]),
+        ("federated:builds", ["module 'federated' has no 'builds'"]),
+        ("federated:NUMBER", ["is no function but a int"]),
+        ("federated:word", ["federated:word() returned str, not a torch.nn.Module"]),
+        ("federated:broken", ["federated:broken() failed: ValueError: two lines", "federated.py, line"]),
+        ("federated:convolution", ["Conv2d is not a Vision Transformer known to aprillab"]),
+    ],
+)
+def test_models_that_are_none(run: Run, function: str, fragments: list[str]) -> None:
+    code, out, err = run(function)
+    assert (code, out) == (2, "")
+    is_one_error(err, *fragments)
+
+
+def test_a_function_may_be_an_attribute(run: Run) -> None:
+    assert run("federated:Place.build")[0] == 0
+
+
+def test_folders_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in ("file", "file/deeper", *(["/proc/found"] if Path("/proc/self").is_dir() else [])):
+        code, shown, err = run(out=out)
+        assert (code, shown) == (2, "")
+        is_one_error(err, out, "no folder that can be written")
+    (tmp_path / "found" / "report.md").mkdir(parents=True)
+    code, _, err = run()
+    assert code == 2
+    is_one_error(err, "found: cannot be written")

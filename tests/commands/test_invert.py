@@ -1,0 +1,208 @@
+"""``aprillab invert``: numbers and pictures, pictures of every kind, models and places that cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import SMALL, Run, is_one_error
+from PIL import Image
+
+
+def picture(seed: int = 0, height: int = 40, width: int = 48) -> np.ndarray:
+    """8-bit RGB levels, smooth enough to be a picture and different in every patch."""
+    levels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("options", "attack", "least", "exact"),
+    [
+        (["--model", "prenorm"], "embedding_closed_form", 90, True),
+        (["--model", "prenorm", "--position", "frozen"], "span_closed_form", 80, True),
+        (["--model", "prenorm", "--position", "sinusoidal", "--dtype", "float64"], "span_closed_form", 110, True),
+        (["--model", "prenorm", "--position", "sinusoidal"], "span_closed_form", 8, False),
+        (["--model", "april", "--attack", "april"], "april_closed_form", 60, True),
+        (["--model", "april", "--attack", "april", "--dtype", "float64"], "april_closed_form", 150, True),
+        (["--model", "april", "--attack", "span", "--label", "7"], "span_closed_form", 60, True),
+    ],
+)
+def test_invert_writes_numbers_and_a_picture(
+    run: Run, tmp_path: Path, options: list[str], attack: str, least: float, exact: bool
+) -> None:
+    code, out, err = run(
+        "invert", "chelsea", "--image-size", "32", *options, "--out", "a/b.png", "--json", "c/d.json"
+    )
+    assert (code, err) == (0, "")
+    facts = json.loads((tmp_path / "c/d.json").read_text(encoding="utf-8"))
+    assert (facts["attack"], facts["exact"]) == (attack, exact)
+    assert facts["psnr"] > least
+    assert facts["ssim"] <= 1 + 1e-9
+    assert facts["attack_seconds"] > 0
+    assert facts["gradient_seconds"] > 0
+    assert facts["label"] == facts["true_label"] == (7 if "--label" in options else facts["true_label"])
+    assert facts["image_size"] == 32
+    assert facts["dtype"] == ("float64" if "float64" in options else "float32")
+    assert facts["predicted_psnr"] > 0
+    assert f"PSNR {facts['psnr']:.1f} dB" in out
+    assert facts["reason"] in out
+    with Image.open(tmp_path / "a/b.png") as figure:
+        assert figure.width > 2 * figure.height
+
+
+def test_json_to_stdout_is_json_alone(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("invert", "coffee", *SMALL, "--seed", "5", "--json", "-")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["seed"] == 5
+    assert facts["picture"] == "invert.png"
+    assert (tmp_path / "invert.png").exists()
+    assert "result   PSNR" in err
+
+
+def test_refusal_says_why_and_writes_json(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("invert", "coffee", *SMALL, "--attack", "april", "--json", "numbers.json")
+    assert code == 1
+    is_one_error(err, "april refused", "LayerNorm", 'first_block="prenorm"')
+    facts = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
+    assert facts["attack"] is None
+    assert facts["exact"] is False
+    assert "LayerNorm" in facts["reason"]
+    assert not (tmp_path / "invert.png").exists()
+    code, _, err = run("invert", "coffee", *SMALL, "--attack", "embedding", "--position", "frozen")
+    assert code == 1
+    is_one_error(err, "position_embedding is fixed or withheld")
+
+
+def test_seed_decides_weights_and_leaves_the_global_generator(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    run("invert", "coffee", *SMALL, "--json", "a.json")
+    assert torch.equal(torch.rand(3), expected)
+    run("invert", "coffee", *SMALL, "--json", "b.json")
+    run("invert", "coffee", *SMALL, "--seed", "1", "--json", "c.json")
+    a, b, c = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "abc")
+    assert a["psnr"] == b["psnr"] != c["psnr"]
+    assert a["true_label"] == b["true_label"] != c["true_label"]
+
+
+# --- Pictures of every kind -----------------------------------------------------------------------------------
+
+
+def save(kind: str, path: Path) -> Path:
+    rgb = picture()
+    grey = rgb[..., 0]
+    if kind == "grey":
+        Image.fromarray(grey).save(path)
+    elif kind == "RGBA":
+        alpha = np.full((*grey.shape, 1), 128, np.uint8)
+        Image.fromarray(np.concatenate([rgb, alpha], -1)).save(path)
+    elif kind == "16-bit":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif kind == "animated":
+        frames = [Image.fromarray(picture(seed)) for seed in range(3)]
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "notice"),
+    [
+        ("grey", "x.png", "a grey picture; its three channels are equal"),
+        ("RGBA", "x.png", "composited on white"),
+        ("16-bit", "x.png", "16 bits; it is rounded to 8 bits"),
+        ("animated", "x.gif", "3 frames or pages; only the first is used"),
+    ],
+)
+def test_unusual_pictures_work_and_are_remarked_on(
+    run: Run, tmp_path: Path, kind: str, name: str, notice: str
+) -> None:
+    path = save(kind, tmp_path / name)
+    code, out, err = run("invert", path, *SMALL, "--json", "-")
+    assert code == 0
+    assert json.loads(out)["psnr"] > 80
+    notes = [line for line in err.splitlines() if line.startswith("aprillab: note: ")]
+    assert any(notice in note for note in notes)
+    assert any("48×40 pixels; cut to its central square and resampled to 32×32" in note for note in notes)
+
+
+def test_what_is_no_picture(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "words.jpg").write_text("not a picture")
+    whole = save("grey", tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    for name, fragment in (
+        ("empty.png", "empty"),
+        ("words.jpg", "not a picture"),
+        ("half.png", "cannot be read"),
+        ("absent.png", "no such file, and no victim of that name; victims are astronaut"),
+        (".", "folder"),
+    ):
+        code, out, err = run("invert", name, *SMALL)
+        assert (code, out) == (2, "")
+        is_one_error(err, name, fragment)
+    assert run("demo", "--photo", "absent.png")[0] == 2
+    assert not (tmp_path / "demo.png").exists()
+
+
+# --- Models that cannot be, and places that cannot be written ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--model", "vgg16"], "there is no model 'vgg16'; there are april, prenorm, vit_b_16"),
+        (["--model", "timm:nonesuch"], "Unknown model (nonesuch)"),
+        (["--model", "timm:resnet18", "--image-size", "32"], "timm:resnet18 cannot be built"),
+        (["--model", "vit_b_16", "--image-size", "40"], "vit_b_16 cannot be built at image size 40"),
+        (["--model", "transformers:vit", "--image-size", "40"], "multiple of the patch size"),
+        (["--model", "prenorm", "--image-size", "30"], "multiple of 8"),
+        (["--model", "prenorm", "--image-size", "32", "--label", "1000"], "prenorm has classes 0 to 999"),
+    ],
+)
+def test_models_that_cannot_be(run: Run, options: list[str], fragment: str) -> None:
+    code, _, err = run("invert", "coffee", *options)
+    assert code == 2
+    is_one_error(err, fragment)
+
+
+@pytest.mark.parametrize("command", [["demo"], ["invert", "coffee", *SMALL]])
+@pytest.mark.parametrize(
+    ("place", "fragment"),
+    [
+        ("file.txt/x.png", "no folder that can be written"),
+        ("file.txt/deeper/x.png", "no folder that can be written"),
+        ("folder.png", "this is a folder"),
+        ("x.jpg", "ends in .png"),
+    ],
+)
+def test_pictures_nowhere(run: Run, tmp_path: Path, command: list[str], place: str, fragment: str) -> None:
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "folder.png").mkdir()
+    code, out, err = run(*command, "--out", place)
+    assert (code, out) == (2, "")  # refused before anything is computed
+    is_one_error(err, fragment)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc, which not even root can write")
+def test_json_where_the_system_forbids_it(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("invert", "coffee", *SMALL, "--json", "/proc/numbers.json")
+    assert (code, out) == (2, "")
+    is_one_error(err, "/proc", "no folder that can be written")
+
+
+def test_disk_that_fails_at_the_end_leaves_the_numbers(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, out, err = run("invert", "coffee", *SMALL)
+    assert code == 2
+    is_one_error(err, "invert.png: cannot be written (No space left on device)")
+    assert "result   PSNR" in out
