@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .anatomy import dissect, tensors_of
-from .models import VisionTransformer, sinusoidal_1d, sinusoidal_2d
-from .update import ClientUpdate, UpdateError
+from ..anatomy import dissect, tensors_of
+from ..models import VisionTransformer, sinusoidal_1d, sinusoidal_2d
+from ..update import ClientUpdate, UpdateError
 
 # --- What the client does to its update -----------------------------------------------------------------------
 
