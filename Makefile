@@ -23,8 +23,8 @@ demo: $(VENV)/.installed-base  ## get a private photograph back from gradients; 
 	$(BIN)/aprillab demo --out demo.png
 
 # Two workers, a file each at a time, one thread each: on two cores nearly twice as fast as one after the other.
-test: lint  ## run the linters, the tests and every notebook
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -n 2 --dist loadfile \
+test: lint  ## run the linters, the tests, the examples in docstrings and every notebook
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests aprillab -n 2 --dist loadfile \
 	    $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks)
 
 lint: $(VENV)/.installed-test  ## check style, formatting and types

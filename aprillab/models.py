@@ -38,6 +38,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     ------
     ValueError
         If the patches do not tile the image.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    >>> al.patchify(image, 2)[0, 1]
+    tensor([2., 3., 6., 7.])
     """
     b, c, h, w = images.shape
     if h % patch_size or w % patch_size:
@@ -63,6 +70,12 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) ->
     ------
     ValueError
         If these patches do not tile such an image.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> al.unpatchify(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), 1, (1, 2))[0, :, 0, 1]
+    tensor([3., 4.])
     """
     b, n, p = patches.shape
     h, w = image_size
@@ -85,6 +98,12 @@ def sinusoidal_1d(tokens: int, width: int, base: float = 10_000.0) -> Tensor:
     Returns
     -------
     Tensor of shape (tokens, width), float64: sines in the even columns, cosines in the odd ones
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> al.sinusoidal_1d(3, 4)[1]
+    tensor([0.8415, 0.5403, 0.0100, 1.0000], dtype=torch.float64)
     """
     if width % 2:
         raise ValueError(f"a sinusoidal embedding needs an even width, not {width}")
@@ -109,6 +128,15 @@ def sinusoidal_2d(grid: tuple[int, int], width: int, base: float = 10_000.0, pre
     Returns
     -------
     Tensor of shape (prefix + rows·columns, width), float64
+
+    Examples
+    --------
+    Rows and columns apart leave a table of low rank: 17 rows here, and 7 that are independent.
+
+    >>> import torch, aprillab as al
+    >>> table = al.sinusoidal_2d((4, 4), 64)
+    >>> table.shape, int(torch.linalg.matrix_rank(table))
+    (torch.Size([17, 64]), 7)
     """
     if width % 4:
         raise ValueError(f"a 2-D sinusoidal embedding needs a width that is a multiple of 4, not {width}")
@@ -202,6 +230,13 @@ class VisionTransformer(nn.Module):
     share zeros for everything below it). Every linear map: normal with standard deviation 1/√fan_in, queries
     and keys √2 times that, so that attention differs from token to token from the start. Biases, position
     embedding and class token: normal with standard deviation 0.02. LayerNorm: weight 1, bias 0.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> model = al.VisionTransformer(image_size=32, patch_size=8, width=64, depth=2, heads=4, classes=10)
+    >>> sum(p.numel() for p in model.parameters())
+    114250
     """
 
     def __init__(
@@ -289,7 +324,15 @@ class VisionTransformer(nn.Module):
             normal_(self.position_embedding, 0.02)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to the tokens z that enter the first block, (B, tokens, width)."""
+        """Images (B, C, H, W) to the tokens z that enter the first block, (B, tokens, width).
+
+        Examples
+        --------
+        >>> import torch, aprillab as al
+        >>> model = al.VisionTransformer(image_size=32, patch_size=8, width=64, depth=2, heads=4)
+        >>> model.embed(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 17, 64])
+        """
         z = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, n, d)
         if self.class_token is not None:
             z = torch.cat([self.class_token.expand(len(z), -1, -1), z], dim=1)  # (B, 1 + n, d)

@@ -77,6 +77,12 @@ class Preprocessing:
         ------
         ValueError
             If the tensor is not floating, has fewer than three dimensions, or its C is not the number of means.
+
+        Examples
+        --------
+        >>> import torch, aprillab as al
+        >>> al.IMAGENET.to_input(torch.full((3, 1, 1), 0.5)).flatten()
+        tensor([0.0655, 0.1964, 0.4178])
         """
         mean, std = self._broadcast(pixels, "pixels")
         return (pixels - mean) / std
@@ -100,6 +106,14 @@ class Preprocessing:
         ------
         ValueError
             As :meth:`to_input`.
+
+        Examples
+        --------
+        >>> import torch, aprillab as al
+        >>> al.HALF.to_pixels(torch.full((3, 1, 1), 2.0)).flatten()
+        tensor([1., 1., 1.])
+        >>> al.HALF.to_pixels(torch.full((3, 1, 1), 2.0), clamp=False).flatten()
+        tensor([1.5000, 1.5000, 1.5000])
         """
         mean, std = self._broadcast(images, "images")
         pixels = images * std + mean

@@ -87,6 +87,15 @@ def train(
         If an argument makes no sense, or the loss stops being finite (the message says in which epoch).
     CheckpointError
         If the checkpoint to resume from is unreadable, or comes from another model or other settings.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> model = al.VisionTransformer(image_size=8, patch_size=4, width=24, depth=1, heads=2, classes=2)
+    >>> images, labels = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]), torch.tensor([0, 1])
+    >>> history = al.training.train(model, images, labels, epochs=10, progress=False)
+    >>> len(history), al.training.evaluate(model, images, labels)
+    (10, 1.0)
     """
     settings = {
         "epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
@@ -138,6 +147,17 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
     Returns
     -------
     float in [0, 1]
+
+    Examples
+    --------
+    A model that calls every image of class 0:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> _ = model[1].weight.data.zero_(), model[1].bias.data.copy_(torch.tensor([1.0, 0.0]))
+    >>> evaluate(model, torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 0, 1]))
+    0.75
     """
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: as many of one as of the other, and some")
@@ -314,6 +334,19 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     ------
     CheckpointError
         If the file is unreadable, no such checkpoint, or of another model.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 4, "patch_size": 2, "width": 4, "depth": 1, "heads": 1}
+    >>> model, other = (al.VisionTransformer(**shape, seed=seed) for seed in (0, 1))
+    >>> images, labels = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = f"{folder}/one.safetensors"
+    ...     _ = al.training.train(model, images, labels, epochs=1, checkpoint=file, progress=False)
+    ...     torch.equal(al.training.load_weights(other, file).head.weight, model.head.weight)
+    True
     """
     tensors, _ = _read(Path(path))
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}

@@ -63,6 +63,13 @@ class ClientUpdate:
         ------
         UpdateError
             If one of them is not in the update.
+
+        Examples
+        --------
+        >>> import torch, aprillab as al
+        >>> update = al.ClientUpdate({"weight": torch.ones(2), "bias": torch.ones(1)})
+        >>> list(update.without("bias").gradients), update.without("bias").withheld
+        (['weight'], ('bias',))
         """
         names = _as_set(names)
         if missing := sorted(names - set(self.gradients)):
@@ -71,7 +78,14 @@ class ClientUpdate:
         return replace(self, gradients=kept, withheld=(*self.withheld, *(n for n in self.gradients if n in names)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ClientUpdate:
-        """The same update on another device or in another precision."""
+        """The same update on another device or in another precision.
+
+        Examples
+        --------
+        >>> import torch, aprillab as al
+        >>> al.ClientUpdate({"weight": torch.ones(2)}).to(dtype=torch.float64).dtype
+        torch.float64
+        """
         moved = {name: g.to(device=device, dtype=dtype) for name, g in self.gradients.items()}
         return replace(self, gradients=moved)
 
@@ -112,6 +126,16 @@ def client_update(
     ------
     UpdateError
         If a withheld name is not a trained parameter, if the loss is not finite, or if nothing would be shared.
+
+    Examples
+    --------
+    The head's bias has one negative entry, the label:
+
+    >>> import torch, aprillab as al
+    >>> model = al.VisionTransformer(image_size=8, patch_size=4, width=24, depth=1, heads=2, classes=5)
+    >>> update = al.client_update(model, torch.zeros(1, 3, 8, 8), torch.tensor([3]))
+    >>> int(update.gradients["head.bias"].argmin()), update.batch_size
+    (3, 1)
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     withhold = _as_set(withhold)
@@ -135,7 +159,15 @@ def client_update(
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's logits, (B, classes), whether it returns a tensor or an object that has them."""
+    """The model's logits, (B, classes), whether it returns a tensor or an object that has them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> logits_of(nn.Flatten(), torch.zeros(2, 3, 4, 4)).shape
+    torch.Size([2, 48])
+    """
     output = model(images)
     return output if isinstance(output, Tensor) else output.logits
 
@@ -168,6 +200,13 @@ def update_from_states(
     UpdateError
         If the two states have different tensors or shapes, nothing changed, a trained name is not in them, or
         ``learning_rate`` or ``local_steps`` is not positive.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> before, after = {"weight": torch.tensor([1.0])}, {"weight": torch.tensor([0.75])}
+    >>> al.update_from_states(before, after, learning_rate=0.5).gradients["weight"]
+    tensor([0.5000])
     """
     if not 0 < learning_rate < math.inf or local_steps < 1:
         raise UpdateError(f"learning_rate={learning_rate} and local_steps={local_steps} must be positive and finite")
@@ -217,6 +256,15 @@ def load_update(path: str | Path) -> ClientUpdate:
     ------
     UpdateError
         If the file is missing, a pickle, truncated, foreign, or says something that makes no sense.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch, aprillab as al
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     al.save_update(al.ClientUpdate({"weight": torch.tensor([0.5])}), f"{folder}/update.safetensors")
+    ...     al.load_update(f"{folder}/update.safetensors").gradients["weight"]
+    tensor([0.5000])
     """
     path = Path(path)
     if not path.is_file():
@@ -289,6 +337,14 @@ def check_update(model: nn.Module, update: ClientUpdate, *, finite: Collection[s
     ------
     UpdateError
         Naming the first tensor that is extra, missing, misshapen or not finite, or if all gradients are zero.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> from torch import nn
+    >>> al.check_update(nn.Linear(2, 1), al.ClientUpdate({"weight": torch.ones(1, 2), "bias": torch.ones(3)}))
+    Traceback (most recent call last):
+    aprillab.update.UpdateError: bias: the update has shape (3,), Linear (1,)
     """
     parameters = dict(model.named_parameters())
     name_of = type(model).__name__

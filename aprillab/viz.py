@@ -55,6 +55,13 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None 
     Returns
     -------
     (Figure, array of Axes of shape (rows, columns))
+
+    Examples
+    --------
+    >>> from aprillab import viz
+    >>> fig, axes = viz.figure(2, 3)
+    >>> axes.shape, float(fig.get_figheight())
+    ((2, 3), 6.0)
     """
     with plt.rc_context(STYLE):  # type: ignore[arg-type]
         fig = Figure(figsize=size or (3.2 * columns, 3.0 * rows), layout="constrained")
@@ -63,7 +70,17 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None 
 
 
 def draw(ax: Axes, pixels: Tensor, title: str = "") -> None:
-    """Draw one picture (C, H, W) with pixels in [0, 1], clamped, without axes."""
+    """Draw one picture (C, H, W) with pixels in [0, 1], clamped, without axes.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> from aprillab import viz
+    >>> fig, axes = viz.figure()
+    >>> viz.draw(axes[0, 0], al.load_victim("coffee", 32))
+    >>> axes[0, 0].images[0].get_array().shape
+    (32, 32, 3)
+    """
     picture = pixels.detach().double().clamp(0, 1).cpu()
     if picture.shape[0] == 1:
         ax.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -90,6 +107,14 @@ def picture_grid(
     Returns
     -------
     Figure
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> from aprillab import viz
+    >>> pictures, _ = al.load_victims(["coffee", "rocket"], 32)
+    >>> len(viz.picture_grid({"private": pictures, "recovered": pictures}).axes)
+    4
     """
     columns = max(len(pictures) for pictures in rows.values())
     fig, axes = figure(len(rows), columns, size=(panel * columns + 0.4, (panel + 0.25) * len(rows)))
@@ -105,7 +130,16 @@ def picture_grid(
 def before_after(
     original: Tensor, reconstruction: Tensor, *, title: str = "reconstruction", scale: float = 20.0
 ) -> Figure:
-    """Original, reconstruction and their difference, magnified ``scale`` times around grey; each (C, H, W)."""
+    """Original, reconstruction and their difference, magnified ``scale`` times around grey; each (C, H, W).
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> from aprillab import viz
+    >>> picture = al.load_victim("coffee", 32)
+    >>> [ax.get_title() for ax in viz.before_after(picture, picture, title="PSNR 91 dB").axes]
+    ['private image', 'PSNR 91 dB', 'difference × 20']
+    """
     difference = 0.5 + scale * (reconstruction.double().cpu() - original.double().cpu())
     fig, axes = figure(1, 3, size=(7.4, 2.8))
     draw(axes[0, 0], original, "private image")
@@ -115,14 +149,28 @@ def before_after(
 
 
 def to_png(fig: Figure, dpi: int = 100) -> bytes:
-    """The figure as PNG."""
+    """The figure as PNG.
+
+    Examples
+    --------
+    >>> from aprillab import viz
+    >>> viz.to_png(viz.figure()[0])[1:4]
+    b'PNG'
+    """
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
     return buffer.getvalue()
 
 
 def captioned(png: bytes, *, caption: str, alt: str) -> dict[str, str]:
-    """A MIME bundle: HTML with caption and alternative text, and the bare picture for readers without HTML."""
+    """A MIME bundle: HTML with caption and alternative text, and the bare picture for readers without HTML.
+
+    Examples
+    --------
+    >>> from aprillab import viz
+    >>> viz.captioned(b"", caption="Coffee at 91 dB", alt="a cup of coffee")["text/plain"]
+    'Coffee at 91 dB [a cup of coffee]'
+    """
     data = base64.b64encode(png).decode("ascii")
     markup = (
         f'<figure style="margin:0"><img alt="{html.escape(alt, quote=True)}" '
@@ -173,6 +221,13 @@ def curves(
     x, y : axis labels, with units
     log_x, log_y : bool
     size : inches
+
+    Examples
+    --------
+    >>> from aprillab import viz
+    >>> drawn = viz.curves({"april": ([1, 2], [30, 43])}, x="evaluations", y="PSNR in dB")
+    >>> drawn.axes[0].lines[0].get_ydata().tolist()
+    [30, 43]
     """
     fig, axes = figure(size=size)
     ax = axes[0, 0]
@@ -192,7 +247,16 @@ def curves(
 
 
 def singular_values(matrices: Mapping[str, Tensor], *, mark: Mapping[str, int] | None = None) -> Figure:
-    """Singular values of matrices on a logarithmic scale, each relative to its largest; ``mark`` draws ranks."""
+    """Singular values of matrices on a logarithmic scale, each relative to its largest; ``mark`` draws ranks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from aprillab import viz
+    >>> drawn = viz.singular_values({"S": torch.diag(torch.tensor([4.0, 2.0, 1.0]))})
+    >>> drawn.axes[0].lines[0].get_ydata().tolist()
+    [1.0, 0.5, 0.25]
+    """
     series = {}
     for label, matrix in matrices.items():
         s = torch.linalg.svdvals(matrix.detach().double().cpu())

@@ -53,6 +53,11 @@ def federated_round(pictures: Sequence[Tensor] = ()) -> Figure:
     Parameters
     ----------
     pictures : up to three private pictures (C, H, W) with pixels in [0, 1], drawn inside the clients
+
+    Examples
+    --------
+    >>> len(federated_round().axes)
+    1
     """
     blue, orange = viz.COLOURS["blue"], viz.COLOURS["red"]
     fig, axes = viz.figure(size=(8.4, 4.2))
@@ -96,6 +101,13 @@ def mixture_weights(image: Tensor, pictures: Tensor) -> Tensor:
     Returns
     -------
     Tensor of shape (B,), float64; needs the originals, so it explains an attack and is not one
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> pictures, _ = al.load_victims(["coffee", "rocket"], 32)
+    >>> [round(weight, 3) for weight in mixture_weights(0.75 * pictures[0] + 0.25 * pictures[1], pictures).tolist()]
+    [0.75, 0.25]
     """
     columns = pictures.double().flatten(1).T
     return torch.linalg.lstsq(columns, image.double().flatten()[:, None]).solution[:, 0]

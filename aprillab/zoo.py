@@ -81,6 +81,12 @@ def build_model(
         the weights are unreadable, of another model, or of one with another position embedding.
     UnknownModelError
         If it is built but is no Vision Transformer that ``dissect`` knows.
+
+    Examples
+    --------
+    >>> model = build_model("prenorm", image_size=32, width=96, depth=2, position="frozen", classes=10)
+    >>> model.patch_embedding.weight.shape, model.position_embedding.requires_grad
+    (torch.Size([96, 3, 4, 4]), False)
     """
     given = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
     shape: dict[str, Any] = {option: value for option, value in given.items() if value is not None}

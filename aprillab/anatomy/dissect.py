@@ -43,6 +43,15 @@ def dissect(model: nn.Module, **parts: Any) -> Anatomy:
     ValueError
         If a part that was handed over has an unknown field, names a tensor the model does not have, or one whose
         shape does not fit the others.
+
+    Examples
+    --------
+    >>> import torchvision, aprillab as al
+    >>> anatomy = al.dissect(torchvision.models.VisionTransformer(32, 8, 1, 2, 64, 64))
+    >>> anatomy.position, anatomy.position_prefix
+    ('encoder.pos_embedding', 1)
+    >>> str(anatomy.key)
+    'encoder.layers.encoder_layer_0.self_attention.in_proj_weight[64:128]'
     """
     known = {field.name for field in fields(Anatomy)}
     if wrong := sorted(set(parts) - known):

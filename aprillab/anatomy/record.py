@@ -32,7 +32,13 @@ class Rows:
 
     @classmethod
     def parse(cls, text: str) -> Rows:
-        """Read ``"block.qkv.weight"`` or ``"block.qkv.weight[0:384]"``."""
+        """Read ``"block.qkv.weight"`` or ``"block.qkv.weight[0:384]"``.
+
+        Examples
+        --------
+        >>> Rows.parse("block.qkv.weight[0:384]")
+        Rows(name='block.qkv.weight', start=0, stop=384)
+        """
         match = re.fullmatch(r"([^\[\]]+)(?:\[(\d*):(\d*)\])?", text.strip())
         if match is None:
             raise ValueError(f"{text!r} is neither 'name' nor 'name[start:stop]'")
@@ -40,7 +46,14 @@ class Rows:
         return cls(name, int(start) if start else None, int(stop) if stop else None)
 
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """These rows in ``tensors``; None where the name is not among them."""
+        """These rows in ``tensors``; None where the name is not among them.
+
+        Examples
+        --------
+        >>> import torch
+        >>> Rows("weight", 1, 2).of({"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+        tensor([[3., 4.]])
+        """
         tensor = tensors.get(self.name)
         return None if tensor is None else tensor[self.start : self.stop]
 
@@ -110,7 +123,13 @@ class Anatomy:
         return found | set(self.prefix)
 
     def names(self) -> dict[str, str]:
-        """Part to tensor name, for every part the model has: what a report or an error prints."""
+        """Part to tensor name, for every part the model has: what a report or an error prints.
+
+        Examples
+        --------
+        >>> Anatomy("mine", (32, 32), "stem.weight", query=Rows("qkv.weight", 0, 64)).names()
+        {'patch_weight': 'stem.weight', 'query': 'qkv.weight[0:64]'}
+        """
         found = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -129,5 +148,12 @@ ROW_FIELDS = ("query", "key", "value", "query_bias", "key_bias", "value_bias")
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of ``model`` by name, detached: what the server holds."""
+    """Parameters and buffers of ``model`` by name, detached: what the server holds.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> {name: tuple(t.shape) for name, t in tensors_of(nn.Linear(3, 2)).items()}
+    {'weight': (2, 3), 'bias': (2,)}
+    """
     return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}

@@ -271,7 +271,13 @@ def _png(pixels: Tensor) -> bytes:
 
 
 def json_safe(value: Any) -> Any:
-    """The same in JSON's types: tensors as lists, NaN and infinities as null, what JSON does not know as a string."""
+    """The same in JSON's types: tensors as lists, NaN and infinities as null, what JSON does not know as a string.
+
+    Examples
+    --------
+    >>> json_safe({"rank": torch.tensor([4, 4]), "condition": math.inf})
+    {'rank': [4, 4], 'condition': None}
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):

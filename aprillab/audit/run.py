@@ -56,6 +56,15 @@ def audit(
         If the update does not belong to the model, is not finite, or is all zero.
     UnknownModelError
         If ``dissect`` does not know the model.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> from aprillab.audit import audit
+    >>> model = al.VisionTransformer(image_size=16, patch_size=4, width=64, depth=1, heads=2, classes=10)
+    >>> images = al.HALF.to_input(al.load_victim("coffee", 16)[None])
+    >>> audit(model, al.client_update(model, images, torch.tensor([3]))).verdict
+    'This update gives the private picture away, exactly: patch-embedding system.'
     """
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing

@@ -126,7 +126,14 @@ def demo_figure(pixels: Tensor, rounds: Sequence[tuple[Scene, Round]]) -> Figure
 
 
 def demo_caption(pixels: Tensor) -> str:
-    """What a reader must know about the figure's numbers."""
+    """What a reader must know about the figure's numbers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> print(demo_caption(torch.zeros(3, 224, 224)).splitlines()[0])
+    Each made from the model and one client's gradient alone: random weights, float32, one image, 224×224.
+    """
     size = "×".join(map(str, pixels.shape[-2:]))
     return (
         f"Each made from the model and one client's gradient alone: random weights, float32, one image, {size}.\n"

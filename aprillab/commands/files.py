@@ -60,7 +60,13 @@ def write(path: Path, content: bytes) -> None:
 
 
 def photograph(name: str, size: int) -> Tensor:
-    """Pixels (3, size, size) of a file, or of a victim by its name; what became of the file is noted on stderr."""
+    """Pixels (3, size, size) of a file, or of a victim by its name; what became of the file is noted on stderr.
+
+    Examples
+    --------
+    >>> photograph("coffee", 32).shape
+    torch.Size([3, 32, 32])
+    """
     path = Path(name)
     if not path.exists() and name in victims():
         return load_victim(name, size)

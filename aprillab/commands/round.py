@@ -50,6 +50,14 @@ def play_round(model: nn.Module, pixels: Tensor, label: int, *, attack: str = "a
     ------
     AttackNotApplicable
         If no such attack applies.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> model = al.VisionTransformer(image_size=16, patch_size=4, width=64, depth=1, heads=2, classes=10)
+    >>> played = play_round(model, al.load_victim("coffee", 16), 3)
+    >>> played.psnr > 59, played.label
+    (True, 3)
     """
     anatomy = dissect(model)
     images = anatomy.preprocessing.to_input(pixels[None].to(next(model.parameters())))  # (1, C, H, W)

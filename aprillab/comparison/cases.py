@@ -109,7 +109,13 @@ def _check_victim(case: Case, name: str) -> None:
 
 
 def cell(value: Any) -> str:
-    """A value as the text of a CSV's cell: numbers to six digits, tuples with a plus between."""
+    """A value as the text of a CSV's cell: numbers to six digits, tuples with a plus between.
+
+    Examples
+    --------
+    >>> cell(2 / 3), cell(("coffee", "rocket")), cell(None)
+    ('0.666667', 'coffee+rocket', '')
+    """
     if value is None:
         return ""
     if isinstance(value, tuple):
@@ -145,6 +151,13 @@ def cross(
     ------
     CompareError
         If a name is unknown, or a batch larger than the list of victims.
+
+    Examples
+    --------
+    >>> both = ["coffee", "rocket"]
+    >>> cases = cross(victims=both, attacks=["span"], positions=["learned", "frozen"], batch_sizes=[1, 2])
+    >>> len(cases), cases[-1].victims
+    (6, ('coffee', 'rocket'))
     """
     if too_large := [size for size in batch_sizes if not 1 <= size <= len(victims)]:
         raise CompareError(f"a batch of {too_large[0]} cannot be made of {len(victims)} victims")
@@ -165,7 +178,14 @@ def cross(
 
 
 def private_pictures(case: Case) -> tuple[Tensor, Tensor]:
-    """Pixels (B, C, H, W) and labels (B,): a digit's own, a photograph's drawn from those that are left."""
+    """Pixels (B, C, H, W) and labels (B,): a digit's own, a photograph's drawn from those that are left.
+
+    Examples
+    --------
+    >>> pixels, labels = private_pictures(Case("span", ("coffee", "rocket"), seed=1))
+    >>> pixels.shape, len(set(labels.tolist()))
+    (torch.Size([2, 3, 32, 32]), 2)
+    """
     pixels: list[Tensor] = []
     labels: list[int | None] = []
     for name in case.victims:

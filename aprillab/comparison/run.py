@@ -80,6 +80,17 @@ def run(
         If a model cannot be built. All are built once before the first attack.
     KeyboardInterrupt
         As it comes; the search under way is dropped, all rows before it are kept.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from aprillab.comparison.cases import cross
+    >>> shape = {"image_size": 8, "patch_size": 4, "width": 32, "depth": 1, "heads": 2}
+    >>> cases = cross(victims=["coffee"], attacks=["embedding", "april"], **shape)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = run(cases, path=f"{folder}/compare.csv", progress=False)
+    >>> [(row.case.attack, row.exact) for row in rows]
+    [('embedding', True), ('april', None)]
     """
     path, cases = Path(path), list(dict.fromkeys(cases))
     _check_arguments(cases, max_evaluations, curve_every)

@@ -43,5 +43,11 @@ def result_file(name: str) -> Traversable:
     ------
     FileNotFoundError
         If there is no such file.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> result_file("accuracy.csv").read_text().splitlines()[0].split(",")[0]
+    'data'
     """
     return data_folder("results", name) / name

@@ -59,6 +59,16 @@ def read_picture(
     -----
     PictureWarning
         If the file holds several frames or pages (the first is used), or is partly transparent.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import aprillab as al
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("RGB", (48, 40), (255, 0, 51)).save(f"{folder}/red.png")
+    ...     al.read_picture(f"{folder}/red.png", 32)[:, 0, 0]
+    tensor([1.0000, 0.0000, 0.2000])
     """
     check_form(size, channels)
     check_dtype(dtype)
@@ -136,7 +146,13 @@ def _to_8_bits(image: Image.Image, file_format: str | None, path: Path) -> Image
 
 
 def to_tensor(image: Image.Image, size: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """A square 8-bit picture as pixels (channels, size, size)."""
+    """A square 8-bit picture as pixels (channels, size, size).
+
+    Examples
+    --------
+    >>> to_tensor(Image.new("RGB", (2, 2), (255, 0, 51)), 2, 3, torch.float32)[:, 0, 0]
+    tensor([1.0000, 0.0000, 0.2000])
+    """
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)

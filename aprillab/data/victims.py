@@ -67,7 +67,14 @@ class VictimInfo:
 
 
 def victims() -> list[str]:
-    """Names of the victims, faces first."""
+    """Names of the victims, faces first.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> al.victims()[:2], len(al.victims())
+    (['astronaut', 'grace_hopper'], 16)
+    """
     return list(_manifest())
 
 
@@ -78,6 +85,12 @@ def victim_info(name: str) -> VictimInfo:
     ------
     ValueError
         If there is no victim of that name.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> al.victim_info("astronaut").size
+    224
     """
     try:
         return _manifest()[name]
@@ -109,6 +122,13 @@ def load_victim(name: str, size: int = 224, *, channels: int = 3, dtype: torch.d
     ------
     ValueError
         For an unknown name, a size that is no positive integer, other channels, or a dtype that is not floating.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> pixels = al.load_victim("astronaut", 32)
+    >>> pixels.shape, round(float(pixels.mean()), 2)
+    (torch.Size([3, 32, 32]), 0.55)
     """
     check_form(size, channels)
     check_dtype(dtype)
@@ -142,6 +162,13 @@ def load_victims(
     ------
     ValueError
         As :func:`load_victim`, and for an empty list.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> pictures, names = al.load_victims(["coffee", "rocket"], 32, channels=1)
+    >>> pictures.shape, names
+    (torch.Size([2, 1, 32, 32]), ['coffee', 'rocket'])
     """
     names = victims() if names is None else list(names)
     if not names:
