@@ -10,18 +10,8 @@ them against attacks that do not know about them, chapter 07 against one that do
 against the second kind.
 """
 
-from .client import (
-    clip,
-    freeze_position,
-    gaussian_noise,
-    no_position,
-    prune,
-    quantize,
-    to_precision,
-    update_norm,
-    use_sinusoidal,
-    withhold,
-)
+from .client import clip, gaussian_noise, prune, quantize, to_precision, update_norm, withhold
+from .server import freeze_position, no_position, use_sinusoidal
 
 __all__ = [
     "clip",

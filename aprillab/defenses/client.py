@@ -1,29 +1,14 @@
-"""Defences: what a client does to its update before it shares it, and what a server can choose in the model.
-
-The first are plain functions ``ClientUpdate -> ClientUpdate`` and compose by nesting; the update handed in is left
-as it is, and names, shapes and devices stay:
-
-    shared = to_precision(gaussian_noise(clip(update, 1.0), 1e-4, seed=0), torch.bfloat16)
-
-The others change a model in place and return it. Each says what it does *not* protect against. Chapter 06 measures
-them against attacks that do not know about them, chapter 07 against one that does; a defence holds when it has held
-against the second kind.
-"""
+"""What a client does to its update before it shares it: plain functions ``ClientUpdate -> ClientUpdate``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..anatomy import dissect, tensors_of
-from ..models import VisionTransformer, sinusoidal_1d, sinusoidal_2d
 from ..update import ClientUpdate, UpdateError
-
-# --- What the client does to its update -----------------------------------------------------------------------
 
 
 def withhold(update: ClientUpdate, names: Collection[str]) -> ClientUpdate:
@@ -45,6 +30,13 @@ def withhold(update: ClientUpdate, names: Collection[str]) -> ClientUpdate:
     ------
     UpdateError
         If a name is not in the update, or nothing would be left to share.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.ones(2), "position": torch.ones(3)})
+    >>> list(al.defenses.withhold(update, ["position"]).gradients)
+    ['weight']
     """
     rest = update.without(names)
     if not rest.gradients:
@@ -69,8 +61,16 @@ def clip(update: ClientUpdate, norm: float) -> ClientUpdate:
     ------
     ValueError
         If ``norm`` is not positive and finite.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.tensor([3.0, 4.0])})
+    >>> al.defenses.clip(update, 1.0).gradients["weight"]
+    tensor([0.6000, 0.8000])
     """
-    _check_positive("norm", norm)
+    if not 0 < norm < float("inf"):
+        raise ValueError(f"norm={norm} must be positive and finite")
     total = update_norm(update)
     if total <= norm:
         return update
@@ -78,7 +78,15 @@ def clip(update: ClientUpdate, norm: float) -> ClientUpdate:
 
 
 def update_norm(update: ClientUpdate) -> float:
-    """L2 norm of all shared gradients together, summed in float64."""
+    """L2 norm of all shared gradients together, summed in float64.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.tensor([3.0, 4.0])})
+    >>> al.defenses.update_norm(update)
+    5.0
+    """
     return sum(float(g.double().square().sum()) for g in update.gradients.values()) ** 0.5
 
 
@@ -116,6 +124,13 @@ def gaussian_noise(
     ------
     ValueError
         If ``sigma`` is negative or not finite, or not exactly one of seed and generator is given.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.zeros(10_000)})
+    >>> round(float(al.defenses.gaussian_noise(update, 0.5, seed=0).gradients["weight"].std()), 2)
+    0.5
     """
     if not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma={sigma} must be a finite number from 0 up")
@@ -143,6 +158,13 @@ def prune(update: ClientUpdate, keep: float) -> ClientUpdate:
     ------
     ValueError
         If ``keep`` is outside (0, 1].
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.tensor([3.0, -4.0]), "bias": torch.tensor([1.0, 2.0])})
+    >>> al.defenses.prune(update, 0.5).gradients
+    {'weight': tensor([ 3., -4.]), 'bias': tensor([0., 0.])}
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep={keep} is a share of the entries, above 0 and up to 1")
@@ -189,6 +211,15 @@ def quantize(
     ------
     ValueError
         If ``bits`` is outside its range, or randomness is given without use or missing.
+
+    Examples
+    --------
+    With three bits the levels are −4, −8/3, −4/3, 0, 4/3, 8/3, 4:
+
+    >>> import torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.tensor([3.0, 4.0])})
+    >>> al.defenses.quantize(update, 3).gradients["weight"]
+    tensor([2.6667, 4.0000])
     """
     if not 2 <= bits <= 24:
         raise ValueError(f"bits={bits} must be from 2 (levels −1, 0, 1) to 24")
@@ -230,6 +261,13 @@ def to_precision(update: ClientUpdate, dtype: torch.dtype) -> ClientUpdate:
         If ``dtype`` is another, or finer than a gradient's.
     UpdateError
         If an entry is too large for it (float16 ends at 65504): scale the loss, as mixed-precision training does.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.tensor([1 / 3])})
+    >>> al.defenses.to_precision(update, torch.bfloat16).gradients["weight"].item()
+    0.333984375
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype={dtype}: round to torch.float16, torch.bfloat16 or torch.float32")
@@ -239,131 +277,6 @@ def to_precision(update: ClientUpdate, dtype: torch.dtype) -> ClientUpdate:
         if (worst := float(g.abs().max())) > torch.finfo(dtype).max:
             raise UpdateError(f"{name}: {worst:.3g} is too large for {dtype}, which ends at {torch.finfo(dtype).max}")
     return _map(update, lambda g: g.to(dtype))
-
-
-# --- What the server chooses in the model ---------------------------------------------------------------------
-
-
-def freeze_position(model: nn.Module) -> nn.Module:
-    """Train everything but the position embedding, so that no client has a gradient of it to share.
-
-    Its values stay, and they are public: each client was sent them.
-
-    *Does not protect against* :func:`~aprillab.span_closed_form`, which reads the patches from the first attention's
-    gradients and those values (float32 is enough for random and trained values; chapter 07), nor, for batches,
-    against :func:`~aprillab.span_then_match` and :func:`~aprillab.span_then_round`, nor against gradient matching
-    given time, nor does it hide the label.
-    Values frozen at a small initialization also tell the model little about position, which costs accuracy.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Any that :func:`~aprillab.dissect` knows; changed in place.
-
-    Returns
-    -------
-    nn.Module
-        The same one. A model whose embedding is fixed already (a buffer) is returned as it is.
-
-    Raises
-    ------
-    ValueError
-        If there is no position embedding.
-    """
-    _position(model).requires_grad_(False)
-    if isinstance(model, VisionTransformer) and model.position == "learned":
-        model.position = "frozen"
-    return model
-
-
-def use_sinusoidal(
-    model: nn.Module, kind: Literal["1d", "2d"] = "1d", *, base: float = 10_000.0, scale: float = 1.0
-) -> nn.Module:
-    """Replace the position embedding's values by sinusoids and freeze them.
-
-    *Does not protect against* :func:`~aprillab.span_then_match`: with 16 patches it restores 1-D and 2-D sinusoids'
-    pictures from float32 gradients (chapter 07; larger numbers of patches are harder). Nor against
-    :func:`~aprillab.span_then_round`, which restores them bit by bit where pixels are whole levels, of 64 patches too
-    if they have many pixels (data/results/rounding.md). The span attack alone mostly
-    fails on 1-D sinusoids in float32, whose table has a low numerical rank: protection by rounding error, which
-    depends on the fastest frequency, the number of patches and even the precision in which the table is stored
-    (data/results/conditioning.md). On 2-D sinusoids it fails at any precision, for their rank is low exactly.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Any that :func:`~aprillab.dissect` knows; changed in place. The table is (tokens, d) with tokens in rows.
-    kind : {"1d", "2d"}
-        :func:`~aprillab.sinusoidal_1d` counts all tokens in a row, class token first; :func:`~aprillab.sinusoidal_2d`
-        codes row and column, and leaves the tokens before the patches at zero.
-    base : float, the longest wavelength is 2π·base
-    scale : float, a factor on all values
-
-    Returns
-    -------
-    nn.Module
-        The same one. A model trained with other values has to be trained anew.
-
-    Raises
-    ------
-    ValueError
-        If there is no position embedding, the kind is unknown, or the width does not suit it.
-    """
-    if kind not in ("1d", "2d"):
-        raise ValueError(f"kind={kind!r} is neither '1d' nor '2d'")
-    _check_positive("base", base)
-    _check_positive("scale", scale)
-    embedding, anatomy = _position(model), dissect(model)
-    rows, width = embedding.shape[-2:]
-    if kind == "1d":
-        table = sinusoidal_1d(rows, width, base)
-    else:
-        side = tensors_of(model)[anatomy.patch_weight].shape[-2:]
-        grid = (anatomy.image_size[0] // side[0], anatomy.image_size[1] // side[1])
-        table = sinusoidal_2d(grid, width, base, prefix=anatomy.position_prefix)
-    with torch.no_grad():
-        embedding.copy_((scale * table).expand_as(embedding))
-    if isinstance(model, VisionTransformer):
-        model.position = "sinusoidal"
-    return freeze_position(model)
-
-
-def no_position(model: nn.Module) -> nn.Module:
-    """Set the position embedding to zero and freeze it: the model no longer knows where a patch was.
-
-    *Does not protect against* gradient matching, which then finds the patches but in no order of its own: any
-    permutation of them has the same gradient, so the picture comes as a jigsaw. Costs accuracy wherever the place of
-    a patch matters.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Any that :func:`~aprillab.dissect` knows; changed in place.
-
-    Returns
-    -------
-    nn.Module
-        The same one.
-
-    Raises
-    ------
-    ValueError
-        If there is no position embedding: nothing to do then.
-    """
-    with torch.no_grad():
-        _position(model).zero_()
-    return freeze_position(model)
-
-
-def _position(model: nn.Module) -> Tensor:
-    """The position embedding, parameter or buffer, not detached."""
-    name = dissect(model).position
-    if name is None:
-        raise ValueError(f"{type(model).__name__} has no position embedding")
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}[name]
-
-
-# --- Helpers --------------------------------------------------------------------------------------------------
 
 
 def _map(update: ClientUpdate, function: Callable[[Tensor], Tensor]) -> ClientUpdate:
@@ -380,8 +293,3 @@ def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Gen
 def _like(draw: Callable[..., Tensor], g: Tensor, generator: torch.Generator) -> Tensor:
     """Random numbers of g's shape on its device; drawn on the generator's, so that a seed is worth the same."""
     return draw(g.shape, generator=generator, dtype=torch.float64, device=generator.device).to(g.device)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value} must be positive and finite")
