@@ -1,10 +1,12 @@
-"""aprillab: how shared gradients give away a Vision Transformer user's images, and which defences really help.
+"""aprillab: what shared gradients give away of a Vision Transformer user's images, and what helps.
 
     import aprillab as al
 
-    model = al.VisionTransformer(image_size=32, patch_size=4, width=384, depth=4, heads=6, classes=10)
+    shape = {"image_size": 32, "patch_size": 4, "width": 384, "depth": 4, "heads": 6}
+    model = al.VisionTransformer(**shape, classes=10)
     pixels = al.load_victim("astronaut", 32)[None]
-    update = al.client_update(model, al.dissect(model).preprocessing.to_input(pixels), torch.tensor([3]))
+    images = al.dissect(model).preprocessing.to_input(pixels)
+    update = al.client_update(model, images, torch.tensor([3]))
     picture = al.invert(model, update).pixels
 
 Everything in the course is reached from here; each module is short and meant to be read.

@@ -1,9 +1,10 @@
 """How close a reconstruction is to the private picture: PSNR, SSIM and MSE on pixels in [0, 1].
 
-One convention throughout. A picture (C, H, W) gives a float; a batch (B, C, H, W) gives a float64 tensor (B,) on
-the CPU, one value a picture. Sums are taken in float64 whatever comes in. The reconstruction is clamped to [0, 1]
-first, as a screen would show it; ``clamp=False`` shows the error that clamping hides. A reconstruction with a NaN
-in it scores NaN, so that a mean over pictures shows the failure rather than skips it.
+One convention throughout. A picture (C, H, W) gives a float; a batch (B, C, H, W) gives a float64
+tensor (B,) on the CPU, one value a picture. Sums are taken in float64 whatever comes in. The
+reconstruction is clamped to [0, 1] first, as a screen would show it; ``clamp=False`` shows the
+error that clamping hides. A reconstruction with a NaN in it scores NaN, so that a mean over
+pictures shows the failure rather than skips it.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from torch import Tensor
 EXACT_TO_8_BITS_DB = 10 * math.log10(12 * 255**2)
 """PSNR of a picture against itself rounded to 8 bits: 58.92 dB.
 
-Rounding to steps of Δ = 1/255 leaves an error that is uniform on [−Δ/2, Δ/2], so its mean square is Δ²/12, and
-−10 log₁₀(Δ²/12) = 10 log₁₀(12 · 255²). A reconstruction above it errs less than an 8-bit file does on average,
-and we call it exact to 8 bits. That is said of the mean, not of every pixel: a Gaussian error of this size still
-moves one pixel in twelve to a neighbouring level.
+Rounding to steps of Δ = 1/255 leaves an error that is uniform on [−Δ/2, Δ/2], so its mean square is
+Δ²/12, and −10 log₁₀(Δ²/12) = 10 log₁₀(12 · 255²). A reconstruction above it errs less than an 8-bit
+file does on average, and we call it exact to 8 bits. That is said of the mean, not of every pixel:
+a Gaussian error of this size still moves one pixel in twelve to a neighbouring level.
 """
 
 SSIM_WINDOW = 11
 """Side, in pixels, of the Gaussian window (σ = 1.5) of Wang et al. (2004)."""
 
-# Slack for an original that went through half precision; a forgotten normalization is far outside it.
+# Slack for an original that went through half precision; a forgotten normalization is far outside
+# it.
 _OUTSIDE = 2e-2
 
 
@@ -51,8 +53,8 @@ def mse(reconstruction: Tensor, original: Tensor, *, clamp: bool = True) -> floa
     Raises
     ------
     ValueError
-        If the shapes differ or are not those of pictures, a dtype is not floating, or the original is not finite
-        or not in [0, 1] (a picture that was normalized for a model, for instance).
+        If the shapes differ or are not those of pictures, a dtype is not floating, or the original
+        is not finite or not in [0, 1] (a picture that was normalized for a model, for instance).
 
     Examples
     --------
@@ -77,7 +79,8 @@ def psnr(reconstruction: Tensor, original: Tensor, *, clamp: bool = True) -> flo
     -------
     float or Tensor of shape (B,)
         In dB; infinite for equal pictures, NaN for a reconstruction that holds NaN, −infinite (with
-        ``clamp=False``) for one that holds an infinity. Above :data:`EXACT_TO_8_BITS_DB`: exact to 8 bits.
+        ``clamp=False``) for one that holds an infinity. Above :data:`EXACT_TO_8_BITS_DB`: exact to
+        8 bits.
 
     Raises
     ------
@@ -98,11 +101,13 @@ def psnr(reconstruction: Tensor, original: Tensor, *, clamp: bool = True) -> flo
 
 
 def ssim(reconstruction: Tensor, original: Tensor, *, clamp: bool = True) -> float | Tensor:
-    """Structural similarity, windowed, of Wang, Bovik, Sheikh and Simoncelli (2004), averaged over channels.
+    """Structural similarity, windowed, of Wang, Bovik, Sheikh and Simoncelli (2004), averaged over
+    channels.
 
-    An 11 × 11 Gaussian window with σ = 1.5 slides over the places where it fits; K₁ = 0.01, K₂ = 0.03, data
-    range 1. Computed by scikit-image. For a picture under 11 pixels the window shrinks to the largest odd size that
-    fits, and σ in proportion: such values compare with each other, not with those of larger pictures.
+    An 11 × 11 Gaussian window with σ = 1.5 slides over the places where it fits; K₁ = 0.01, K₂ =
+    0.03, data range 1. Computed by scikit-image. For a picture under 11 pixels the window shrinks
+    to the largest odd size that fits, and σ in proportion: such values compare with each other, not
+    with those of larger pictures.
 
     Parameters
     ----------
@@ -112,7 +117,8 @@ def ssim(reconstruction: Tensor, original: Tensor, *, clamp: bool = True) -> flo
     Returns
     -------
     float or Tensor of shape (B,)
-        At most 1, which equal pictures reach; NaN for a reconstruction that holds NaN or, unclamped, an infinity.
+        At most 1, which equal pictures reach; NaN for a reconstruction that holds NaN or,
+        unclamped, an infinity.
 
     Raises
     ------
@@ -165,7 +171,8 @@ def score(reconstruction: Tensor, original: Tensor) -> Scores:
     Parameters
     ----------
     reconstruction : Tensor, shape (B, C, H, W) or (C, H, W)
-        Pixels, not yet clamped (``to_pixels(images, clamp=False)``), or the unclamped error is lost.
+        Pixels, not yet clamped (``to_pixels(images, clamp=False)``), or the unclamped error is
+        lost.
     original : Tensor, same shape
         Pixels in [0, 1], in the same order (see :func:`match_batch`).
 
@@ -195,19 +202,20 @@ def score(reconstruction: Tensor, original: Tensor) -> Scores:
 
 
 def match_batch(reconstructions: Tensor, originals: Tensor, *, metric: str = "psnr") -> Tensor:
-    """Which reconstruction belongs to which original: the one-to-one assignment with the best total score.
+    """Which reconstruction belongs to which original: the one-to-one assignment with the best total
+    score.
 
-    The order of the pictures in a batch leaves no trace in its gradient, so an attack returns them in any order.
-    The assignment uses the ground truth, which an attacker does not have: it serves scoring and nothing else.
-    Report the mean over the batch, never the best picture alone.
+    The order of the pictures in a batch leaves no trace in its gradient, so an attack returns them
+    in any order. The assignment uses the ground truth, which an attacker does not have: it serves
+    scoring and nothing else. Report the mean over the batch, never the best picture alone.
 
     Parameters
     ----------
     reconstructions, originals : Tensor, shape (B, C, H, W)
         Pixels, as for :func:`mse`. Reconstructions are clamped.
     metric : {"psnr", "ssim", "mse"}
-        Of which the total is optimized. An infinite PSNR counts as 1000 dB; a reconstruction with NaN gets the
-        place that the others leave.
+        Of which the total is optimized. An infinite PSNR counts as 1000 dB; a reconstruction with
+        NaN gets the place that the others leave.
 
     Returns
     -------
@@ -234,7 +242,8 @@ def match_batch(reconstructions: Tensor, originals: Tensor, *, metric: str = "ps
     function, sign = _METRICS[metric]
     # gains[i, j]: what it is worth to give reconstruction j to original i
     gains = torch.stack([sign * function(x, original.expand_as(x)) for original in y])
-    # The assignment takes finite numbers only. A NaN stands in a whole column, so its value decides nothing.
+    # The assignment takes finite numbers only. A NaN stands in a whole column, so its value decides
+    # nothing.
     gains = gains.nan_to_num(nan=0.0, posinf=1000.0)
     _, columns = linear_sum_assignment(gains.numpy(), maximize=True)
     return torch.as_tensor(columns, dtype=torch.int64)

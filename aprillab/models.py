@@ -1,10 +1,12 @@
 """A Vision Transformer short enough to read in class, in the two architectures the course attacks.
 
-Architecture A (``block="april"``) is the one the closed form of APRIL (Lu et al., CVPR 2022, arXiv 2112.14087)
-was made for: the first attention acts directly on patch + position embedding. Architecture B
-(``block="prenorm"``) is the ViT in everyday use (Dosovitskiy et al., ICLR 2021, arXiv 2010.11929).
+Architecture A (``block="april"``) is the one the closed form of APRIL (Lu et al., CVPR 2022, arXiv
+2112.14087) was made for: the first attention acts directly on patch + position embedding.
+Architecture B (``block="prenorm"``) is the ViT in everyday use (Dosovitskiy et al., ICLR 2021,
+arXiv 2010.11929).
 
-Tokens are rows here: an activation has shape (B, tokens, width). The course's text writes them as columns.
+Tokens are rows here: an activation has shape (B, tokens, width). The course's text writes them as
+columns.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ Position = Literal["learned", "frozen", "sinusoidal", "none"]
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into non-overlapping square patches, row by row, each flattened as (channel, y, x).
+    """Cut images into non-overlapping square patches, row by row, each flattened as (channel, y,
+    x).
 
-    This is the order in which a convolution with ``kernel_size = stride = patch_size`` reads them, so
-    ``patchify(images, P) @ conv.weight.flatten(1).T + conv.bias`` is the patch embedding.
+    This is the order in which a convolution with ``kernel_size = stride = patch_size`` reads them,
+    so ``patchify(images, P) @ conv.weight.flatten(1).T + conv.bias`` is the patch embedding.
 
     Parameters
     ----------
@@ -216,8 +219,9 @@ class VisionTransformer(nn.Module):
     mlp_ratio : float, hidden units of the MLP over ``width``
     block : {"prenorm", "april"}, architecture B or A
     position : {"learned", "frozen", "sinusoidal", "none"}
-        ``"learned"`` is a parameter; ``"frozen"`` a parameter with ``requires_grad=False``, so no client shares
-        its gradient; ``"sinusoidal"`` a buffer, fixed for ever (:func:`sinusoidal_1d`).
+        ``"learned"`` is a parameter; ``"frozen"`` a parameter with ``requires_grad=False``, so no
+        client shares its gradient; ``"sinusoidal"`` a buffer, fixed for ever
+        (:func:`sinusoidal_1d`).
     position_values : Tensor of shape (tokens, width), optional
         Values to use instead of the default ones for that ``position``, :func:`sinusoidal_2d`, say.
     class_token : bool; without it the head reads the mean of the patch tokens
@@ -226,10 +230,11 @@ class VisionTransformer(nn.Module):
 
     Notes
     -----
-    Initial weights are chosen so that a gradient at initialization is informative (a zero head, say, would
-    share zeros for everything below it). Every linear map: normal with standard deviation 1/√fan_in, queries
-    and keys √2 times that, so that attention differs from token to token from the start. Biases, position
-    embedding and class token: normal with standard deviation 0.02. LayerNorm: weight 1, bias 0.
+    Initial weights are chosen so that a gradient at initialization is informative (a zero
+    head, say, would share zeros for everything below it). Every linear map: normal with
+    standard deviation 1/√fan_in, queries and keys √2 times that, so that attention differs from
+    token to token from the start. Biases, position embedding and class token: normal with standard
+    deviation 0.02. LayerNorm: weight 1, bias 0.
 
     Examples
     --------
@@ -273,7 +278,8 @@ class VisionTransformer(nn.Module):
         tokens = grid**2 + class_token
         hidden = int(width * mlp_ratio)
         block_type = AprilBlock if block == "april" else PreNormBlock
-        # PyTorch's layers draw their first weights from the global generator: fork it, ours come from `seed`.
+        # PyTorch's layers draw their first weights from the global generator: fork it, ours come
+        # from `seed`.
         with torch.random.fork_rng(devices=[]):
             self.patch_embedding = nn.Conv2d(channels, width, patch_size, stride=patch_size, bias=bias)
             self.class_token = nn.Parameter(torch.empty(1, 1, width)) if class_token else None
@@ -284,7 +290,9 @@ class VisionTransformer(nn.Module):
         self._initialize(torch.Generator().manual_seed(seed), random_position=position_values is None)
 
     def _set_position(self, position: Position, values: Tensor | None, tokens: int) -> None:
-        """Register the position embedding as parameter, frozen parameter or buffer of shape (1, tokens, width)."""
+        """Register the position embedding as parameter, frozen parameter or buffer of shape (1,
+        tokens, width).
+        """
         if position == "none":
             if values is not None:
                 raise ValueError('position="none" takes no position_values')

@@ -1,7 +1,8 @@
 """From pixels to what a model is given, and back.
 
-Pixels lie in [0, 1]. A model's input is the same picture less a mean, divided by a standard deviation, channel
-by channel. Attacks solve in model-input space; pictures are shown and scored in pixels.
+Pixels lie in [0, 1]. A model's input is the same picture less a mean, divided by a standard
+deviation, channel by channel. Attacks solve in model-input space; pictures are shown and scored in
+pixels.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ class Preprocessing:
     Parameters
     ----------
     mean, std : tuple of float
-        One value a channel, or a single value for every channel; in pixels. Lists are taken too and kept as tuples.
+        One value a channel, or a single value for every channel; in pixels. Lists are taken too and
+        kept as tuples.
 
     Raises
     ------
     ValueError
-        If a value is not finite, a standard deviation is not positive, or both have several values but not
-        equally many.
+        If a value is not finite, a standard deviation is not positive, or both have several values
+        but not equally many.
 
     Examples
     --------
@@ -76,7 +78,8 @@ class Preprocessing:
         Raises
         ------
         ValueError
-            If the tensor is not floating, has fewer than three dimensions, or its C is not the number of means.
+            If the tensor is not floating, has fewer than three dimensions, or its C is not the
+            number of means.
 
         Examples
         --------
@@ -95,7 +98,8 @@ class Preprocessing:
         images : Tensor, shape (…, C, H, W)
             In model-input space, any floating dtype, any device.
         clamp : bool
-            Cut to [0, 1], as a screen does. ``False`` keeps what lies outside, to see an error that clamping hides.
+            Cut to [0, 1], as a screen does. ``False`` keeps what lies outside, to see an error that
+            clamping hides.
 
         Returns
         -------
@@ -120,7 +124,9 @@ class Preprocessing:
         return pixels.clamp(0, 1) if clamp else pixels
 
     def _broadcast(self, images: Tensor, what: str) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of shape (C or 1, 1, 1), in the images' dtype and on their device."""
+        """Mean and standard deviation of shape (C or 1, 1, 1), in the images' dtype and on their
+        device.
+        """
         if not images.is_floating_point():
             raise ValueError(
                 f"{what} must have a floating dtype; got {images.dtype}: "
@@ -145,7 +151,10 @@ UNIT = Preprocessing((0.0,), (1.0,))
 """Model input = pixels."""
 
 HALF = Preprocessing((0.5,), (0.5,))
-"""Pixels to [−1, 1]: what timm's ``vit_*`` with AugReg weights and transformers' ``ViTImageProcessor`` use."""
+"""Pixels to [−1, 1]: what timm's ``vit_*`` with AugReg weights and transformers'
+``ViTImageProcessor`` use.
+"""
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""The mean and standard deviation of ImageNet's RGB pixels: what torchvision's ViTs and DeiT use."""
+"""The mean and standard deviation of ImageNet's RGB pixels: what torchvision's ViTs and DeiT use.
+"""

@@ -1,7 +1,8 @@
 """A training loop small enough to read, for one question: what does a defence cost in accuracy?
 
-AdamW, a linear warm-up and a cosine down to zero, no augmentation. Nothing here knows Vision Transformers, gradients
-that leak, or defences: a model whose position embedding is frozen is trained like any other.
+AdamW, a linear warm-up and a cosine down to zero, no augmentation. Nothing here knows Vision
+Transformers, gradients that leak, or defences: a model whose position embedding is frozen is
+trained like any other.
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        Only parameters with ``requires_grad`` are trained. It trains where it lies, in its own dtype, and is left in
-        the mode (train or eval) it came in.
+        Only parameters with ``requires_grad`` are trained. It trains where it lies, in its own
+        dtype, and is left in the mode (train or eval) it came in.
     images : Tensor of shape (N, C, H, W), in model-input space
         In the model's dtype; may lie on another device, batches are moved.
     labels : int64 Tensor of shape (N,)
     epochs : int
         Passes over the images; also what the learning rate's cosine is stretched over.
     seed : int
-        Of the batches' order, and of dropout where the model has any. The global generator is left alone. The same
-        seed gives the same weights on one machine with one number of threads.
+        Of the batches' order, and of dropout where the model has any. The global generator is left
+        alone. The same seed gives the same weights on one machine with one number of threads.
     batch_size : int
         A last, smaller batch of an epoch is used too.
     lr : float, the largest learning rate
@@ -71,22 +72,26 @@ def train(
     checkpoint : path, optional
         Written after every epoch (safetensors: weights, optimizer, history).
     resume : bool
-        Go on from ``checkpoint`` if that file exists; the end is then the same as without the break.
+        Go on from ``checkpoint`` if that file exists; the end is then the same as without the
+        break.
     progress : bool, show a progress bar
 
     Returns
     -------
     list of dict
-        One entry for each epoch done: ``epoch`` (from 1), ``loss`` (mean over the epoch), ``lr`` (its last),
-        ``seconds``, and ``test_accuracy`` where ``test`` was given. Shorter than ``epochs`` if Ctrl-C ended the
-        run; the model then has the weights of the last entry, or its first ones.
+        One entry for each epoch done: ``epoch`` (from 1), ``loss`` (mean over the epoch), ``lr``
+        (its last), ``seconds``, and ``test_accuracy`` where ``test`` was given. Shorter than
+        ``epochs`` if Ctrl-C ended the run; the model then has the weights of the last entry, or its
+        first ones.
 
     Raises
     ------
     ValueError
-        If an argument makes no sense, or the loss stops being finite (the message says in which epoch).
+        If an argument makes no sense, or the loss stops being finite (the message says in which
+        epoch).
     CheckpointError
-        If the checkpoint to resume from is unreadable, or comes from another model or other settings.
+        If the checkpoint to resume from is unreadable, or comes from another model or other
+        settings.
 
     Examples
     --------
@@ -173,7 +178,9 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: in
 
 @dataclass(frozen=True)
 class _Run:
-    """What a training changes: the model, its trained parameters by name, the optimizer and the learning rate."""
+    """What a training changes: the model, its trained parameters by name, the optimizer and the
+    learning rate.
+    """
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
@@ -187,7 +194,9 @@ class _Run:
 
 
 def _prepare(model: nn.Module, lr: float, weight_decay: float, *, rising: int, steps: int) -> _Run:
-    """AdamW on what is trained, with decay on matrices alone; its rate rises for ``rising`` of the ``steps``."""
+    """AdamW on what is trained, with decay on matrices alone; its rate rises for ``rising`` of the
+    ``steps``.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("nothing to train: every parameter of the model is frozen")
@@ -203,7 +212,9 @@ def _prepare(model: nn.Module, lr: float, weight_decay: float, *, rising: int, s
 
 
 def _epoch(run: _Run, images: Tensor, labels: Tensor, batches: Sequence[Tensor], seed: int) -> dict[str, Any]:
-    """One pass over the images, in batches of their numbers: the mean loss, the last rate, the seconds."""
+    """One pass over the images, in batches of their numbers: the mean loss, the last rate, the
+    seconds.
+    """
     start, device = time.perf_counter(), run.device
     run.model.train()
     total = torch.zeros((), dtype=torch.float64)
@@ -238,7 +249,9 @@ def _mode_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _undone_if_broken_off(model: nn.Module) -> Iterator[None]:
-    """Give the model its weights back if anything is raised, so that history and weights stay together."""
+    """Give the model its weights back if anything is raised, so that history and weights stay
+    together.
+    """
     kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
     try:
         yield
@@ -256,7 +269,9 @@ def _check_finite(entry: dict[str, Any], lr: float, parameter: Tensor) -> None:
 
 
 def _rate(step: int, rising: int, total: int) -> float:
-    """Share of the largest learning rate: up in a straight line, then down along a half cosine to zero."""
+    """Share of the largest learning rate: up in a straight line, then down along a half cosine to
+    zero.
+    """
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, total - rising))))
@@ -288,7 +303,9 @@ def _check(images: Tensor, labels: Tensor, settings: dict[str, Any]) -> None:
 
 
 def _save(path: Path, run: _Run, settings: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """Weights, optimizer state and history; written beside the old file first, so that a crash leaves one whole."""
+    """Weights, optimizer state and history; written beside the old file first, so that a crash
+    leaves one whole.
+    """
     tensors = {f"model.{name}": t for name, t in run.model.state_dict().items()}
     for name, p in run.parameters.items():
         tensors |= {f"optimizer.{key}.{name}": t for key, t in run.optimizer.state[p].items()}

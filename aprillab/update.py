@@ -1,7 +1,8 @@
 """What a client shares in a round of federated learning, and how to write, read and check it.
 
-FedSGD: the gradient of the mean loss over the client's batch (:func:`client_update`). FedAvg: the difference of
-two states divided by the learning rate (:func:`update_from_states`), which is the same thing after one local step.
+FedSGD: the gradient of the mean loss over the client's batch (:func:`client_update`). FedAvg: the
+difference of two states divided by the learning rate (:func:`update_from_states`), which is the
+same thing after one local step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MAX_BATCH = 1_000_000
 
 
 class UpdateError(ValueError):
-    """An update that cannot be used: unreadable, incomplete, misshapen, not finite or of another model."""
+    """An update that cannot be used: unreadable, incomplete, misshapen, not finite or of another
+    model.
+    """
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def client_update(
 ) -> ClientUpdate:
     """Play the client: the gradient of the mean loss over its private images.
 
-    The model is used as it stands: its weights, its precision, train or eval mode. It is left unchanged, its
-    ``.grad`` fields included.
+    The model is used as it stands: its weights, its precision, train or eval mode. It is left
+    unchanged, its ``.grad`` fields included.
 
     Parameters
     ----------
@@ -120,12 +123,14 @@ def client_update(
     Returns
     -------
     ClientUpdate
-        Gradients of all parameters with ``requires_grad`` that are not withheld, in the model's dtype.
+        Gradients of all parameters with ``requires_grad`` that are not withheld, in the model's
+        dtype.
 
     Raises
     ------
     UpdateError
-        If a withheld name is not a trained parameter, if the loss is not finite, or if nothing would be shared.
+        If a withheld name is not a trained parameter, if the loss is not finite, or if nothing
+        would be shared.
 
     Examples
     --------
@@ -183,9 +188,9 @@ def update_from_states(
 ) -> ClientUpdate:
     """The update behind a FedAvg step: (before − after) / (learning_rate · local_steps).
 
-    With one local step of plain SGD this is the client's gradient, rounded to the precision of the *weights*:
-    the difference of two float32 numbers near w carries an error of about 1e-7·|w| / learning_rate. With more
-    steps it is their mean, and the closed forms see a mixture.
+    With one local step of plain SGD this is the client's gradient, rounded to the precision of the
+    *weights*: the difference of two float32 numbers near w carries an error of about 1e-7·|w| /
+    learning_rate. With more steps it is their mean, and the closed forms see a mixture.
 
     Parameters
     ----------
@@ -198,8 +203,8 @@ def update_from_states(
     Raises
     ------
     UpdateError
-        If the two states have different tensors or shapes, nothing changed, a trained name is not in them, or
-        ``learning_rate`` or ``local_steps`` is not positive.
+        If the two states have different tensors or shapes, nothing changed, a trained name is not
+        in them, or ``learning_rate`` or ``local_steps`` is not positive.
 
     Examples
     --------
@@ -236,7 +241,8 @@ def save_update(update: ClientUpdate, path: str | Path) -> None:
         If the file cannot be written.
     """
     facts = {"withheld": list(update.withheld), "batch_size": update.batch_size, "source": update.source}
-    # For one image some gradients are views of one another (class token, position embedding): write copies.
+    # For one image some gradients are views of one another (class token, position embedding): write
+    # copies.
     tensors = {
         name: g.detach().cpu().clone(memory_format=torch.contiguous_format) for name, g in update.gradients.items()
     }
@@ -247,10 +253,11 @@ def save_update(update: ClientUpdate, path: str | Path) -> None:
 
 
 def load_update(path: str | Path) -> ClientUpdate:
-    """Read an update written by :func:`save_update`, or any safetensors file of gradients by parameter name.
+    """Read an update written by :func:`save_update`, or any safetensors file of gradients by
+    parameter name.
 
-    Nothing is unpickled: a file made by ``torch.save`` is refused. Pass the result to :func:`check_update` with
-    the model before using it; the attacks do.
+    Nothing is unpickled: a file made by ``torch.save`` is refused. Pass the result to
+    :func:`check_update` with the model before using it; the attacks do.
 
     Raises
     ------
@@ -290,7 +297,8 @@ def load_update(path: str | Path) -> ClientUpdate:
 
 
 def _looks_like_pickle(path: Path) -> bool:
-    """Whether a file that is no safetensors begins like torch.save's, old or new: for the message only.
+    """Whether a file that is no safetensors begins like torch.save's, old or new: for the message
+    only.
 
     Not asked first: a safetensors file begins with a length, which may look like anything.
     """
@@ -324,19 +332,22 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict:
 def check_update(model: nn.Module, update: ClientUpdate, *, finite: Collection[str] | None = None) -> None:
     """Refuse an update that cannot come from ``model``.
 
-    Every attack calls this first. Absent gradients are fine where the parameter is frozen or declared withheld.
+    Every attack calls this first. Absent gradients are fine where the parameter is frozen or
+    declared withheld.
 
     Parameters
     ----------
     model : nn.Module
     update : ClientUpdate
     finite : names of tensors, optional
-        Look for NaN and infinities in these alone, as an attack does that reads nothing else; default is all.
+        Look for NaN and infinities in these alone, as an attack does that reads nothing else;
+        default is all.
 
     Raises
     ------
     UpdateError
-        Naming the first tensor that is extra, missing, misshapen or not finite, or if all gradients are zero.
+        Naming the first tensor that is extra, missing, misshapen or not finite, or if all gradients
+        are zero.
 
     Examples
     --------
@@ -367,7 +378,8 @@ def check_update(model: nn.Module, update: ClientUpdate, *, finite: Collection[s
             )
         if finite is not None and name not in finite:
             continue
-        # A sum is ten times cheaper than a look at every entry, but a sum of finite numbers may overflow.
+        # A sum is ten times cheaper than a look at every entry, but a sum of finite numbers may
+        # overflow.
         if not torch.isfinite(gradient.sum()) and not torch.isfinite(gradient).all():
             bad = int((~torch.isfinite(gradient)).sum())
             raise UpdateError(f"{name}: {bad} of {gradient.numel()} gradient entries are NaN or infinite")

@@ -1,7 +1,7 @@
 """Figures for the course: one style, a caption and alternative text on each. Knows tensors only.
 
-``show(figure, caption=…, alt=…)`` puts a figure into a notebook as a picture that a screen reader can read, in
-JupyterLab, on Colab and in what nbconvert makes of it.
+``show(figure, caption=…, alt=…)`` puts a figure into a notebook as a picture that a screen reader
+can read, in JupyterLab, on Colab and in what nbconvert makes of it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def picture_grid(
 def before_after(
     original: Tensor, reconstruction: Tensor, *, title: str = "reconstruction", scale: float = 20.0
 ) -> Figure:
-    """Original, reconstruction and their difference, magnified ``scale`` times around grey; each (C, H, W).
+    """Original, reconstruction and their difference, magnified ``scale`` times around grey; each
+    (C, H, W).
 
     Examples
     --------
@@ -163,7 +164,8 @@ def to_png(fig: Figure, dpi: int = 100) -> bytes:
 
 
 def captioned(png: bytes, *, caption: str, alt: str) -> dict[str, str]:
-    """A MIME bundle: HTML with caption and alternative text, and the bare picture for readers without HTML.
+    """A MIME bundle: HTML with caption and alternative text, and the bare picture for readers
+    without HTML.
 
     Examples
     --------
@@ -247,7 +249,8 @@ def curves(
 
 
 def singular_values(matrices: Mapping[str, Tensor], *, mark: Mapping[str, int] | None = None) -> Figure:
-    """Singular values of matrices on a logarithmic scale, each relative to its largest; ``mark`` draws ranks.
+    """Singular values of matrices on a logarithmic scale, each relative to its largest; ``mark``
+    draws ranks.
 
     Examples
     --------

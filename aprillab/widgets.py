@@ -1,7 +1,8 @@
 """Drawings and interactive figures of the course.
 
-What is drawn comes from pure functions that return a Figure, tested without a kernel; :func:`sliders` is the only
-place that knows ipywidgets, which comes with ``aprillab[course]`` and is imported when it is needed.
+What is drawn comes from pure functions that return a Figure, tested without a kernel;
+:func:`sliders` is the only place that knows ipywidgets, which comes with ``aprillab[course]`` and
+is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def federated_round(pictures: Sequence[Tensor] = ()) -> Figure:
 
 
 def mixture_weights(image: Tensor, pictures: Tensor) -> Tensor:
-    """The w that minimize ‖image − Σ_b w_b picture_b‖: how much of each private picture an attack's picture holds.
+    """The w that minimize ‖image − Σ_b w_b picture_b‖: how much of each private picture an attack's
+    picture holds.
 
     Parameters
     ----------
@@ -121,7 +123,8 @@ def linear_batch(
     rank: int = 0,
     preprocessing: Preprocessing = HALF,
 ) -> Figure:
-    """What one unit of a linear layer says about a batch: its row divided by its bias entry, and what that mixes.
+    """What one unit of a linear layer says about a batch: its row divided by its bias entry, and
+    what that mixes.
 
     Parameters
     ----------

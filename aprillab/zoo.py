@@ -1,4 +1,6 @@
-"""Vision Transformers by name: what a server hands out, with random weights or with those of a file."""
+"""Vision Transformers by name: what a server hands out, with random weights or with those of a
+file.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ MODEL_NAMES = ", ".join((*_OURS, *_OF_TORCHVISION, "timm:NAME", "transformers:vi
 
 
 class ModelError(ValueError):
-    """A model that cannot be built: unknown name, missing library, impossible size, weights that do not fit."""
+    """A model that cannot be built: unknown name, missing library, impossible size, weights that do
+    not fit.
+    """
 
 
 def build_model(
@@ -42,28 +46,32 @@ def build_model(
     seed: int = 0,
     classes: int = 1000,
 ) -> nn.Module:
-    """A Vision Transformer in evaluation mode, its weights from a file, or random with a gradient that is not zero.
+    """A Vision Transformer in evaluation mode, its weights from a file, or random with a gradient
+    that is not zero.
 
     Parameters
     ----------
     name : str
-        ``"april"`` or ``"prenorm"``: architecture A or B of this package. At image sizes from 112 up that are
-        multiples of 16, it is ViT-B/16's shape (patch 16, width 768, 12 blocks, 12 heads); at others, 64 patches of
-        image_size/8 pixels, width 384, 4 blocks, 6 heads. ``"vit_b_16"``, ``"vit_b_32"``, ``"vit_l_16"``,
-        ``"vit_l_32"``, ``"vit_h_14"``: torchvision's. ``"timm:NAME"``: a ViT of timm. ``"transformers:vit"``:
+        ``"april"`` or ``"prenorm"``: architecture A or B of this package. At image sizes from 112
+        up that are multiples of 16, it is ViT-B/16's shape (patch 16, width 768, 12 blocks, 12
+        heads); at others, 64 patches of image_size/8 pixels, width 384, 4 blocks, 6 heads.
+        ``"vit_b_16"``, ``"vit_b_32"``, ``"vit_l_16"``, ``"vit_l_32"``, ``"vit_h_14"``:
+        torchvision's. ``"timm:NAME"``: a ViT of timm. ``"transformers:vit"``:
         ViTForImageClassification in its default configuration.
     image_size : int, in pixels
     patch_size, width, depth, heads, mlp_ratio : optional
-        In place of the shape above, each by itself: :class:`~aprillab.models.VisionTransformer`'s parameters of these
-        names. Only for ``"april"`` and ``"prenorm"``, as are other ``channels``.
+        In place of the shape above, each by itself: :class:`~aprillab.models.VisionTransformer`'s
+        parameters of these names. Only for ``"april"`` and ``"prenorm"``, as are other
+        ``channels``.
     channels : {3, 1}, RGB or grey
     position : {"learned", "frozen", "sinusoidal", "sinusoidal-2d", "none"}
-        ``"frozen"``: :func:`~aprillab.defenses.freeze_position`; ``"sinusoidal"`` and ``"sinusoidal-2d"``:
-        :func:`~aprillab.defenses.use_sinusoidal`; ``"none"``: this package's models have no position embedding then,
-        those of libraries are given one of zeros (:func:`~aprillab.defenses.no_position`).
+        ``"frozen"``: :func:`~aprillab.defenses.freeze_position`; ``"sinusoidal"`` and
+        ``"sinusoidal-2d"``: :func:`~aprillab.defenses.use_sinusoidal`; ``"none"``: this package's
+        models have no position embedding then, those of libraries are given one of zeros
+        (:func:`~aprillab.defenses.no_position`).
     weights : path, optional
-        A safetensors file: a checkpoint of :func:`aprillab.training.train`, or a state dict. All of the model's
-        weights, the position embedding among them; nothing is unpickled.
+        A safetensors file: a checkpoint of :func:`aprillab.training.train`, or a state dict. All of
+        the model's weights, the position embedding among them; nothing is unpickled.
     dtype : torch.dtype
     seed : int, for random weights; the global generator is left as it was
     classes : int
@@ -71,14 +79,16 @@ def build_model(
     Returns
     -------
     nn.Module
-        A head that its library initializes to zero (torchvision's) is drawn from a normal distribution with standard
-        deviation 0.02 instead: a zero head passes no gradient down. One that comes with ``weights`` is left alone.
+        A head that its library initializes to zero (torchvision's) is drawn from a normal
+        distribution with standard deviation 0.02 instead: a zero head passes no gradient down. One
+        that comes with ``weights`` is left alone.
 
     Raises
     ------
     ModelError
-        If there is no such model, its library is not installed, it cannot have this shape or position embedding, or
-        the weights are unreadable, of another model, or of one with another position embedding.
+        If there is no such model, its library is not installed, it cannot have this shape or
+        position embedding, or the weights are unreadable, of another model, or of one with another
+        position embedding.
     UnknownModelError
         If it is built but is no Vision Transformer that ``dissect`` knows.
 
@@ -186,7 +196,9 @@ def _set_position(model: nn.Module, position: Position) -> None:
 
 
 def _load_weights(model: nn.Module, path: Path, position: Position) -> None:
-    """Weights of a file into a model that has its position embedding already, which the file's must agree with."""
+    """Weights of a file into a model that has its position embedding already, which the file's must
+    agree with.
+    """
     where = dissect(model).position or ""
     known = tensors_of(model)[where].clone() if where and position not in ("learned", "frozen") else None
     try:

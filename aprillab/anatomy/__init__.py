@@ -1,4 +1,6 @@
-"""Where a Vision Transformer keeps what an attack reads: :func:`dissect` returns an :class:`Anatomy`."""
+"""Where a Vision Transformer keeps what an attack reads: :func:`dissect` returns an
+:class:`Anatomy`.
+"""
 
 from .dissect import dissect
 from .record import Anatomy, Rows, UnknownModelError, tensors_of

@@ -1,7 +1,8 @@
-"""Where a Vision Transformer keeps what an attack reads: one place that knows every library's names.
+"""Where a Vision Transformer keeps what an attack reads: one place that knows every library's
+names.
 
-``dissect(model)`` returns an :class:`Anatomy`, names only, no tensors; the attacks look the names up in the
-model (its weights) and in the update (its gradients).
+``dissect(model)`` returns an :class:`Anatomy`, names only, no tensors; the attacks look the names
+up in the model (its weights) and in the update (its gradients).
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from .record import NAME_FIELDS, ROW_FIELDS, Anatomy, Rows, UnknownModelError, t
 def dissect(model: nn.Module, **parts: Any) -> Anatomy:
     """Find the parts of a Vision Transformer that an attack reads.
 
-    Known are this package's :class:`~aprillab.models.VisionTransformer`, torchvision's ``VisionTransformer``
-    (``vit_b_16`` and alike), timm's ``VisionTransformer`` (``vit_*``, ``deit*``, with distillation or register
-    tokens) and transformers' ``ViTForImageClassification``, alone or inside a wrapper such as
-    ``nn.Sequential(normalize, vit)``.
+    Known are this package's :class:`~aprillab.models.VisionTransformer`, torchvision's
+    ``VisionTransformer`` (``vit_b_16`` and alike), timm's ``VisionTransformer`` (``vit_*``,
+    ``deit*``, with distillation or register tokens) and transformers'
+    ``ViTForImageClassification``, alone or inside a wrapper such as ``nn.Sequential(normalize,
+    vit)``.
 
     Parameters
     ----------
     model : nn.Module
     **parts
-        Fields of :class:`Anatomy` by name, to correct what was found or to describe a model that is not
-        known. A projection may be given as ``"name"`` or ``"name[start:stop]"``. For an unknown model at
-        least ``patch_weight`` and ``image_size`` (an int or a pair) are needed.
+        Fields of :class:`Anatomy` by name, to correct what was found or to describe a model that is
+        not known. A projection may be given as ``"name"`` or ``"name[start:stop]"``. For an unknown
+        model at least ``patch_weight`` and ``image_size`` (an int or a pair) are needed.
 
     Returns
     -------
@@ -41,8 +43,8 @@ def dissect(model: nn.Module, **parts: Any) -> Anatomy:
     UnknownModelError
         If the model is not known and ``parts`` do not describe it.
     ValueError
-        If a part that was handed over has an unknown field, names a tensor the model does not have, or one whose
-        shape does not fit the others.
+        If a part that was handed over has an unknown field, names a tensor the model does not have,
+        or one whose shape does not fit the others.
 
     Examples
     --------
@@ -80,7 +82,9 @@ def _as_field(name: str, value: Any) -> Any:
 
 
 def _check(model: nn.Module, anatomy: Anatomy) -> None:
-    """Every name must be a tensor of the model, and the tensors must have the shapes the attacks read."""
+    """Every name must be a tensor of the model, and the tensors must have the shapes the attacks
+    read.
+    """
     tensors = tensors_of(model)
     wanted = [getattr(anatomy, f) for f in NAME_FIELDS] + list(anatomy.prefix)
     wanted += [getattr(anatomy, f).name for f in ROW_FIELDS if getattr(anatomy, f) is not None]
@@ -121,7 +125,9 @@ def _check_shapes(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _recognize(model: nn.Module) -> Anatomy | None:
-    """The anatomy of the first ViT among the model and its submodules, with names from the outermost model."""
+    """The anatomy of the first ViT among the model and its submodules, with names from the
+    outermost model.
+    """
     for prefix, module in model.named_modules():
         for base in type(module).__mro__:
             reader = READERS.get(f"{base.__module__}.{base.__name__}")

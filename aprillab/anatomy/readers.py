@@ -83,7 +83,9 @@ def _read_torchvision(model: nn.Module) -> Anatomy:
 
 
 def _read_timm(model: nn.Module) -> Anatomy:
-    """timm's VisionTransformer and VisionTransformerDistilled, with whatever prefix tokens they have."""
+    """timm's VisionTransformer and VisionTransformerDistilled, with whatever prefix tokens they
+    have.
+    """
     m: Any = model
     names = tensors_of(model)
     _check_timm(m, names)
@@ -138,7 +140,9 @@ def _plain_timm(m: Any) -> bool:
 
 
 def _read_transformers(model: nn.Module) -> Anatomy:
-    """ViTForImageClassification; the attention's names changed between versions 4 and 5 of the library."""
+    """ViTForImageClassification; the attention's names changed between versions 4 and 5 of the
+    library.
+    """
     m: Any = model
     names = tensors_of(model)
     new = "vit.layers.0.attention.q_proj.weight" in names

@@ -12,7 +12,9 @@ from ..preprocessing import UNIT, Preprocessing
 
 
 class UnknownModelError(ValueError):
-    """The model is not a Vision Transformer that :func:`dissect` knows; the message says what was looked for."""
+    """The model is not a Vision Transformer that :func:`dissect` knows; the message says what was
+    looked for.
+    """
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Anatomy:
     norm_weight, norm_bias : str or None
         LayerNorm before the first attention, (d,) each; None in architecture A.
     first_block : {"april", "prenorm", "unknown"}
-        What stands between the tokens and the first attention: nothing, one LayerNorm, something else.
+        What stands between the tokens and the first attention: nothing, one LayerNorm, something
+        else.
     heads : int or None
     preprocessing : Preprocessing
         Pixels to model input, as the library's own recipe for this model has it (public knowledge).

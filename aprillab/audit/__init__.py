@@ -1,4 +1,6 @@
-"""What an update gives away: :func:`audit` and the files that :func:`write_audit` makes of its findings."""
+"""What an update gives away: :func:`audit` and the files that :func:`write_audit` makes of its
+findings.
+"""
 
 from .findings import Audit, Finding, Part
 from .report import write_audit

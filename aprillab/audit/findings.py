@@ -1,4 +1,6 @@
-"""What an audit found: the gradients that are there, what each attack makes of them, and the verdict."""
+"""What an audit found: the gradients that are there, what each attack makes of them, and the
+verdict.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ class Audit:
     labels : Labels or None
     labels_reason : str
     one_image : Condition
-        Fails where the client says, or the head's gradient suggests, that several images are behind the update.
+        Fails where the client says, or the head's gradient suggests, that several images are behind
+        the update.
     findings : tuple of Finding
     notes : tuple of str
         What limits the audit itself: half precision, several local steps, dropout.

@@ -230,7 +230,8 @@ def overview_alt(found: Audit) -> str:
 
 
 def write_audit(found: Audit, folder: Path) -> list[Path]:
-    """Write ``report.json``, ``report.md``, one picture an attack at its own size, and ``overview.png``.
+    """Write ``report.json``, ``report.md``, one picture an attack at its own size, and
+    ``overview.png``.
 
     Parameters
     ----------
@@ -262,7 +263,9 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
 
 
 def _png(pixels: Tensor) -> bytes:
-    """Pixels (C, H, W) in [0, 1] as an 8-bit PNG of that very size; one channel is grey, three are RGB."""
+    """Pixels (C, H, W) in [0, 1] as an 8-bit PNG of that very size; one channel is grey, three are
+    RGB.
+    """
     levels = (255 * pixels.double().clamp(0, 1)).round().to(torch.uint8).cpu()
     array = np.ascontiguousarray(levels[:3].permute(1, 2, 0) if len(levels) >= 3 else levels[0])
     buffer = io.BytesIO()
@@ -271,7 +274,8 @@ def _png(pixels: Tensor) -> bytes:
 
 
 def json_safe(value: Any) -> Any:
-    """The same in JSON's types: tensors as lists, NaN and infinities as null, what JSON does not know as a string.
+    """The same in JSON's types: tensors as lists, NaN and infinities as null, what JSON does not
+    know as a string.
 
     Examples
     --------

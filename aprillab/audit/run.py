@@ -1,7 +1,9 @@
-"""What does this update give away? An audit by whoever owns a federated system: no labels, no originals needed.
+"""What does this update give away? An audit by whoever owns a federated system: no labels, no
+originals needed.
 
-:func:`audit` runs every closed form on one update and says in plain words what leaked and how far to trust each
-picture; :func:`aprillab.audit.report.write_audit` puts the pictures, a JSON report and the words into a folder.
+:func:`audit` runs every closed form on one update and says in plain words what leaked and how far
+to trust each picture; :func:`aprillab.audit.report.write_audit` puts the pictures, a JSON report
+and the words into a folder.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from ..update import ClientUpdate, check_update
 from .findings import Audit, Finding, Part
 from .words import Trust
 
-# Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to 0.08 at 18 to
-# 31 dB, above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
+# Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to
+# 0.08 at 18 to 31 dB, above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
 _GOOD_REPLAY, _BAD_REPLAY = 0.01, 0.1
 
 
@@ -38,13 +40,14 @@ def audit(
     Parameters
     ----------
     model : nn.Module
-        With the weights the client was given, in the mode (train or eval) the client used; left as it is.
+        With the weights the client was given, in the mode (train or eval) the client used; left as
+        it is.
     update : ClientUpdate
     anatomy : Anatomy, optional
         Default is ``dissect(model)``.
     preprocessing : Preprocessing, optional
-        Pixels to model input; default is the model family's own. A wrong one changes contrast and colour of the
-        pictures, nothing else.
+        Pixels to model input; default is the model family's own. A wrong one changes contrast and
+        colour of the pictures, nothing else.
 
     Returns
     -------
@@ -111,7 +114,9 @@ def _attempt(
 
 
 def _replay(model: nn.Module, update: ClientUpdate, result: Reconstruction) -> tuple[float | None, list[str]]:
-    """The gradient residual of a reconstruction; None, and a note, where the client cannot be played."""
+    """The gradient residual of a reconstruction; None, and a note, where the client cannot be
+    played.
+    """
     try:
         return gradient_residual(model, update, result), []
     # The model is the user's, and so is whatever its forward pass raises.
@@ -120,7 +125,9 @@ def _replay(model: nn.Module, update: ClientUpdate, result: Reconstruction) -> t
 
 
 def _trust(result: Reconstruction, replay: float | None, one: Condition) -> Trust:
-    """From the attack's verdict and predicted PSNR; a replay lowers them, or raises what no condition vouches for."""
+    """From the attack's verdict and predicted PSNR; a replay lowers them, or raises what no
+    condition vouches for.
+    """
     predicted = result.predicted_psnr or 0.0
     misses = replay is not None and not replay < _BAD_REPLAY  # NaN misses
     if not one.holds and (replay is None or misses):

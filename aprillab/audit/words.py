@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-#: How far to trust a picture, best first: from the attack's own verdict, its predicted PSNR and the replay.
+#: How far to trust a picture, best first: from the attack's own verdict, its predicted PSNR and the
+#: replay.
 Trust = Literal["exact", "close", "likely", "coarse", "unverified", "poor", "contradicted", "mixture", "none"]
 
 TRUST_WORDS: dict[Trust, str] = {
@@ -35,7 +36,8 @@ NOT_SAFE = (
 
 _AWAY = "This update gives the private picture away"
 
-#: The verdict when the attack named has this trust. The order counts: the first trust that was found decides.
+#: The verdict when the attack named has this trust. The order counts: the first trust that was
+#: found decides.
 VERDICTS: dict[Trust, str] = {
     "exact": f"{_AWAY}, exactly: {{attack}}.",
     "close": f"{_AWAY}, with errors too small for the eye: {{attack}}.",

@@ -88,7 +88,9 @@ def _preprocessing(text: str) -> Preprocessing:
 
 
 def _part(text: str) -> tuple[str, Any]:
-    """One field of an Anatomy: whole numbers are numbers, a comma separates the names of several prefix tokens."""
+    """One field of an Anatomy: whole numbers are numbers, a comma separates the names of several
+    prefix tokens.
+    """
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form PART=TENSOR")

@@ -1,7 +1,8 @@
-"""The command line: ``aprillab demo``, ``aprillab invert``, ``aprillab audit`` and ``aprillab compare``.
+"""The command line: ``aprillab demo``, ``aprillab invert``, ``aprillab audit`` and ``aprillab
+compare``.
 
-Each command has a file with its arguments and what it does. Here are the commands' list and the exit codes; every
-error becomes one message on stderr.
+Each command has a file with its arguments and what it does. Here are the commands' list and the
+exit codes; every error becomes one message on stderr.
 """
 
 from __future__ import annotations

@@ -140,7 +140,9 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def _figures(rows: list[Row], path: Path) -> dict[str, tuple[Figure, str]]:
-    """Files, figures and alternative texts; curves and seconds apart for each model, weights and size of batch."""
+    """Files, figures and alternative texts; curves and seconds apart for each model, weights and
+    size of batch.
+    """
     found = {}
     for i, page in enumerate(figures.picture_pages(rows, path), start=1):
         found[f"{path.stem}_pictures_{i}.png"] = page, "Private pictures, and beside each what every attack returned"
@@ -159,7 +161,9 @@ def _figures(rows: list[Row], path: Path) -> dict[str, tuple[Figure, str]]:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """The command that makes the same rows, with every option, so that no default has to stay what it is."""
+    """The command that makes the same rows, with every option, so that no default has to stay what
+    it is.
+    """
     words = ["aprillab", "compare"]
     for name, value in vars(arguments).items():
         if name in ("run", "again") or value is None:

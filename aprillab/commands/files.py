@@ -1,4 +1,6 @@
-"""Files of the command line: places that can be written, checked before anything is computed, and photographs."""
+"""Files of the command line: places that can be written, checked before anything is computed, and
+photographs.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def write(path: Path, content: bytes) -> None:
 
 
 def photograph(name: str, size: int) -> Tensor:
-    """Pixels (3, size, size) of a file, or of a victim by its name; what became of the file is noted on stderr.
+    """Pixels (3, size, size) of a file, or of a victim by its name; what became of the file is
+    noted on stderr.
 
     Examples
     --------
@@ -79,7 +82,9 @@ def photograph(name: str, size: int) -> Tensor:
 
 
 def _remarks(path: Path, size: int) -> Iterator[str]:
-    """What became of a picture that is not a square RGB one of 8 bits. Of the rest ``read_picture`` warns."""
+    """What became of a picture that is not a square RGB one of 8 bits. Of the rest ``read_picture``
+    warns.
+    """
     with Image.open(path, formats=PICTURE_FORMATS) as file:
         mode, (width, height) = file.mode, file.size
     if mode.startswith("I"):

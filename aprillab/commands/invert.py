@@ -142,7 +142,9 @@ def _print_round(played: Round, words: TextIO) -> None:
 
 
 def _facts(arguments: argparse.Namespace, label: int) -> dict[str, Any]:
-    """The numbers of the JSON file in their order, before any attack: what is not known yet is None."""
+    """The numbers of the JSON file in their order, before any attack: what is not known yet is
+    None.
+    """
     return {
         "attack": None, "exact": False, "predicted_psnr": None, "psnr": None, "ssim": None,
         "attack_seconds": None, "gradient_seconds": None,
@@ -169,7 +171,9 @@ def _facts_of_round(played: Round) -> dict[str, Any]:
 
 
 def _before_after(arguments: argparse.Namespace, pixels: Tensor, played: Round) -> bytes:
-    """The figure of ``invert``; the difference is magnified by the power of ten that makes it visible."""
+    """The figure of ``invert``; the difference is magnified by the power of ten that makes it
+    visible.
+    """
     reconstruction = played.reconstruction.pixels[0]
     error = float((reconstruction - pixels.to(reconstruction)).square().mean().sqrt())
     scale = next((10.0**k for k in range(15) if error * 10**k > 0.03), 1.0)

@@ -16,7 +16,8 @@ from ..update import client_update, logits_of
 
 @dataclass(frozen=True)
 class Round:
-    """What the attacker got in one round, and how near it is, which only whoever holds the original can tell.
+    """What the attacker got in one round, and how near it is, which only whoever holds the original
+    can tell.
 
     Attributes
     ----------
@@ -24,7 +25,8 @@ class Round:
     psnr, ssim : float
         Against the original, on pixels in [0, 1]; dB, and at most 1.
     gradient_seconds : float
-        Wall-clock time of the client's forward and backward pass, after one forward pass to warm up.
+        Wall-clock time of the client's forward and backward pass, after one forward pass to warm
+        up.
     label : int
         The true one.
     """

@@ -37,12 +37,14 @@ class Case:
     model, image_size, patch_size, width, depth, heads, mlp_ratio, channels, classes, position
         As in :func:`~aprillab.zoo.build_model`; None for what the model's name implies.
     weights : "init" or a path
-        Random weights, or a file of them, in whose name ``{model}``, ``{position}`` and ``{seed}`` are filled in.
+        Random weights, or a file of them, in whose name ``{model}``, ``{position}`` and ``{seed}``
+        are filled in.
     dtype : {"float32", "float64"}, of the client's model and gradient
     labels : {"recover", "given"}
         Whether the attacker has to find the labels, if it needs them, or is told.
     seed : int
-        Of random weights, the photographs' labels (drawn, all different in a batch) and the search's first guess.
+        Of random weights, the photographs' labels (drawn, all different in a batch) and the
+        search's first guess.
     """
 
     attack: str
@@ -178,7 +180,8 @@ def cross(
 
 
 def private_pictures(case: Case) -> tuple[Tensor, Tensor]:
-    """Pixels (B, C, H, W) and labels (B,): a digit's own, a photograph's drawn from those that are left.
+    """Pixels (B, C, H, W) and labels (B,): a digit's own, a photograph's drawn from those that are
+    left.
 
     Examples
     --------

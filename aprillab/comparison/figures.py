@@ -1,6 +1,8 @@
-"""Figures of a comparison: what the attacks returned, how the searches went, what quality costs in seconds.
+"""Figures of a comparison: what the attacks returned, how the searches went, what quality costs in
+seconds.
 
-All take rows of :func:`aprillab.comparison.run.run` and the path of their CSV, beside which curves and pictures lie.
+All take rows of :func:`aprillab.comparison.run.run` and the path of their CSV, beside which curves
+and pictures lie.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ _MARKERS = "osD^vPX*<>h8"
 
 
 def picture_pages(rows: Sequence[Row], path: Path, *, lines: int = 8) -> list[Figure]:
-    """Grids of pictures: a line for each victim and setting of the first seed, a column for each attack.
+    """Grids of pictures: a line for each victim and setting of the first seed, a column for each
+    attack.
 
-    The private picture comes first. Below each other one is its own PSNR in dB, in bold where exact to 8 bits.
+    The private picture comes first. Below each other one is its own PSNR in dB, in bold where exact
+    to 8 bits.
 
     Parameters
     ----------
@@ -80,10 +84,11 @@ def _page(
 
 
 def curves(rows: Sequence[Row], path: Path) -> Figure | None:
-    """Loss, relative to its first value, and PSNR over the evaluations of each search; None if there was no search.
+    """Loss, relative to its first value, and PSNR over the evaluations of each search; None if
+    there was no search.
 
-    A column for each position embedding, two lines of panels for each precision. Thin: single runs. Thick: their
-    median, for which a run that has ended keeps its last value.
+    A column for each position embedding, two lines of panels for each precision. Thin: single runs.
+    Thick: their median, for which a run that has ended keeps its last value.
     """
     points = read_curves(path)
     runs = {
@@ -117,7 +122,9 @@ def curves(rows: Sequence[Row], path: Path) -> Figure | None:
 def _draw_searches(
     losses: Axes, decibels: Axes, runs: Mapping[Case, Sequence[Point]], attacks: Sequence[str]
 ) -> None:
-    """The searches of one setting: relative loss in one panel, PSNR in the other, each attack with its look."""
+    """The searches of one setting: relative loss in one panel, PSNR in the other, each attack with
+    its look.
+    """
     for attack in attacks:
         group = [run for case, run in runs.items() if case.attack == attack]
         look = _look(attack, attacks)
@@ -183,7 +190,9 @@ def _with_median(ax: Axes, runs: Sequence[Sequence[tuple[float, float]]], look: 
 
 
 def _look(attack: str, attacks: Sequence[str]) -> tuple[str, str]:
-    """Colour and marker by the place among all attacks, so that an attack has the same in every figure."""
+    """Colour and marker by the place among all attacks, so that an attack has the same in every
+    figure.
+    """
     i = attacks.index(attack)
     return _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
 

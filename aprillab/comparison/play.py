@@ -81,9 +81,11 @@ def play_client(case: Case, device: torch.device) -> Client:
 
 @dataclass(frozen=True)
 class Played:
-    """What became of a case: its row, the search's points, and, unless it was refused, its pictures.
+    """What became of a case: its row, the search's points, and, unless it was refused, its
+    pictures.
 
-    ``pictures`` are the reconstructions (B, C, H, W) in the victims' order, and their PSNR in dB, (B,).
+    ``pictures`` are the reconstructions (B, C, H, W) in the victims' order, and their PSNR in dB,
+    (B,).
     """
 
     row: Row
@@ -129,7 +131,9 @@ def play_attack(
 def _attack(
     case: Case, client: Client, watch: _Watch, max_evaluations: int, max_seconds: float | None
 ) -> Reconstruction:
-    """What the attack returns. A search that the user interrupts returns its best, which counts for nothing here."""
+    """What the attack returns. A search that the user interrupts returns its best, which counts for
+    nothing here.
+    """
     attack = ATTACKS[case.attack]
     labels = client.labels.to(client.device) if case.labels == "given" else None
     options: dict[str, Any] = {"labels": labels}
@@ -173,7 +177,9 @@ class _Watch:
 
 
 def _assigned(pixels: Tensor, originals: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstructions in the order of the originals, (B, C, H, W) float64 on the CPU, and their PSNR in dB, (B,)."""
+    """Reconstructions in the order of the originals, (B, C, H, W) float64 on the CPU, and their
+    PSNR in dB, (B,).
+    """
     pixels = pixels.detach().to(originals)
     pixels = pixels.expand_as(originals) if len(pixels) == 1 else pixels[match_batch(pixels, originals)]
     return pixels, torch.as_tensor(psnr(pixels, originals))

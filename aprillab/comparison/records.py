@@ -1,6 +1,8 @@
-"""What a comparison keeps: a CSV row for each case, the searches' points on their way, the pictures.
+"""What a comparison keeps: a CSV row for each case, the searches' points on their way, the
+pictures.
 
-A CSV ends between two lines whenever the program ends, and what is read back is what was written, to six digits.
+A CSV ends between two lines whenever the program ends, and what is read back is what was written,
+to six digits.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ class Row:
     ----------
     case : Case
     psnr, psnr_min, ssim : float
-        Mean (and least) over the batch, pixels in [0, 1], PSNR in dB, each picture beside the victim that the best
-        assignment gives it. One picture for a whole batch, a mixture, is scored against every victim.
+        Mean (and least) over the batch, pixels in [0, 1], PSNR in dB, each picture beside the
+        victim that the best assignment gives it. One picture for a whole batch, a mixture, is
+        scored against every victim.
     exact, predicted_psnr, loss, residual, evaluations, stopped
         As the attack says, where it does.
     seconds : float
@@ -71,7 +74,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A search on its way: the lowest loss so far and the picture that has it, PSNR in dB (mean over the batch)."""
+    """A search on its way: the lowest loss so far and the picture that has it, PSNR in dB (mean
+    over the batch).
+    """
 
     update: str
     attack: str
@@ -97,12 +102,15 @@ def curves_file(path: Path) -> Path:
 
 
 def pictures_file(path: Path, case: Case) -> Path:
-    """An update's ``"private"`` pictures and what each ``"ATTACK, labels LABELS"`` returned, 8-bit (B, C, H, W)."""
+    """An update's ``"private"`` pictures and what each ``"ATTACK, labels LABELS"`` returned, 8-bit
+    (B, C, H, W).
+    """
     return path.with_name(f"{path.stem}_pictures") / f"{case.update}.safetensors"
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a CSV of :func:`run`; none where there is no file. A line that was cut short is left out.
+    """All rows of a CSV of :func:`run`; none where there is no file. A line that was cut short is
+    left out.
 
     Raises
     ------
@@ -121,7 +129,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_curves(path: Path) -> dict[tuple[str, str, str], list[Point]]:
-    """The searches' points by (update, attack, labels), of the CSV that belongs to the rows at ``path``."""
+    """The searches' points by (update, attack, labels), of the CSV that belongs to the rows at
+    ``path``.
+    """
     curves: dict[tuple[str, str, str], list[Point]] = {}
     for line in _read(curves_file(path), POINT_COLUMNS):
         point = Point(**_values(Point, line))
@@ -130,7 +140,9 @@ def read_curves(path: Path) -> dict[tuple[str, str, str], list[Point]]:
 
 
 def read_pictures(path: Path, case: Case) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Private and reconstructed pixels (B, C, H, W), in [0, 1] from 8 bits, and PSNR (B,) in dB; None if not kept."""
+    """Private and reconstructed pixels (B, C, H, W), in [0, 1] from 8 bits, and PSNR (B,) in dB;
+    None if not kept.
+    """
     file = pictures_file(path, case)
     kept = load_file(file) if file.is_file() else {}
     name = _picture_name(case)

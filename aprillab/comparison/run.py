@@ -1,11 +1,13 @@
-"""The results comparison: every attack on the same updates, one CSV row each, that can be gone on with later.
+"""The results comparison: every attack on the same updates, and a CSV row for each.
 
-    cases = cross(victims=("astronaut", "chelsea"), attacks=("span", "match:april"), positions=("learned", "frozen"))
+    attacks, positions = ("span", "match:april"), ("learned", "frozen")
+    cases = cross(victims=("astronaut", "chelsea"), attacks=attacks, positions=positions)
     rows = run(cases, path="compare.csv")
     print(table(rows))
 
-Beside ``compare.csv`` lie ``compare_curves.csv``, how each search went, and ``compare_pictures/``, what came of it
-(records.py has the columns). Attacks see model and update, and the labels where a case says so.
+Beside ``compare.csv`` lie ``compare_curves.csv``, how each search went, and ``compare_pictures/``,
+what came of it (records.py has the columns). Attacks see model and update, and the labels where a
+case says so.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def run(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> list[Row]:
-    """Play all cases, each update once for all attacks on it, and append a row to the CSV as each attack ends.
+    """Play all cases, each update once for all attacks on it, and append a row to the CSV as each
+    attack ends.
 
     Parameters
     ----------
@@ -57,8 +60,8 @@ def run(
     resume : bool
         Skip what the CSV has; False begins it anew.
     max_evaluations, max_seconds : budget of each search, over all its restarts
-        With ``max_seconds`` the result depends on the machine's speed. Another attack may have another budget, in
-        another call with the same ``path``.
+        With ``max_seconds`` the result depends on the machine's speed. Another attack may have
+        another budget, in another call with the same ``path``.
     curve_every : int
         Score a search at every so many of its evaluations.
     pictures : bool
@@ -74,8 +77,8 @@ def run(
     Raises
     ------
     CompareError
-        If the CSV cannot be gone on with: other columns, the same search with another budget; or a victim cannot
-        be had.
+        If the CSV cannot be gone on with: other columns, the same search with another budget; or a
+        victim cannot be had.
     ModelError
         If a model cannot be built. All are built once before the first attack.
     KeyboardInterrupt
@@ -136,7 +139,9 @@ def _check_arguments(cases: Sequence[Case], max_evaluations: int, curve_every: i
 
 
 def _check_models(cases: Sequence[Case]) -> None:
-    """Build each kind of model once, and load the victims, before hours are spent on what comes first."""
+    """Build each kind of model once, and load the victims, before hours are spent on what comes
+    first.
+    """
     seen = set()
     for case in cases:
         private_pictures(case)

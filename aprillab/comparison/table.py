@@ -16,10 +16,11 @@ _SETTING = (
 
 
 def table(rows: Sequence[Row], *, by: Sequence[str] = BY) -> str:
-    """A Markdown table: one line for each combination of the columns ``by``, then why attacks were refused.
+    """A Markdown table: one line for each combination of the columns ``by``, then why attacks were
+    refused.
 
-    Columns with one value in all rows are left out, except the attack. PSNR in dB (a run's is the mean over its
-    batch), seconds of the attack; medians over the runs that were not refused.
+    Columns with one value in all rows are left out, except the attack. PSNR in dB (a run's is the
+    mean over its batch), seconds of the attack; medians over the runs that were not refused.
     """
     texts = [cells(row) for row in rows]
     by = [name for name in by if name == "attack" or len({text[name] for text in texts}) > 1]
@@ -36,7 +37,9 @@ def table(rows: Sequence[Row], *, by: Sequence[str] = BY) -> str:
 
 
 def _summary(group: Sequence[Row]) -> list[str]:
-    """The cells of one line: runs, median and least dB, how many are exact, how many refused, median seconds."""
+    """The cells of one line: runs, median and least dB, how many are exact, how many refused,
+    median seconds.
+    """
     scored = [row for row in group if row.psnr is not None]
     refused = str(len(group) - len(scored))
     if not scored:
@@ -68,7 +71,9 @@ def _refusals(refused: Sequence[Row]) -> list[str]:
 
 
 def report(rows: Sequence[Row], command: str, figures: dict[str, str] | None = None) -> str:
-    """The summary as a Markdown page with the command that makes it; ``figures`` maps files to alternative texts."""
+    """The summary as a Markdown page with the command that makes it; ``figures`` maps files to
+    alternative texts.
+    """
     lines = [cells(row) for row in rows]
     # Every value of a column, in the order of the rows; "" where there is none.
     values = {name: " / ".join(filter(None, dict.fromkeys(line[name] for line in lines))) for name in ROW_COLUMNS}

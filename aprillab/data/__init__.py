@@ -1,7 +1,8 @@
-"""The pictures this course attacks: victims, digits, a user's own photograph; and what the studies measured.
+"""The pictures this course attacks: victims, digits, a user's own photograph; and what the studies
+measured.
 
-Everything is a tensor of pixels in [0, 1], shape (C, H, W) or (N, C, H, W). Nothing is downloaded unless asked for,
-and no data set silently stands in for another.
+Everything is a tensor of pixels in [0, 1], shape (C, H, W) or (N, C, H, W). Nothing is downloaded
+unless asked for, and no data set silently stands in for another.
 """
 
 from .datasets import DatasetMissing, mnist5k, torchvision_dataset

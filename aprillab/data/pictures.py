@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# By content, not by the file's name. Formats whose decoders start another program (EPS) are left out.
+# By content, not by the file's name. Formats whose decoders start another program (EPS) are left
+# out.
 PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
 
 
@@ -32,9 +33,10 @@ def read_picture(
 ) -> Tensor:
     """A photograph from a file: turned upright, cut to its central square, resampled.
 
-    Read are PNG, JPEG, GIF, WebP, TIFF, BMP and PPM, by content and not by file name. The camera's orientation mark
-    is obeyed. Grey, palette and CMYK pictures become RGB (or grey, with one channel), transparency is composited on
-    white, 16-bit grey is scaled from 0…65535, and the result is rounded to 8 bits.
+    Read are PNG, JPEG, GIF, WebP, TIFF, BMP and PPM, by content and not by file name. The camera's
+    orientation mark is obeyed. Grey, palette and CMYK pictures become RGB (or grey, with one
+    channel), transparency is composited on white, 16-bit grey is scaled from 0…65535, and the
+    result is rounded to 8 bits.
 
     Parameters
     ----------
@@ -50,8 +52,9 @@ def read_picture(
     Raises
     ------
     PictureError
-        If the file is missing, a folder, empty, no picture, damaged or cut short, above Pillow's limit on
-        pixels (a decompression bomb), or has pixels whose range is not defined (32-bit integers, floats).
+        If the file is missing, a folder, empty, no picture, damaged or cut short, above Pillow's
+        limit on pixels (a decompression bomb), or has pixels whose range is not defined (32-bit
+        integers, floats).
     ValueError
         If size, channels or dtype is not possible.
 

@@ -1,4 +1,6 @@
-"""The victims in ``data/victims``: photographs that are free to share, each with its source and its licence."""
+"""The victims in ``data/victims``: photographs that are free to share, each with its source and its
+licence.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from .pictures import check_dtype, check_form, to_tensor
 
 @dataclass(frozen=True)
 class VictimInfo:
-    """What the manifest records of one victim, all of them in the public domain or free of known restrictions.
+    """What the manifest records of one victim, all of them in the public domain or free of known
+    restrictions.
 
     Attributes
     ----------
@@ -38,8 +41,8 @@ class VictimInfo:
     size : int
         Side in pixels.
     flat_patches : int
-        How many of the 16 × 16 patches (196 at 224 × 224) hardly vary: a standard deviation under two 8-bit levels in
-        every channel.
+        How many of the 16 × 16 patches (196 at 224 × 224) hardly vary: a standard deviation under
+        two 8-bit levels in every channel.
     pixels_sha256, file_sha256 : str
         SHA-256 of the RGB bytes, row by row, and of the PNG file as committed.
     """
@@ -106,8 +109,8 @@ def load_victim(name: str, size: int = 224, *, channels: int = 3, dtype: torch.d
     name : str
         One of :func:`victims`.
     size : int
-        Side in pixels. Other sizes than the stored 224 are resampled with a Lanczos filter (antialiased) and
-        rounded to 8 bits.
+        Side in pixels. Other sizes than the stored 224 are resampled with a Lanczos filter
+        (antialiased) and rounded to 8 bits.
     channels : {1, 3}
         1 gives the luminance (ITU-R BT.601).
     dtype : torch.dtype
@@ -121,7 +124,8 @@ def load_victim(name: str, size: int = 224, *, channels: int = 3, dtype: torch.d
     Raises
     ------
     ValueError
-        For an unknown name, a size that is no positive integer, other channels, or a dtype that is not floating.
+        For an unknown name, a size that is no positive integer, other channels, or a dtype that is
+        not floating.
 
     Examples
     --------

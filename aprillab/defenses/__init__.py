@@ -1,13 +1,14 @@
-"""Defences: what a client does to its update before it shares it, and what a server can choose in the model.
+"""Defences: what a client does to its update before it shares it, and what a server can choose in
+the model.
 
-The first are plain functions ``ClientUpdate -> ClientUpdate`` and compose by nesting; the update handed in is left
-as it is, and names, shapes and devices stay:
+The first are plain functions ``ClientUpdate -> ClientUpdate`` and compose by nesting; the update
+handed in is left as it is, and names, shapes and devices stay:
 
     shared = to_precision(gaussian_noise(clip(update, 1.0), 1e-4, seed=0), torch.bfloat16)
 
-The others change a model in place and return it. Each says what it does *not* protect against. Chapter 06 measures
-them against attacks that do not know about them, chapter 07 against one that does; a defence holds when it has held
-against the second kind.
+The others change a model in place and return it. Each says what it does *not* protect against.
+Chapter 06 measures them against attacks that do not know about them, chapter 07 against one that
+does; a defence holds when it has held against the second kind.
 """
 
 from .client import clip, gaussian_noise, prune, quantize, to_precision, update_norm, withhold

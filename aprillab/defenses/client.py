@@ -1,4 +1,6 @@
-"""What a client does to its update before it shares it: plain functions ``ClientUpdate -> ClientUpdate``."""
+"""What a client does to its update before it shares it: plain functions ``ClientUpdate ->
+ClientUpdate``.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ from ..update import ClientUpdate, UpdateError
 
 
 def withhold(update: ClientUpdate, names: Collection[str]) -> ClientUpdate:
-    """Do not share some gradients, ``[al.dissect(model).position]`` say: the defence APRIL proposes (CVPR 2022).
+    """Do not share some gradients, ``[al.dissect(model).position]`` say: the defence APRIL proposes
+    (CVPR 2022).
 
     Withholding the position embedding's gradient stops :func:`~aprillab.april_closed_form` and
     :func:`~aprillab.embedding_closed_form`, which are built on it.
 
-    *Does not protect against* attacks that do without: the label stays in the head's gradient, gradient matching
-    works with what is left, and :func:`~aprillab.span_closed_form` needs only the embedding's values. Every other
-    gradient withheld is one more tensor that is not trained, or not by this client.
+    *Does not protect against* attacks that do without: the label stays in the head's gradient,
+    gradient matching works with what is left, and :func:`~aprillab.span_closed_form` needs only the
+    embedding's values. Every other gradient withheld is one more tensor that is not trained, or not
+    by this client.
 
     Parameters
     ----------
@@ -45,17 +49,19 @@ def withhold(update: ClientUpdate, names: Collection[str]) -> ClientUpdate:
 
 
 def clip(update: ClientUpdate, norm: float) -> ClientUpdate:
-    """Scale the whole update down to an L2 norm of at most ``norm``, as DP-SGD does before it adds noise.
+    """Scale the whole update down to an L2 norm of at most ``norm``, as DP-SGD does before it adds
+    noise.
 
-    *Does not protect against* anything by itself: all entries keep their ratios, and every attack of this package
-    lives on ratios. It bounds what one client can contribute, which is what noise is measured against.
+    *Does not protect against* anything by itself: all entries keep their ratios, and every attack
+    of this package lives on ratios. It bounds what one client can contribute, which is what noise
+    is measured against.
 
     Parameters
     ----------
     update : ClientUpdate
     norm : float
-        Of all shared gradients together, not of each tensor. Abadi et al. (CCS 2016) clip each *image's* gradient:
-        with more than one image in the update this is weaker.
+        Of all shared gradients together, not of each tensor. Abadi et al. (CCS 2016) clip each
+        *image's* gradient: with more than one image in the update this is weaker.
 
     Raises
     ------
@@ -100,25 +106,25 @@ def gaussian_noise(
 ) -> ClientUpdate:
     """Add independent normal noise to every entry.
 
-    With ``gaussian_noise(clip(update, C), z * C)`` this is the client's part of local differential privacy with
-    noise multiplier z; what ε that buys depends on z and the number of rounds, is for an accountant to say, and is
-    promised for real numbers, not for floating-point ones.
+    With ``gaussian_noise(clip(update, C), z * C)`` this is the client's part of local differential
+    privacy with noise multiplier z; what ε that buys depends on z and the number of rounds, is for
+    an accountant to say, and is promised for real numbers, not for floating-point ones.
 
-    *Does not protect against* repetition (the mean of k noisy gradients of one image has noise σ/√k), nor all patches
-    alike: those with large gradients, often the ones that matter, stay visible longest, and the label survives noise
-    that drowns the picture.
+    *Does not protect against* repetition (the mean of k noisy gradients of one image has noise
+    σ/√k), nor all patches alike: those with large gradients, often the ones that matter, stay
+    visible longest, and the label survives noise that drowns the picture.
 
     Parameters
     ----------
     update : ClientUpdate
     sigma : float
-        Standard deviation of the noise in one entry, in the gradient's own units. With ``relative=True`` in units of
-        the root mean square of all entries of this update: handy to compare models, no differential privacy, since
-        the noise then depends on the private image.
+        Standard deviation of the noise in one entry, in the gradient's own units. With
+        ``relative=True`` in units of the root mean square of all entries of this update: handy to
+        compare models, no differential privacy, since the noise then depends on the private image.
     relative : bool
     seed, generator : one of them
-        Noise is drawn in float64 on the generator's device, tensor by tensor in the update's order, and rounded with
-        the sum to the gradient's dtype.
+        Noise is drawn in float64 on the generator's device, tensor by tensor in the update's order,
+        and rounded with the sum to the gradient's dtype.
 
     Raises
     ------
@@ -141,18 +147,19 @@ def gaussian_noise(
 
 
 def prune(update: ClientUpdate, keep: float) -> ClientUpdate:
-    """Set all but the entries of greatest magnitude to zero, over the whole update (top-k sparsification).
+    """Set all but the entries of greatest magnitude to zero, over the whole update (top-k
+    sparsification).
 
-    *Does not protect against* attacks on what is left. The largest entries carry the most: the label survives, and
-    gradient matching may be told to match the kept entries alone. Repeated over rounds with different entries kept
-    (error feedback), more comes out.
+    *Does not protect against* attacks on what is left. The largest entries carry the most: the
+    label survives, and gradient matching may be told to match the kept entries alone. Repeated over
+    rounds with different entries kept (error feedback), more comes out.
 
     Parameters
     ----------
     update : ClientUpdate
     keep : float in (0, 1]
-        Share of all entries that stays, rounded to a whole number and at least one entry. Sparse gradients are
-        returned as dense tensors with zeros.
+        Share of all entries that stays, rounded to a whole number and at least one entry. Sparse
+        gradients are returned as dense tensors with zeros.
 
     Raises
     ------
@@ -189,17 +196,19 @@ def quantize(
 ) -> ClientUpdate:
     """Round each tensor to 2^bits − 1 equidistant levels from −max|g| to max|g|, zero among them.
 
-    *Does not protect against* an attacker content with less than an exact picture: the closed forms lose about 6 dB
-    for every bit left out until the smallest entries round to zero, and where that happens is a matter of the
-    model, not of the defence. Signs of the largest entries survive even at 2 bits, and the label with them.
+    *Does not protect against* an attacker content with less than an exact picture: the closed forms
+    lose about 6 dB for every bit left out until the smallest entries round to zero, and where that
+    happens is a matter of the model, not of the defence. Signs of the largest entries survive even
+    at 2 bits, and the label with them.
 
     Parameters
     ----------
     update : ClientUpdate
     bits : int from 2 to 24
     stochastic : bool
-        Round up or down at random so that the mean is right, as QSGD does (Alistarh et al., NeurIPS 2017; levels
-        there are scaled by the norm, here by the maximum). Needs a seed or a generator.
+        Round up or down at random so that the mean is right, as QSGD does (Alistarh et al., NeurIPS
+        2017; levels there are scaled by the norm, here by the maximum). Needs a seed or a
+        generator.
     seed, generator : one of them, only with ``stochastic``
 
     Returns
@@ -240,14 +249,15 @@ def quantize(
 
 
 def to_precision(update: ClientUpdate, dtype: torch.dtype) -> ClientUpdate:
-    """Round the update to fewer bits, float16 or bfloat16 say. The dtype of the result *is* the lower one.
+    """Round the update to fewer bits, float16 or bfloat16 say. The dtype of the result *is* the
+    lower one.
 
-    So an attack sees what precision it has before it (:attr:`ClientUpdate.dtype <aprillab.ClientUpdate>`), and its
-    verdict and predicted PSNR take account of it.
+    So an attack sees what precision it has before it (:attr:`ClientUpdate.dtype
+    <aprillab.ClientUpdate>`), and its verdict and predicted PSNR take account of it.
 
-    *Does not protect against* recognition: bfloat16 keeps 8 significant bits of *every* entry, however small, and
-    the patch-embedding system mostly gives a noisy but plain picture from that. float16 keeps 11, but loses what is
-    below 6e-8 altogether.
+    *Does not protect against* recognition: bfloat16 keeps 8 significant bits of *every* entry,
+    however small, and the patch-embedding system mostly gives a noisy but plain picture from that.
+    float16 keeps 11, but loses what is below 6e-8 altogether.
 
     Parameters
     ----------
@@ -260,7 +270,8 @@ def to_precision(update: ClientUpdate, dtype: torch.dtype) -> ClientUpdate:
     ValueError
         If ``dtype`` is another, or finer than a gradient's.
     UpdateError
-        If an entry is too large for it (float16 ends at 65504): scale the loss, as mixed-precision training does.
+        If an entry is too large for it (float16 ends at 65504): scale the loss, as mixed-precision
+        training does.
 
     Examples
     --------
@@ -291,5 +302,7 @@ def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Gen
 
 
 def _like(draw: Callable[..., Tensor], g: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers of g's shape on its device; drawn on the generator's, so that a seed is worth the same."""
+    """Random numbers of g's shape on its device; drawn on the generator's, so that a seed is worth
+    the same.
+    """
     return draw(g.shape, generator=generator, dtype=torch.float64, device=generator.device).to(g.device)

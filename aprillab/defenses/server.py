@@ -16,11 +16,12 @@ def freeze_position(model: nn.Module) -> nn.Module:
 
     Its values stay, and they are public: each client was sent them.
 
-    *Does not protect against* :func:`~aprillab.span_closed_form`, which reads the patches from the first attention's
-    gradients and those values (float32 is enough for random and trained values; chapter 07), nor, for batches,
-    against :func:`~aprillab.span_then_match` and :func:`~aprillab.span_then_round`, nor against gradient matching
-    given time, nor does it hide the label.
-    Values frozen at a small initialization also tell the model little about position, which costs accuracy.
+    *Does not protect against* :func:`~aprillab.span_closed_form`, which reads the patches from the
+    first attention's gradients and those values (float32 is enough for random and trained values;
+    chapter 07), nor, for batches, against :func:`~aprillab.span_then_match` and
+    :func:`~aprillab.span_then_round`, nor against gradient matching given time, nor does it hide
+    the label. Values frozen at a small initialization also tell the model little about position,
+    which costs accuracy.
 
     Parameters
     ----------
@@ -55,21 +56,24 @@ def use_sinusoidal(
 ) -> nn.Module:
     """Replace the position embedding's values by sinusoids and freeze them.
 
-    *Does not protect against* :func:`~aprillab.span_then_match`: with 16 patches it restores 1-D and 2-D sinusoids'
-    pictures from float32 gradients (chapter 07; larger numbers of patches are harder). Nor against
-    :func:`~aprillab.span_then_round`, which restores them bit by bit where pixels are whole levels, of 64 patches too
-    if they have many pixels (data/results/rounding.md). The span attack alone mostly
-    fails on 1-D sinusoids in float32, whose table has a low numerical rank: protection by rounding error, which
-    depends on the fastest frequency, the number of patches and even the precision in which the table is stored
-    (data/results/conditioning.md). On 2-D sinusoids it fails at any precision, for their rank is low exactly.
+    *Does not protect against* :func:`~aprillab.span_then_match`: with 16 patches it restores 1-D
+    and 2-D sinusoids' pictures from float32 gradients (chapter 07; larger numbers of patches are
+    harder). Nor against :func:`~aprillab.span_then_round`, which restores them bit by bit where
+    pixels are whole levels, of 64 patches too if they have many pixels (data/results/rounding.md).
+    The span attack alone mostly fails on 1-D sinusoids in float32, whose table has a low numerical
+    rank: protection by rounding error, which depends on the fastest frequency, the number of
+    patches and even the precision in which the table is stored (data/results/conditioning.md). On
+    2-D sinusoids it fails at any precision, for their rank is low exactly.
 
     Parameters
     ----------
     model : nn.Module
-        Any that :func:`~aprillab.dissect` knows; changed in place. The table is (tokens, d) with tokens in rows.
+        Any that :func:`~aprillab.dissect` knows; changed in place. The table is (tokens, d) with
+        tokens in rows.
     kind : {"1d", "2d"}
-        :func:`~aprillab.sinusoidal_1d` counts all tokens in a row, class token first; :func:`~aprillab.sinusoidal_2d`
-        codes row and column, and leaves the tokens before the patches at zero.
+        :func:`~aprillab.sinusoidal_1d` counts all tokens in a row, class token first;
+        :func:`~aprillab.sinusoidal_2d` codes row and column, and leaves the tokens before the
+        patches at zero.
     base : float, the longest wavelength is 2π·base
     scale : float, a factor on all values
 
@@ -110,11 +114,12 @@ def use_sinusoidal(
 
 
 def no_position(model: nn.Module) -> nn.Module:
-    """Set the position embedding to zero and freeze it: the model no longer knows where a patch was.
+    """Set the position embedding to zero and freeze it: the model no longer knows where a patch
+    was.
 
-    *Does not protect against* gradient matching, which then finds the patches but in no order of its own: any
-    permutation of them has the same gradient, so the picture comes as a jigsaw. Costs accuracy wherever the place of
-    a patch matters.
+    *Does not protect against* gradient matching, which then finds the patches but in no order of
+    its own: any permutation of them has the same gradient, so the picture comes as a jigsaw. Costs
+    accuracy wherever the place of a patch matters.
 
     Parameters
     ----------

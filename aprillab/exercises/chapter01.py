@@ -35,7 +35,9 @@ def _residual(classes: int, label: int, generator: torch.Generator) -> Tensor:
 
 
 def check_outer_product(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Feedback:
-    """Exercise 1.1: ``function(delta, x)`` gives ∂l/∂W (m, k) and ∂l/∂b (m,) from delta (B, m) and x (B, k)."""
+    """Exercise 1.1: ``function(delta, x)`` gives ∂l/∂W (m, k) and ∂l/∂b (m,) from delta (B, m) and
+    x (B, k).
+    """
 
     def compare(delta: Tensor, x: Tensor) -> None:
         answer = function(delta, x)
@@ -73,7 +75,9 @@ def check_outer_product(function: Callable[[Tensor, Tensor], tuple[Tensor, Tenso
 
 
 def check_invert_linear(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 1.2: ``function(weight_gradient, bias_gradient)`` gives the input x (k,) of a batch of one."""
+    """Exercise 1.2: ``function(weight_gradient, bias_gradient)`` gives the input x (k,) of a batch
+    of one.
+    """
 
     def compare(delta: Tensor, x: Tensor) -> None:
         weight_gradient = torch.outer(delta, x)
@@ -111,7 +115,9 @@ def check_invert_linear(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
 
 
 def check_invert_noisy(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 1.3: ``function(weight_gradient, bias_gradient)`` gives the least-squares x (k,) from all rows."""
+    """Exercise 1.3: ``function(weight_gradient, bias_gradient)`` gives the least-squares x (k,)
+    from all rows.
+    """
 
     def compare(delta: Tensor, x: Tensor, noise: Tensor) -> None:
         gradient = torch.outer(delta, x) + noise
@@ -153,7 +159,9 @@ def check_invert_noisy(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback
 
 
 def check_count_images(function: Callable[[Tensor], int]) -> Feedback:
-    """Exercise 1.4: ``function(weight_gradient)`` counts images by the numerical rank of ∂l/∂W (m, k)."""
+    """Exercise 1.4: ``function(weight_gradient)`` counts images by the numerical rank of ∂l/∂W (m,
+    k).
+    """
 
     def body() -> str:
         if (count := _integer(function(torch.zeros(4, 6, dtype=FLOAT64)), "The count")) != 0:
@@ -186,7 +194,9 @@ def check_count_images(function: Callable[[Tensor], int]) -> Feedback:
 
 
 def check_label_from_bias(function: Callable[[Tensor], int | None]) -> Feedback:
-    """Exercise 1.5: ``function(bias_gradient)`` gives the label, or None where the signs prove a batch."""
+    """Exercise 1.5: ``function(bias_gradient)`` gives the label, or None where the signs prove a
+    batch.
+    """
 
     def body() -> str:
         generator = torch.Generator().manual_seed(4)
@@ -219,7 +229,9 @@ def check_label_from_bias(function: Callable[[Tensor], int | None]) -> Feedback:
 
 
 def check_label_from_weight(function: Callable[[Tensor], int]) -> Feedback:
-    """Exercise 1.6: ``function(weight_gradient)`` gives the label of one image from r fᵀ (classes, d) alone."""
+    """Exercise 1.6: ``function(weight_gradient)`` gives the label of one image from r fᵀ (classes,
+    d) alone.
+    """
 
     def body() -> str:
         generator = torch.Generator().manual_seed(5)
@@ -255,7 +267,9 @@ def check_label_from_weight(function: Callable[[Tensor], int]) -> Feedback:
 
 
 def check_label_counts(function: Callable[[Tensor, int], Tensor]) -> Feedback:
-    """Exercise 1.7: ``function(bias_gradient, batch_size)`` gives the counts (classes,) behind a zero head."""
+    """Exercise 1.7: ``function(bias_gradient, batch_size)`` gives the counts (classes,) behind a
+    zero head.
+    """
 
     def compare(counts: list[int], dtype: torch.dtype) -> None:
         wanted = torch.tensor(counts)
@@ -296,7 +310,9 @@ def check_label_counts(function: Callable[[Tensor, int], Tensor]) -> Feedback:
 
 
 def check_unmix_relu(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 1.8: ``function(weight_gradient, bias_gradient)`` gives the images (N, k) that two units agree on."""
+    """Exercise 1.8: ``function(weight_gradient, bias_gradient)`` gives the images (N, k) that two
+    units agree on.
+    """
 
     def compare(delta: Tensor, x: Tensor, wanted: Tensor, what: str) -> None:
         gradient, bias = delta.T @ x, delta.sum(0)

@@ -111,7 +111,9 @@ def check_fused_right_side(function: Callable[[Tensor, Tensor], Tensor]) -> Feed
 
 
 def check_hidden_gradients(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Feedback:
-    """Exercise 2.4: class token's and patch bias's gradients (d,) from the position embedding's (1, n + 1, d)."""
+    """Exercise 2.4: class token's and patch bias's gradients (d,) from the position embedding's (1,
+    n + 1, d).
+    """
 
     def two(answer: Any, d: int) -> tuple[Tensor, Tensor]:
         if not isinstance(answer, tuple | list) or len(answer) != 2:

@@ -1,4 +1,6 @@
-"""Checks of chapter 03, the closed-form attack. Tokens and patches are rows: Z (n + 1, d), X (n, p)."""
+"""Checks of chapter 03, the closed-form attack. Tokens and patches are rows: Z (n + 1, d), X (n,
+p).
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def check_tokens_from(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
 
 
 def check_patches_from(function: Callable[..., Tensor]) -> Feedback:
-    """Exercise 3.3: patches X (n, p) from tokens Z (n + 1, d), position embedding, W_e (d, p) and b_e (d,)."""
+    """Exercise 3.3: patches X (n, p) from tokens Z (n + 1, d), position embedding, W_e (d, p) and
+    b_e (d,).
+    """
 
     def body() -> str:
         generator = torch.Generator().manual_seed(33)
@@ -204,7 +208,9 @@ def check_choose_damping(function: Callable[[Tensor, Tensor, float, int, Sequenc
 
 
 def check_attack(function: Callable[[VisionTransformer, ClientUpdate], Tensor]) -> Feedback:
-    """Exercise 3.6: the whole attack, on models with and without class token and biases, in colour and grey."""
+    """Exercise 3.6: the whole attack, on models with and without class token and biases, in colour
+    and grey.
+    """
 
     def body() -> str:
         shapes: list[tuple[str, dict[str, Any]]] = [

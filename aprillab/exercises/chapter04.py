@@ -1,7 +1,7 @@
 """Checks for chapter 04: the patch-embedding system.
 
-Every reference is a sum over patches written out, a system with a known solution, or autograd; none is the package's
-own attack.
+Every reference is a sum over patches written out, a system with a known solution, or autograd; none
+is the package's own attack.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 def check_patch_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 4.1: ``function(G, X)`` is ∂l/∂W_e of shape (d, p), from G (n, d) and the patches X (n, p)."""
+    """Exercise 4.1: ``function(G, X)`` is ∂l/∂W_e of shape (d, p), from G (n, d) and the patches X
+    (n, p).
+    """
 
     def check() -> str:
         answer = expect_tensor(
@@ -60,7 +62,8 @@ def check_patch_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Feedba
 
 
 def check_find_prefix(function: Callable[[Tensor, Tensor], int]) -> Feedback:
-    """Exercise 4.2: ``function(position_gradient, bias_gradient)`` is the number of rows before the patches.
+    """Exercise 4.2: ``function(position_gradient, bias_gradient)`` is the number of rows before the
+    patches.
 
     The gradients have shapes (rows, d) and (d,).
     """
@@ -107,7 +110,8 @@ def _expect_prefix(answer: Any, prefix: int, rows: int, what: str) -> None:
 
 
 def check_solve_patches(function: Callable[[Tensor, Tensor, int], Tensor]) -> Feedback:
-    """Exercise 4.3: ``function(patch_gradient, position_gradient, prefix)`` is the patches X (n, p).
+    """Exercise 4.3: ``function(patch_gradient, position_gradient, prefix)`` is the patches X (n,
+    p).
 
     The gradients come as a ViT shares them, (d, C, P, P) and (1, prefix + n, d).
     """
@@ -136,7 +140,8 @@ def _compare_patches(
         "Only the first token was cut off; there are `prefix` of them.": _solve(P[1:], W)[:n],
         "It is the gradient's product with G: the system is not solved yet.": P[prefix:] @ W,
     }
-    # With G = I the product and the solution are one; the right answer has passed before mistakes are tried.
+    # With G = I the product and the solution are one; the right answer has passed before mistakes
+    # are tried.
     expect_close(answer, X, what, mistakes=mistakes, tolerance=1e-6)
 
 
@@ -146,7 +151,9 @@ def _solve(G: Tensor, W: Tensor) -> Tensor:
 
 
 def _synthetic(prefix: int, size: tuple[int, int], d: int, seed: int) -> tuple[ClientUpdate, Anatomy, Tensor]:
-    """An update with a known solution, for patches of 2 × 2 pixels in three channels; its patches X (n, 12)."""
+    """An update with a known solution, for patches of 2 × 2 pixels in three channels; its patches X
+    (n, 12).
+    """
     n = (size[0] // 2) * (size[1] // 2)
     X, P = _random(n, 12, seed=seed), _random(prefix + n, d, seed=seed + 1)
     gradients = {"stem.weight": (P[prefix:].T @ X).reshape(d, 3, 2, 2), "places": P[None]}
@@ -158,7 +165,9 @@ def _synthetic(prefix: int, size: tuple[int, int], d: int, seed: int) -> tuple[C
 
 
 def check_attack(function: Callable[[ClientUpdate, Anatomy], Tensor]) -> Feedback:
-    """Exercise 4.4: ``function(update, anatomy)`` is the picture (1, C, H, W) in model-input space, or a refusal."""
+    """Exercise 4.4: ``function(update, anatomy)`` is the picture (1, C, H, W) in model-input space,
+    or a refusal.
+    """
 
     def check() -> str:
         for prefix, size, d in ((1, (4, 4), 9), (0, (4, 6), 16), (2, (6, 4), 11), (2, (4, 4), 5)):
@@ -229,7 +238,9 @@ def _attack_must_refuse(function: Callable[[ClientUpdate, Anatomy], Tensor]) -> 
 
 
 def check_predicted_mse(function: Callable[[Tensor, Tensor], float]) -> Feedback:
-    """Exercise 4.5: ``function(G (n, d), patch_gradient (d, p))`` is the mean squared error to expect of X."""
+    """Exercise 4.5: ``function(G (n, d), patch_gradient (d, p))`` is the mean squared error to
+    expect of X.
+    """
 
     def check() -> str:
         n, d, p = 4, 12, 6

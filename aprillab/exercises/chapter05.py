@@ -1,6 +1,7 @@
 """Checks for chapter 05: gradient matching.
 
-References are sums written out number by number, or central differences; none is the package's own objective.
+References are sums written out number by number, or central differences; none is the package's own
+objective.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def _must_differentiate(function: Callable[[Tensor], Tensor], at: Tensor, what: 
 
 
 def _compare(what: str, answers: list[Tensor], wanted: list[float], mistakes: list[dict[str, float]]) -> None:
-    """Several scalars at once, so that a common factor or sign is one, and no accident of a single number."""
+    """Several scalars at once, so that a common factor or sign is one, and no accident of a single
+    number.
+    """
     columns = {m: torch.tensor([case[m] for case in mistakes], dtype=F64) for m in mistakes[0]}
     expect_close(torch.stack([a.detach().double() for a in answers]), torch.tensor(wanted, dtype=F64), what,
         mistakes=columns)  # fmt: skip
@@ -77,7 +80,9 @@ def _pairs() -> list[tuple[list[Tensor], list[Tensor]]]:
 
 
 def check_squared_distance(function: Distance) -> Feedback:
-    """Exercise 5.1: ``function(gradients, targets)`` is Σ ‖g' − g‖² over all tensors, a scalar tensor."""
+    """Exercise 5.1: ``function(gradients, targets)`` is Σ ‖g' − g‖² over all tensors, a scalar
+    tensor.
+    """
 
     def check() -> str:
         what = "The squared distance"
@@ -167,7 +172,9 @@ def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def check_total_variation(function: Callable[[Tensor], Tensor]) -> Feedback:
-    """Exercise 5.3: ``function(images)``, (B, C, H, W): mean |difference| down the columns plus along the rows."""
+    """Exercise 5.3: ``function(images)``, (B, C, H, W): mean |difference| down the columns plus
+    along the rows.
+    """
 
     def check() -> str:
         what = "The total variation"
@@ -224,7 +231,9 @@ def _differences(x: Tensor) -> list[float]:
 
 
 def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 5.4: ``function(gradient, target)``, (1, tokens, d): the mean over tokens of 1 − cos."""
+    """Exercise 5.4: ``function(gradient, target)``, (1, tokens, d): the mean over tokens of 1 −
+    cos.
+    """
 
     def check() -> str:
         what = "The position term"
@@ -266,7 +275,9 @@ def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
 def check_dlg_step(
     function: Callable[[nn.Module, Tensor, Tensor, list[Tensor], float], tuple[Tensor, float]],
 ) -> Feedback:
-    """Exercise 5.5: ``function(model, images, labels, shared, step)`` is (images after one step, loss before it)."""
+    """Exercise 5.5: ``function(model, images, labels, shared, step)`` is (images after one step,
+    loss before it).
+    """
 
     def check() -> str:
         for seed, model in enumerate((_perceptron(), _tiny_vit())):

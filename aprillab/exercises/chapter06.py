@@ -1,4 +1,6 @@
-"""Checks for chapter 06: fixing the position embedding, and what else a client can do to its update."""
+"""Checks for chapter 06: fixing the position embedding, and what else a client can do to its
+update.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def _vit(size: int = 8, width: int = 16, seed: int = 0) -> VisionTransformer:
 
 
 def check_freeze(function: Callable[[nn.Module, str], Any]) -> Feedback:
-    """Exercise 6.1: ``function(model, name)`` freezes the parameter of that name and nothing else, in place."""
+    """Exercise 6.1: ``function(model, name)`` freezes the parameter of that name and nothing else,
+    in place.
+    """
 
     def check() -> str:
         for name in ("position_embedding", "blocks.0.attention.query.weight"):
@@ -74,7 +78,9 @@ def _frozen(function: Callable[[nn.Module, str], Any]) -> nn.Module:
 
 
 def check_sinusoids(function: Callable[[int, int, float], Tensor]) -> Feedback:
-    """Exercise 6.2: ``function(tokens, width, base)`` is equation (6.1) with tokens in rows, (tokens, width)."""
+    """Exercise 6.2: ``function(tokens, width, base)`` is equation (6.1) with tokens in rows,
+    (tokens, width).
+    """
 
     def check() -> str:
         first = expect_tensor(function(1, 6, 100.0), (1, 6), "The table of one token")
@@ -132,7 +138,9 @@ def _sinusoids(tokens: int, width: int, base: float, slow: float = 1.0, turn: fl
 def check_clip_and_noise(
     function: Callable[[dict[str, Tensor], float, float, torch.Generator], dict[str, Tensor]],
 ) -> Feedback:
-    """Exercise 6.3: ``function(gradients, norm, multiplier, generator)`` clips all together, then adds noise."""
+    """Exercise 6.3: ``function(gradients, norm, multiplier, generator)`` clips all together, then
+    adds noise.
+    """
 
     def check() -> str:
         gradients = {"a": _random(3, 4, seed=1), "b": 2 * _random(7, seed=2)}
@@ -210,7 +218,9 @@ def _gradients(answer: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_paired_interval(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> Feedback:
-    """Exercise 6.4: ``function(a, b)`` is the mean of a − b and half the width of its 95 % interval."""
+    """Exercise 6.4: ``function(a, b)`` is the mean of a − b and half the width of its 95 %
+    interval.
+    """
 
     def check() -> str:
         mean, half = _pair(function([0.9, 0.8, 0.7], [0.8, 0.7, 0.6]))
@@ -257,7 +267,8 @@ def check_paired_interval(function: Callable[[Sequence[float], Sequence[float]],
     return run(check)
 
 
-#: Student's t: quantile 0.975 with n − 1 and with n degrees of freedom, quantile 0.95 with n − 1; by n
+#: Student's t: quantile 0.975 with n − 1 and with n degrees of freedom, quantile 0.95 with n − 1;
+#: by n
 _T = {3: 4.3026527, 5: 2.7764451, 12: 2.2009852}
 _T_WRONG = {3: 3.1824463, 5: 2.5705818, 12: 2.1788128}
 _T_ONE = {3: 2.9199856, 5: 2.1318468, 12: 1.7958848}
@@ -273,7 +284,9 @@ def _pair(answer: Any) -> tuple[float, float]:
 
 
 def check_average(function: Callable[[list[ClientUpdate]], ClientUpdate]) -> Feedback:
-    """Exercise 6.5: ``function(updates)`` is one update, the mean of many of the same image, in float64."""
+    """Exercise 6.5: ``function(updates)`` is one update, the mean of many of the same image, in
+    float64.
+    """
 
     def check() -> str:
         made = [ClientUpdate({"a": torch.tensor([float(i**2), 2.0], dtype=F64)}, batch_size=1) for i in range(4)]
@@ -313,7 +326,9 @@ def _update(answer: Any) -> dict[str, Tensor]:
 
 
 def _attack_with(function: Callable[[list[ClientUpdate]], ClientUpdate]) -> None:
-    """Thirty-two noisy updates of one picture: the attack on their mean must gain what √32 gives, about 15 dB."""
+    """Thirty-two noisy updates of one picture: the attack on their mean must gain what √32 gives,
+    about 15 dB.
+    """
     model = _vit(size=16, width=64)
     pixels = load_victim("astronaut", 16, dtype=F64)[None]
     clean = client_update(model, HALF.to_input(pixels), torch.tensor([1]))

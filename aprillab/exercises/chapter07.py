@@ -1,7 +1,7 @@
 """Checks for chapter 07: the span attack, and rounding to whole numbers.
 
-References are built from tokens, patches and whole vectors that the check made itself, or from real models whose
-private image the check knows; none calls the package's own attack.
+References are built from tokens, patches and whole vectors that the check made itself, or from real
+models whose private image the check knows; none calls the package's own attack.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def _projector(rows: Tensor) -> Tensor:
 
 
 def check_outside(function: Callable[[Tensor, int], Tensor]) -> Feedback:
-    """Exercise 7.1: ``function(D (m, d), k)`` is the projector (d, d) onto what D's k strongest directions leave."""
+    """Exercise 7.1: ``function(D (m, d), k)`` is the projector (d, d) onto what D's k strongest
+    directions leave.
+    """
 
     def check() -> str:
         _compare_outside(
@@ -67,7 +69,9 @@ def _compare_outside(
 
 
 def check_directions(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 7.2: ``function(u (t, d), gamma (d,), beta (d,))`` gives the unit vectors along C z_i, (t, d)."""
+    """Exercise 7.2: ``function(u (t, d), gamma (d,), beta (d,))`` gives the unit vectors along C
+    z_i, (t, d).
+    """
 
     def check() -> str:
         for t, d, seed in ((1, 4, 1), (5, 8, 2)):
@@ -103,7 +107,9 @@ def check_directions(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Fe
 
 
 def check_width_needed(function: Callable[[int, int, int, bool], int]) -> Feedback:
-    """Exercise 7.3: ``function(patches, pixels_per_patch, prefix, layernorm)`` is the least width d, an int."""
+    """Exercise 7.3: ``function(patches, pixels_per_patch, prefix, layernorm)`` is the least width
+    d, an int.
+    """
 
     def check() -> str:
         cases = ((16, 192, 3, True), (64, 48, 1, True), (16, 192, 3, False), (196, 768, 1, True), (100, 75, 0, False))
@@ -156,7 +162,9 @@ def _candidate(
 
 
 def check_span_attack(function: Callable[..., Tensor]) -> Feedback:
-    """Exercise 7.4: ``function(D, dW, W_e, places, prefix)`` is the patches X (n, p), for γ = 1 and β = 0."""
+    """Exercise 7.4: ``function(D, dW, W_e, places, prefix)`` is the patches X (n, p), for γ = 1 and
+    β = 0.
+    """
 
     def check() -> str:
         for size, patch, width, prefix in ((8, 4, 56, 1), (12, 6, 40, 1), (8, 4, 56, 0)):
@@ -196,7 +204,8 @@ def check_span_attack(function: Callable[..., Tensor]) -> Feedback:
 
 
 def check_twin(function: Callable[[Tensor, int, int], Tensor]) -> Feedback:
-    """Exercise 7.5: ``function(X (n, p), rows, columns)`` is another X' whose tokens lie in the span of X's tokens.
+    """Exercise 7.5: ``function(X (n, p), rows, columns)`` is another X' whose tokens lie in the
+    span of X's tokens.
 
     For any 2-D position embedding that is a row's part plus a column's part.
     """
@@ -253,9 +262,11 @@ def _plane_mistakes(S: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def _plane_case(p: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """S (p, p) as a reduced basis has it, y (p,) and z (p,), for which each mistake gives an answer of its own.
+    """S (p, p) as a reduced basis has it, y (p,) and z (p,), for which each mistake gives an answer
+    of its own.
 
-    y is S z and an error of less than half a step |S_kk| in each coordinate: then the nearest plane finds z.
+    y is S z and an error of less than half a step |S_kk| in each coordinate: then the nearest plane
+    finds z.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -273,7 +284,8 @@ def _plane_case(p: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_nearest_plane(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 7.6: ``function(S (p, p), y (p,))`` is Babai's nearest plane, whole numbers z (p,) with S z near y.
+    """Exercise 7.6: ``function(S (p, p), y (p,))`` is Babai's nearest plane, whole numbers z (p,)
+    with S z near y.
 
     S is upper triangular, its diagonal of either sign. The numbers may come in any dtype.
     """

@@ -81,8 +81,9 @@ def expect_close(
 ) -> None:
     """Compare, and where it differs say which mistake it looks like.
 
-    A tensor is tried for its sign, its transpose and a factor. Any two numbers differ by a factor, so of a single
-    number only the plainest relations are said: sign, double, half, inverse, square, root.
+    A tensor is tried for its sign, its transpose and a factor. Any two numbers differ by a factor,
+    so of a single number only the plainest relations are said: sign, double, half, inverse, square,
+    root.
 
     Parameters
     ----------
