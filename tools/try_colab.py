@@ -193,8 +193,8 @@ def same_versions(before: dict[str, str], after: dict[str, str]) -> None:
     changed = [f"{name} {old} → {after.get(name)}" for name, old in before.items() if after.get(name) != old]
     if changed:
         raise ColabError(f"the installation changed what Colab ships: {', '.join(changed)}")
-    if strangers := sorted(after.keys() - before.keys() - {"aprillab"}):
-        raise ColabError(f"the installation brought what Colab does not ship: {', '.join(strangers)}")
+    if unknown := sorted(after.keys() - before.keys() - {"aprillab"}):
+        raise ColabError(f"the installation brought what Colab does not ship: {', '.join(unknown)}")
     if "aprillab" not in after:
         raise ColabError("the installation left no aprillab")
 

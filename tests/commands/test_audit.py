@@ -302,6 +302,11 @@ def test_a_function_may_be_an_attribute(run: Run) -> None:
     assert run("federated:Place.build")[0] == 0
 
 
+def test_a_module_may_have_a_hyphen_as_scripts_do(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "train-vit.py").write_text("from federated import build")
+    assert run("train-vit:build")[0] == 0
+
+
 def test_folders_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in ("file", "file/deeper", *(["/proc/found"] if Path("/proc/self").is_dir() else [])):

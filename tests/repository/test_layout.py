@@ -51,10 +51,8 @@ LONG_FILES = {
 _FORMULAS = "each mistake is a formula under the chapter's letters, read beside the others"
 _LISTED = "a check lists the mistakes it knows, one after another"
 LONG_FUNCTIONS = {
-    "attacks/closed_forms/april.py:april_closed_form": "to be divided into check, solve and report",
-    "attacks/closed_forms/april.py:_one_system": "to become one function a system of equations",
-    "attacks/closed_forms/patch_embedding.py:embedding_closed_form": "to be divided into check, solve and report",
-    "attacks/closed_forms/span.py:solve_span": "to be divided into the chapter's steps",
+    "attacks/closed_forms/patch_embedding.py:embedding_closed_form": "check, solve and report, with a number each",
+    "attacks/closed_forms/span.py:solve_span": "the chapter's steps in a row, a letter each",
     "attacks/grey_levels/lattice.py:ReducedLattice.nearest": "a beam search, to get a reference for one point",
     "attacks/grey_levels/span_then_round.py:span_then_round": "to become a loop of named steps",
     "attacks/grey_levels/span_then_round.py:_State.try_whole_patches": "to become a named pass over the places",

@@ -157,8 +157,8 @@ def test_wheel_holds_the_package_the_victims_and_the_licences(wheel: Path) -> No
     pictures = {f"aprillab/_victims/{entry['file']}" for entry in manifest}
     licences = {f"{facts}/licenses/{name}" for name in PROJECT["license-files"]}
     assert modules | pictures | licences | {"aprillab/_victims/manifest.json"} <= names
-    strangers = {name for name in names if not name.startswith(("aprillab/", f"{facts}/"))}
-    assert not strangers, f"besides the package: {strangers}"
+    unknown = {name for name in names if not name.startswith(("aprillab/", f"{facts}/"))}
+    assert not unknown, f"besides the package: {unknown}"
 
 
 @pytest.mark.slow
