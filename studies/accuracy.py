@@ -1,12 +1,12 @@
 """What a fixed position embedding costs: `python -m studies.accuracy` writes accuracy.csv and .md.
 
-The same small pre-norm ViT, six position embeddings, the same budget, several seeds. A seed means the
-same initial weights (but for the embedding), the same split into training and test images and the
-same order of batches for all six, so differences are taken seed by seed. The budget was chosen once
-and is not tuned for any of them; the accuracy is that of the last epoch, never the best one.
+The same small pre-norm ViT, six position embeddings, the same budget, several seeds. A seed means
+the same initial weights (but for the embedding), the same split into training and test images and
+the same order of batches for all six, so differences are taken seed by seed. The budget was chosen
+once and is not tuned for any of them; the accuracy is that of the last epoch, never the best one.
 
-    python -m studies.accuracy                               # MNIST-5k, minutes on two cores
-    python -m studies.accuracy --data cifar10 --root DIR     # CIFAR-10 is there; an afternoon, or a GPU
+    python -m studies.accuracy                               # MNIST-5k, minutes on two cores python
+    -m studies.accuracy --data cifar10 --root DIR     # CIFAR-10 is there; an afternoon, or a GPU
 """
 
 from __future__ import annotations
@@ -55,14 +55,15 @@ def options_of(embedding: str, grid: int, width: int, seed: int) -> dict[str, An
     """The options of ``VisionTransformer`` that make this embedding; tokens are rows."""
     generator = torch.Generator().manual_seed(1_000 + seed)
     scaled = RMS * torch.randn(grid**2 + 1, width, generator=generator)
-    return {
+    found: dict[str, dict[str, Any]] = {
         "learned": {"position": "learned"},
         "frozen": {"position": "frozen"},
         "frozen, scaled": {"position": "frozen", "position_values": scaled},
         "sinusoidal 1-D": {"position": "sinusoidal"},
         "sinusoidal 2-D": {"position": "sinusoidal", "position_values": al.sinusoidal_2d((grid, grid), width)},
         "none": {"position": "none"},
-    }[embedding]
+    }
+    return found[embedding]
 
 
 def images_and_labels(options: argparse.Namespace, seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -119,7 +120,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def interval(values: pd.Series) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval by Student's t; NaN for fewer than two values."""
+    """Mean and half the width of its 95 % interval by Student's t; NaN for a single value."""
     if len(values) < 2:
         return float(values.mean()), math.nan
     half = stats.t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5

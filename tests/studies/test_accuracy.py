@@ -1,4 +1,4 @@
-"""The accuracy study: embeddings that differ in nothing else, paired intervals, its smallest run."""
+"""The accuracy study: equal but for the embeddings, paired intervals, its smallest run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_intervals_are_paired_by_seed() -> None:
         for seed in range(3)
         for name, value in (("learned", 80 + 5 * seed), ("none", 78 + 5 * seed))
     ]
-    # The seeds differ by five points, the embeddings by two at each of them: the interval is narrow.
+    # The seeds differ by five points, the embeddings by two at each of them: the interval is
+    # narrow.
     table = accuracy.summary(pd.DataFrame(rows))
     assert "| none | 3 | 83.0 ± 12.4 | -2.0 ± 0.0 | 78.0 to 88.0 | 1 |" in table
     assert "| learned | 3 | 85.0 ± 12.4 | – |" in table
