@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aprillab.comparison.records import CompareError
+
 from ._rows import StudyError
 
 RESULTS = Path(__file__).parent.parent / "data" / "results"
@@ -67,7 +69,7 @@ def run_study(
                 print(text if options.quick else f"{name}.md says what the CSV says, and its claims hold")
             for file, png in (draw(folder, options) if draw else {}).items():
                 (folder / file).write_bytes(png)
-        except StudyError as error:
+        except (StudyError, CompareError) as error:
             raise SystemExit(f"{name}: {error}") from error
         except KeyboardInterrupt:
             raise SystemExit(f"{name}: interrupted. What is done is kept; the same command goes on") from None
