@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import aprillab as al
-from studies import conditioning
-from studies.conditioning import Embedding, independence, line, sinusoids, values, with_position
+from studies.conditioning import measure as conditioning
+from studies.conditioning.measure import Embedding, independence, line, sinusoids, values, with_position
 
 WIDTH, SIDE, P = 96, 4, 48  # 4 patches of 48 pixels: 48 + 4 + 1 ≤ 96
 

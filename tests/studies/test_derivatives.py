@@ -11,8 +11,9 @@ import torch
 from conftest import tiny_vit
 from torch import Tensor
 
-from studies import against_breaching, derivatives
-from studies.derivatives import Task, random_task, under, with_kernels
+from studies import against_breaching
+from studies.derivatives import measure as derivatives
+from studies.derivatives.measure import Task, random_task, under, with_kernels
 
 # Of ∇D in float64. The differences are limited by rounding, √ε ≈ 1.5e-8 over the step.
 TOLERANCE = {

@@ -19,8 +19,8 @@ from aprillab.comparison.records import ROW_COLUMNS, Case, Row, read_curves, rea
 from aprillab.comparison.run import ATTACKS
 from aprillab.training import evaluate
 from aprillab.zoo import build_model
-from studies import effect
-from studies.effect import MODELS, POSITIONS, SMALLEST, Study, Twin, cell, plan
+from studies.effect import measure as effect
+from studies.effect.measure import MODELS, POSITIONS, SMALLEST, Study, Twin, cell, plan
 
 TINY = replace(SMALLEST, shape=SMALLEST.shape | {"width": 16, "depth": 1}, victims=("mnist:7", "mnist:207"))
 

@@ -50,7 +50,7 @@ import aprillab as al
 from aprillab.attacks.searches import search
 from aprillab.models import Attention
 
-RESULTS = Path(__file__).parent.parent / "data" / "results"
+RESULTS = Path(__file__).parent.parent.parent / "data" / "results"
 SMALL: dict[str, Any] = {"depth": 4, "classes": 10, "seed": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "28×28 grey, patch 7, d = 128": {"image_size": 28, "patch_size": 7, "channels": 1, "width": 128, "heads": 4},

@@ -38,7 +38,7 @@ from aprillab import viz
 from aprillab.defenses import freeze_position, to_precision
 from aprillab.training import train
 
-RESULTS = Path(__file__).parent.parent / "data" / "results"
+RESULTS = Path(__file__).parent.parent.parent / "data" / "results"
 RMS = 0.5**0.5  # of a sinusoid
 PRECISIONS = ("float64", "float32", "float16", "bfloat16")
 FULL = PRECISIONS[:2]

@@ -1,0 +1,5 @@
+"""`python -m studies.conditioning`."""
+
+from .measure import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m studies.derivatives`."""
+
+from .measure import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m studies.effect`."""
+
+from .measure import main
+
+main()
