@@ -8,6 +8,7 @@ them the fields of the page's template, pages/NAME.md, and the claims that stand
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,11 @@ class Claim(NamedTuple):
     phrase: str
     numbers: Any
     holds: bool
+
+
+def between(phrase: str, value: float, least: float = -math.inf, most: float = math.inf) -> Claim:
+    """The claim of a phrase that rests on one number, which must lie between two others."""
+    return Claim(phrase, f"{value:.4g}", least < value < most)
 
 
 Description = tuple[Mapping[str, Any], Sequence[Claim]]  # the fields of a page, and its claims

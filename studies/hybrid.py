@@ -15,7 +15,7 @@ import pandas as pd
 
 from aprillab.comparison.run import Case, cross, run
 
-from ._runner import Claim, Description, run_study, study_parser
+from ._runner import Description, between, run_study, study_parser
 from ._tables import comparison_frame, comparison_made, comparison_pictures, grouped, markdown
 
 EVALUATIONS, SECONDS = 300, 150.0
@@ -103,8 +103,8 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     searched = rows[(rows.attack == ATTACKS[1]) & (rows.image_size == 32)]
     few, many = (searched[searched.part.str.contains(f" {n} patches, d")].psnr for n in (16, 64))
     return fields, [
-        Claim("sharp with 16 patches", few.median(), few.median() > 60),
-        Claim("with wrong patches in some places with 64", many.median(), many.median() < 40),
+        between("sharp with 16 patches", few.median(), least=60),
+        between("with wrong patches in some places with 64", many.median(), most=40),
     ]
 
 

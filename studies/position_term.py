@@ -36,7 +36,7 @@ import aprillab as al
 from aprillab import viz
 
 from ._rows import fill, made, origin, read
-from ._runner import Claim, Description, run_study, study_parser
+from ._runner import Claim, Description, between, run_study, study_parser
 from ._tables import markdown
 
 GOOD = 30.0  # dB: the digit is there, a few grey levels off
@@ -295,10 +295,9 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     low = (missed.distance.median(), missed.psnr.median())
     claims = [
         Claim("a low loss and another picture", low, low[0] < 1e-2 and low[1] < 15),
-        Claim("the patches are nearly right, their places wrong", missed.psnr_rearranged.median(),
-              missed.psnr_rearranged.median() > low[1] + 15),
+        between("the patches are nearly right, their places wrong", missed.psnr_rearranged.median(), low[1] + 15),
         Claim("Too much hurts", (m.good, b.good), m.good < b.good),
-        Claim("The term is then nearly the whole loss, and the other gradients wait", m.distance, m.distance > 0.1),
+        between("The term is then nearly the whole loss, and the other gradients wait", m.distance, least=0.1),
         Claim("How the cosine is taken decides as much", (whole.good, same.good), whole.good < same.good),
     ]  # fmt: skip
     return fields, claims

@@ -33,7 +33,7 @@ from aprillab import (
 from aprillab.comparison.run import Case, cross, run
 
 from ._rows import fill, read
-from ._runner import Claim, Description, run_study, study_parser
+from ._runner import Description, between, run_study, study_parser
 from ._tables import comparison_frame, comparison_made, comparison_pictures, grouped, markdown
 from .hybrid import VICTIMS
 
@@ -187,8 +187,8 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     shown = rounded[(rounded.image_size == 32) & (rounded.dtype == "float32") & (rounded.position != "frozen")]
     left = limits[limits.rounded < 100].span
     return fields, [
-        Claim("the same as the first in most rows", shown.exact.sum(), shown.exact.eq(True).mean() > 0.5),
-        Claim("A defence that stops the rounding still leaves the picture", left.min(), left.min() > 15),
+        between("the same as the first in most rows", shown.exact.eq(True).mean(), least=0.5),
+        between("A defence that stops the rounding still leaves the picture", left.min(), least=15),
     ]
 
 
