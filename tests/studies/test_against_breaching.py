@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from studies import against_breaching
+from studies.against_breaching import measure as against_breaching
 
 
 def test_a_diary_is_scored_by_when_it_reaches_the_bar() -> None:

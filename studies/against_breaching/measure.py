@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 import aprillab as al
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "data" / "results"
 MODEL: dict[str, Any] = {
     "image_size": 28, "patch_size": 7, "channels": 1, "width": 128, "depth": 4, "heads": 4, "classes": 10, "seed": 0,

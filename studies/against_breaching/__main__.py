@@ -1,0 +1,5 @@
+"""`python -m studies.against_breaching`."""
+
+from .measure import main
+
+main()
