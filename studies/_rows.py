@@ -30,7 +30,7 @@ class StudyError(Exception):
 def fill(
     path: Path,
     record: type,
-    cases: Mapping[tuple[Any, ...], Any],
+    cases: Iterable[tuple[Any, ...]],
     measure: Callable[[Any], Iterable[Any]],
     *,
     key: Sequence[str],
@@ -42,7 +42,7 @@ def fill(
     ----------
     path : of the CSV; beside it, provenance.json says by which versions and settings it was made
     record : frozen dataclass whose fields are the columns
-    cases : by the values that their rows have in the columns ``key``
+    cases : tuples of the values that their rows have in the columns ``key``
     measure : function from a case to its rows, one or more
     key : columns that tell the cases apart
     settings : what else the numbers depend on, the same for all rows
@@ -58,13 +58,14 @@ def fill(
     if before["settings"] != settings:
         raise StudyError(f"{path} has settings {before['settings']}, not {settings}: use another --out, or remove it")
     done = {tuple(line[name] for name in key) for line in lines}
-    missing = {place: case for place, case in cases.items() if tuple(map(_text, place)) not in done}
+    cases = list(cases)
+    missing = [case for case in cases if tuple(map(_text, case)) not in done]
     if missing or not path.is_file():
         write_lines(path, lines, columns)  # a line that was cut short goes
         made = [entry for entry in before["made"] if entry != provenance()]
         _keep_origin(path, {"made": [*made, provenance()], "settings": settings})
     with tqdm(total=len(cases), initial=len(cases) - len(missing), desc=path.stem, unit=" case") as bar:
-        for case in missing.values():
+        for case in missing:
             append_lines(path, [{name: _text(getattr(row, name)) for name in columns} for row in measure(case)])
             bar.update()
 

@@ -110,7 +110,7 @@ def file_name(options: argparse.Namespace) -> str:
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     """Seed by seed, so that an interrupted study has whole seeds."""
-    cases = {case: case for case in itertools.product(range(options.seeds), EMBEDDINGS)}
+    cases = itertools.product(range(options.seeds), EMBEDDINGS)
     settings = {name: getattr(options, name) for name in SETTINGS}
     path = folder / f"{file_name(options)}.csv"
     fill(path, Row, cases, partial(trained, options), key=("seed", "embedding"), settings=settings)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import resource
 import statistics
@@ -21,11 +22,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import aprillab as al
 from aprillab.attacks.closed_forms import span
@@ -54,12 +55,12 @@ class Row:
     precision: str
     seed: int
     victim: str
-    psnr: float | None
-    predicted_psnr: float | None
-    ssim: float | None
-    exact: bool | None
-    attack_seconds: float | None
-    gradient_seconds: float
+    psnr: float | None = None
+    predicted_psnr: float | None = None
+    ssim: float | None = None
+    exact: bool | None = None
+    attack_seconds: float | None = None
+    gradient_seconds: float = 0.0
     note: str = ""
 
 
@@ -116,79 +117,73 @@ def ready(name: str, precision: str, seed: int, frozen: bool) -> nn.Module:
 # --- Measurement --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    """One photograph's update, which all variants of an attack share."""
+# What :func:`aprillab.invert` is given besides the attack's name, by the name in the table.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "april, plain": {"regularization": "none"},
+    "april, damped": {},
+    "april, damped, both systems": {"systems": "both"},
+}
+
+
+class Case(NamedTuple):
+    """A row's values in the columns that tell rows apart."""
 
     section: str
     model: str
     attack: str
+    precision: str
+    seed: int
     victim: str
-    precision: str = "float32"
-    seed: int = 0
-
-    @property
-    def variants(self) -> dict[str, dict[str, Any]]:
-        """Options of :func:`aprillab.invert` by the name of the variant."""
-        if self.attack != "april":
-            return {self.attack: {}}
-        return {
-            "april, plain": {"regularization": "none"},
-            "april, damped": {},
-            "april, damped, both systems": {"systems": "both"},
-        }
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """Its first row's values in the columns KEY."""
-        return (self.section, self.model, next(iter(self.variants)), self.precision, self.seed, self.victim)
-
-
-KEY = ("section", "model", "attack", "precision", "seed", "victim")
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """All cases in the order of the table."""
+    """All cases in the order of the table; those of one update follow each other."""
     victims, seeds = (al.victims()[:2], range(1)) if quick else (al.victims(), range(3))
-    settings: list[tuple[str, str, str, str, Sequence[int]]] = [
-        ("ViT-B/16, learned", "torchvision vit_b_16", "embedding", "float32", (0,)),
-        ("ViT-B/16, frozen", "torchvision vit_b_16", "span", "float32", (0,)),
-    ]
-    for name in OTHERS:
-        settings += [("other libraries", name, attack, "float32", (0,)) for attack in ("embedding", "span")]
-    settings += [("A, 32×32", "A 32/4 d=384", "april", precision, seeds) for precision in ("float64", "float32")]
-    settings += [("A, 224×224", "A 224/16 d=768", "april", "float32", seeds)]
-    for section, name, attack, precision, chosen in settings:
-        for seed in chosen:
-            yield from (Case(section, name, attack, victim, precision, seed) for victim in victims)
+    for section, attack in (("ViT-B/16, learned", "embedding"), ("ViT-B/16, frozen", "span")):
+        yield from (Case(section, "torchvision vit_b_16", attack, "float32", 0, victim) for victim in victims)
+    for name, attack, victim in itertools.product(OTHERS, ("embedding", "span"), victims):
+        yield Case("other libraries", name, attack, "float32", 0, victim)
+    small, large = OURS
+    for precision, seed, victim, attack in itertools.product(("float64", "float32"), seeds, victims, VARIANTS):
+        yield Case("A, 32×32", small, attack, precision, seed, victim)
+    for seed, victim, attack in itertools.product(seeds, victims, VARIANTS):
+        yield Case("A, 224×224", large, attack, "float32", seed, victim)
+
+
+Shared = tuple[nn.Module, al.ClientUpdate, Tensor]
+
+
+@functools.lru_cache(maxsize=1)
+def shared(name: str, precision: str, seed: int, frozen: bool, victim: str) -> Shared:
+    """A model, a client's update, and its private pixels (1, C, H, W)."""
+    model = ready(name, precision, seed, frozen)
+    anatomy = al.dissect(model)
+    pixels = al.load_victim(victim, anatomy.image_size[0], dtype=getattr(torch, precision))[None]
+    update = al.client_update(model, anatomy.preprocessing.to_input(pixels), torch.tensor([LABEL]))
+    return model, update, pixels.double()
 
 
 def attacked(case: Case) -> Iterator[Row]:
-    """One row for each variant of the attack."""
-    model = ready(case.model, case.precision, case.seed, case.attack in FROZEN)
-    anatomy = al.dissect(model)
-    pixels = al.load_victim(case.victim, anatomy.image_size[0], dtype=getattr(torch, case.precision))[None]
-    update = al.client_update(model, anatomy.preprocessing.to_input(pixels), torch.tensor([LABEL]))
-    truth = pixels[0].double()
-    for label, options in case.variants.items():
-        common = (case.section, case.model, label, case.precision, case.seed, case.victim)
-        try:
-            found = al.invert(model, update, attack=case.attack, **options)
-        except al.AttackNotApplicable as refusal:
-            yield Row(*common, None, None, None, None, None, update.seconds or 0.0, f"refused: {refusal.reason}")
-            continue
-        yield Row(
-            *common, psnr=float(al.psnr(found.pixels[0], truth)), predicted_psnr=found.predicted_psnr,
-            ssim=float(al.ssim(found.pixels[0], truth)), exact=found.exact, attack_seconds=found.seconds,
-            gradient_seconds=update.seconds or 0.0, note="" if found.exact else found.reason,
-        )  # fmt: skip
+    frozen = case.attack in FROZEN
+    model, update, pixels = shared(case.model, case.precision, case.seed, frozen, case.victim)
+    gradient_seconds = update.seconds or 0.0
+    try:
+        found = al.invert(model, update, attack=case.attack.partition(",")[0], **VARIANTS.get(case.attack, {}))
+    except al.AttackNotApplicable as refusal:
+        yield Row(*case, gradient_seconds=gradient_seconds, note=f"refused: {refusal.reason}")
+        return
+    yield Row(
+        *case, gradient_seconds=gradient_seconds, psnr=float(al.psnr(found.pixels[0], pixels[0])),
+        predicted_psnr=found.predicted_psnr, ssim=float(al.ssim(found.pixels[0], pixels[0])), exact=found.exact,
+        attack_seconds=found.seconds, note="" if found.exact else found.reason,
+    )  # fmt: skip
 
 
 def grown(name: str) -> Growth:
     """The patch-embedding attack; for a process of its own, whose peak memory it takes."""
-    cases = [Case("growth", f"torchvision {name}", "embedding", victim) for victim in al.victims()[:3]]
+    cases = [Case("growth", f"torchvision {name}", "embedding", "float32", 0, victim) for victim in al.victims()[:3]]
     rows = [row for case in cases for row in attacked(case)]
-    model = ready(cases[0].model, cases[0].precision, cases[0].seed, False)
+    model = ready(cases[0].model, "float32", 0, False)
     attack = statistics.median(row.attack_seconds or 0.0 for row in rows)
     gradient = statistics.median(row.gradient_seconds for row in rows)
     return Growth(
@@ -199,15 +194,15 @@ def grown(name: str) -> Growth:
     )  # fmt: skip
 
 
-def grown_elsewhere(name: str) -> list[Growth]:
-    command = [sys.executable, "-m", "studies.closed_forms", "--growth", name]
+def grown_elsewhere(case: tuple[str]) -> list[Growth]:
+    command = [sys.executable, "-m", "studies.closed_forms", "--growth", *case]
     return [Growth(**json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))]
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    fill(folder / "closed_forms.csv", Row, {case.place: case for case in cases(options.quick)}, attacked, key=KEY)
-    models = () if options.quick else ("vit_b_16", "vit_l_16", "vit_h_14")
-    fill(folder / "growth.csv", Growth, {(name,): name for name in models}, grown_elsewhere, key=("model",))
+    fill(folder / "closed_forms.csv", Row, cases(options.quick), attacked, key=Case._fields)
+    models = [] if options.quick else [("vit_b_16",), ("vit_l_16",), ("vit_h_14",)]
+    fill(folder / "growth.csv", Growth, models, grown_elsewhere, key=("model",))
 
 
 # --- The page -----------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ import argparse
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -37,7 +37,7 @@ from aprillab import viz
 
 from ._rows import fill, made, origin, read
 from ._runner import Claim, Description, between, run_study, study_parser
-from ._tables import markdown
+from ._tables import formatted, markdown
 
 GOOD = 30.0  # dB: the digit is there, a few grey levels off
 EVERY = 10  # evaluations between two scores
@@ -46,8 +46,7 @@ EVERY = 10  # evaluations between two scores
 # --- What is measured ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """Weight of the position term; the mean of the tokens' cosines, or one cosine of the whole."""
 
     alpha: float
@@ -127,80 +126,43 @@ def attack(
     }
 
 
-def search(study: Study, case: tuple[int, int, Setting]) -> list[Row]:
-    """One victim, seed and setting."""
-    seed, digit, setting = case
+class Case(NamedTuple):
+    """A row's values in the columns that tell rows apart."""
+
+    alpha: float
+    term: str
+    victim: str
+    seed: int
+
+
+def search(study: Study, case: Case) -> list[Row]:
     pictures, labels = al.mnist5k("test", dtype=torch.float64)
-    pixels = pictures[labels == digit][0]
+    label = int(case.victim.removeprefix("digit "))
+    pixels = pictures[labels == label][0]
     model = al.VisionTransformer(
-        image_size=28, patch_size=7, channels=1, width=study.width, depth=study.depth, heads=4, classes=10, seed=seed
-    ).double()
-    update = al.client_update(model, al.HALF.to_input(pixels[None]), torch.tensor([digit]))
-    found = attack(model, update, pixels, setting, seed=seed, evaluations=study.evaluations)
-    return [Row(**asdict(setting), victim=f"digit {digit}", seed=seed, **found)]
+        image_size=28, patch_size=7, channels=1, width=study.width, depth=study.depth, heads=4, classes=10,
+        seed=case.seed,
+    ).double()  # fmt: skip
+    update = al.client_update(model, al.HALF.to_input(pixels[None]), torch.tensor([label]))
+    setting = Setting(case.alpha, case.term)
+    return [Row(*case, **attack(model, update, pixels, setting, seed=case.seed, evaluations=study.evaluations))]
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     """All settings of one victim and seed in turn."""
     study = SMALLEST if options.quick else Study()
-    cases = {
-        (setting.alpha, setting.term, f"digit {digit}", seed): (seed, digit, setting)
-        for seed, digit, setting in itertools.product(study.seeds, study.digits, study.settings)
-    }
-    fill(
-        folder / "position_term.csv", Row, cases, partial(search, study), key=("alpha", "term", "victim", "seed"),
-        settings={name: getattr(study, name) for name in ("evaluations", "width", "depth")},
-    )  # fmt: skip
+    places = itertools.product(study.seeds, study.digits, study.settings)
+    cases = [Case(*setting, f"digit {digit}", seed) for seed, digit, setting in places]
+    settings = {name: getattr(study, name) for name in ("evaluations", "width", "depth")}
+    fill(folder / "position_term.csv", Row, cases, partial(search, study), key=Case._fields, settings=settings)
 
 
 # --- What is reported ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The runs of one setting; evaluations are to 30 dB for the first time, infinite where never.
-
-    ``earlier`` and ``later`` count the victims and seeds at which it gets there before, or after, α
-    = 0 does (neither where both or none do at once); ``p`` is the two-sided sign test of the two, 1
-    where there is nothing to compare."""
-
-    runs: int
-    good: int
-    interval: tuple[float, float]
-    evaluations: float
-    evaluations_of_good: float
-    psnr: float
-    psnr_rearranged: float
-    distance: float
-    earlier: int
-    later: int
-    p: float
-
-
 def reach(runs: pd.DataFrame) -> pd.Series:
-    """Evaluations to 30 dB of each run, by victim and seed."""
+    """Evaluations to 30 dB for the first time, by victim and seed; infinite where never."""
     return runs.set_index(["victim", "seed"]).evaluations_to_30.fillna(math.inf).astype(float)
-
-
-def summarize(runs: pd.DataFrame, without: pd.DataFrame) -> Summary:
-    """One setting against the runs ``without`` the term, on the same victims and seeds."""
-    mine, good = reach(runs), runs[runs.psnr >= GOOD]
-    other = reach(without).reindex(mine.index)  # NaN, neither earlier nor later, where there is none
-    earlier, later = int((mine < other).sum()), int((mine > other).sum())
-    interval = binomtest(len(good), len(runs)).proportion_ci(method="wilson")
-    return Summary(
-        runs=len(runs),
-        good=len(good),
-        interval=(float(interval.low), float(interval.high)),
-        evaluations=mine.median(),
-        evaluations_of_good=reach(good).median() if len(good) else math.inf,
-        psnr=runs.psnr.median(),
-        psnr_rearranged=runs.psnr_rearranged.median(),
-        distance=runs.distance.median(),
-        earlier=earlier,
-        later=later,
-        p=float(binomtest(earlier, earlier + later).pvalue) if earlier + later else 1.0,
-    )
 
 
 def by_setting(rows: pd.DataFrame) -> dict[Setting, pd.DataFrame]:
@@ -208,32 +170,52 @@ def by_setting(rows: pd.DataFrame) -> dict[Setting, pd.DataFrame]:
     return {Setting(alpha, term): runs for (term, alpha), runs in rows.groupby(["term", "alpha"])}
 
 
-def summaries(rows: pd.DataFrame) -> dict[Setting, Summary]:
+def summarize(runs: pd.DataFrame, without: pd.DataFrame) -> dict[str, Any]:
+    """One setting against the runs ``without`` the term, on the same victims and seeds.
+
+    ``earlier`` and ``later`` count those at which it gets to 30 dB before, or after, α = 0 does
+    (neither where both or none do at once); ``p`` is the two-sided sign test of the two, 1 where
+    there is nothing to compare."""
+    mine, good = reach(runs), runs[runs.psnr >= GOOD]
+    other = reach(without).reindex(mine.index)  # NaN, neither earlier nor later, where there is none
+    earlier, later = int((mine < other).sum()), int((mine > other).sum())
+    interval = binomtest(len(good), len(runs)).proportion_ci(method="wilson")
+    medians = runs[["psnr", "psnr_rearranged", "distance"]].median()
+    return medians.to_dict() | {
+        "runs": len(runs), "good": len(good), "low": 100 * interval.low, "high": 100 * interval.high,
+        "evaluations": mine.median(), "evaluations_of_good": reach(good).median() if len(good) else math.inf,
+        "earlier": earlier, "later": later,
+        "p": float(binomtest(earlier, earlier + later).pvalue) if earlier + later else 1.0,
+    }  # fmt: skip
+
+
+def summaries(rows: pd.DataFrame) -> pd.DataFrame:
+    """:func:`summarize` by setting."""
     groups = by_setting(rows)
-    return {setting: summarize(runs, groups.get(Setting(0.0), rows[:0])) for setting, runs in groups.items()}
+    without = groups.get(Setting(0.0), rows[:0])
+    return pd.DataFrame([s._asdict() | {"label": s.label} | summarize(runs, without) for s, runs in groups.items()])
 
 
 def number(evaluations: float) -> str:
     return "never" if math.isinf(evaluations) else f"{evaluations:.0f}"
 
 
-def table_of(found: dict[Setting, Summary]) -> str:
-    lines = []
-    for setting, s in found.items():
-        compared = setting != Setting(0.0)
-        lines.append({
-            "α": setting.label,
-            "≥ 30 dB": f"{s.good} of {s.runs}",
-            "95 % interval": "{:.0f} to {:.0f} %".format(*(100 * bound for bound in s.interval)),
-            "evaluations to 30 dB: of those": number(s.evaluations_of_good),
-            "of all": number(s.evaluations),
-            "median dB": f"{s.psnr:.1f}",
-            "rearranged": f"{s.psnr_rearranged:.1f}",
-            "median distance": f"{s.distance:.1g}",
-            "earlier · later than α = 0": f"{s.earlier} · {s.later}" if compared else None,
-            "p": f"{s.p:.2g}" if compared else None,
-        })  # fmt: skip
-    return markdown(pd.DataFrame(lines))
+def table_of(found: pd.DataFrame) -> str:
+    shown = formatted(found, psnr=".1f", psnr_rearranged=".1f", distance=".1g", p=".2g", low=".0f", high=".0f")
+    compared = found.label != Setting(0.0).label
+    return markdown(pd.DataFrame({
+        "α": found.label,
+        "≥ 30 dB": found.good.astype(str) + " of " + found.runs.astype(str),
+        "95 % interval": shown.low + " to " + shown.high + " %",
+        "evaluations to 30 dB: of those": found.evaluations_of_good.map(number),
+        "of all": found.evaluations.map(number), "median dB": shown.psnr, "rearranged": shown.psnr_rearranged,
+        "median distance": shown.distance,
+        "earlier · later than α = 0": (found.earlier.astype(str) + " · " + found.later.astype(str)).where(compared),
+        "p": shown.p.where(compared),
+    }))  # fmt: skip
+
+
+LOOKS = {"per_token": ("blue", "o", 0.0, "token by token"), "whole": ("red", "s", 0.28, "whole embedding")}
 
 
 def chart(rows: pd.DataFrame, evaluations: int) -> Figure:
@@ -241,25 +223,20 @@ def chart(rows: pd.DataFrame, evaluations: int) -> Figure:
     found, groups = summaries(rows), by_setting(rows)
     fig, axes = viz.figure(1, 2, size=(9.0, 3.8))
     rate, speed = axes[0]
-    alphas = sorted({setting.alpha for setting in found})
+    alphas = sorted(set(found.alpha))
     never = 1.12 * evaluations
-    looks = {"per_token": ("blue", "o", 0.0, "token by token"), "whole": ("red", "s", 0.28, "whole embedding")}
-    for term, (colour, marker, shift, label) in looks.items():
-        mine = {setting: s for setting, s in found.items() if setting.term == term}
-        if not mine:
-            continue
-        x = [alphas.index(setting.alpha) + shift for setting in mine]
-        shares = [(100 * s.good / s.runs, 100 * s.interval[0], 100 * s.interval[1]) for s in mine.values()]
+    for term, mine in found.groupby("term", sort=False):
+        colour, marker, shift, label = LOOKS[str(term)]
+        x, share = [alphas.index(alpha) + shift for alpha in mine.alpha], 100 * mine.good / mine.runs
         rate.errorbar(
-            x, [y for y, *_ in shares], yerr=[[y - low for y, low, _ in shares], [high - y for y, _, high in shares]],
-            fmt=marker, color=viz.COLOURS[colour], ecolor="0.6", elinewidth=1, capsize=3, label=label,
+            x, share, yerr=[share - mine.low, mine.high - share], fmt=marker, color=viz.COLOURS[colour], ecolor="0.6",
+            elinewidth=1, capsize=3, label=label,
         )  # fmt: skip
-        for place, (setting, s) in zip(x, mine.items(), strict=True):
-            ys = reach(groups[setting]).clip(upper=never)
+        for place, s in zip(x, mine.itertuples(), strict=True):
+            ys = reach(groups[Setting(s.alpha, s.term)]).clip(upper=never)
             spread = [place + 0.16 * (i / max(len(ys) - 1, 1) - 0.5) for i in range(len(ys))]
             speed.scatter(spread, ys, s=20, marker=marker, color=viz.COLOURS[colour], alpha=0.55, linewidths=0)
-            median = min(s.evaluations, never)
-            speed.plot([place - 0.13, place + 0.13], [median, median], color="black", linewidth=1.6)
+            speed.plot([place - 0.13, place + 0.13], [min(s.evaluations, never)] * 2, color="black", linewidth=1.6)
     ticks = range(0, evaluations + 1, max(evaluations // 4, 1))
     rate.set(ylim=(-4, 104), ylabel="runs that end at 30 dB or more, %")
     rate.legend(loc="upper left", fontsize=10, frameon=False)
@@ -274,33 +251,31 @@ def chart(rows: pd.DataFrame, evaluations: int) -> Figure:
 
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     path = folder / "position_term.csv"
-    rows, settings = read(path, Row), origin(path)["settings"]
+    rows = read(path, Row)
     found = summaries(rows)
-    tokens = {setting: s for setting, s in found.items() if setting.term == "per_token"}
-    best, b = min(tokens.items(), key=lambda item: (-item[1].good, item[1].evaluations))
-    most, m = max(tokens.items(), key=lambda item: item[0].alpha)
-    missed = rows[(rows.alpha == 0) & (rows.psnr < GOOD)]
-    whole, same = (found.get(Setting(1.0, term), b) for term in ("whole", "per_token"))
-    fields = settings | {
-        "listed": "; ".join(f"α = {s.label}: {v.good} of {v.runs}" for s, v in tokens.items()),
-        "best": best, "b": b, "b_evaluations": number(b.evaluations), "most": most, "m": m,
-        "without": tokens[Setting(0.0)],
-        "missed": len(missed), "missed_distance": missed.distance.median(), "missed_psnr": missed.psnr.median(),
-        "missed_rearranged": missed.psnr_rearranged.median(), "whole": whole, "same": same,
-        "alt": " ".join(f"α = {setting.label}: {s.good} of {s.runs} succeed, median {number(s.evaluations)} "
-                        "evaluations." for setting, s in found.items()),
+    by_label = {row.label: row for row in found.itertuples()}
+    tokens = found[found.term == "per_token"]
+    best = by_label[tokens.sort_values(["good", "evaluations"], ascending=[False, True]).label.iloc[0]]
+    most = by_label[tokens.sort_values("alpha").label.iloc[-1]]
+    same, whole = by_label["1"], by_label.get("1, whole", best)
+    missed = rows[(rows.alpha == 0) & (rows.psnr < GOOD)][["distance", "psnr", "psnr_rearranged"]].median()
+    fields = origin(path)["settings"] | {
+        "best": best, "most": most, "without": by_label["0"], "whole": whole, "same": same, "missed": missed,
+        "listed": "; ".join(f"α = {s.label}: {s.good} of {s.runs}" for s in tokens.itertuples()),
+        "alt": " ".join(f"α = {s.label}: {s.good} of {s.runs} succeed, median {number(s.evaluations)} evaluations."
+                        for s in found.itertuples()),
+        "best_evaluations": number(best.evaluations), "misses": by_label["0"].runs - by_label["0"].good,
         "table": table_of(found), "searches": len(rows), "victims": ", ".join(sorted(set(rows.victim))),
         "seeds": ", ".join(map(str, sorted(set(rows.seed)))), "made": made(path),
     }  # fmt: skip
-    low = (missed.distance.median(), missed.psnr.median())
-    claims = [
-        Claim("a low loss and another picture", low, low[0] < 1e-2 and low[1] < 15),
-        between("the patches are nearly right, their places wrong", missed.psnr_rearranged.median(), low[1] + 15),
-        Claim("Too much hurts", (m.good, b.good), m.good < b.good),
-        between("The term is then nearly the whole loss, and the other gradients wait", m.distance, least=0.1),
+    return fields, [
+        between("a low loss", missed.distance, most=1e-2),
+        between("and another picture", missed.psnr, most=15),
+        between("the patches are nearly right, their places wrong", missed.psnr_rearranged, least=missed.psnr + 15),
+        Claim("Too much hurts", (most.good, best.good), most.good < best.good),
+        between("The term is then nearly the whole loss, and the other gradients wait", most.distance, least=0.1),
         Claim("How the cosine is taken decides as much", (whole.good, same.good), whole.good < same.good),
-    ]  # fmt: skip
-    return fields, claims
+    ]
 
 
 def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:

@@ -87,7 +87,7 @@ def matched(*arguments: Any, **options: Any) -> al.Reconstruction:
     return found
 
 
-def recorded(file: Path, evaluations: int) -> list[Moment]:
+def recorded(file: Path, evaluations: int, _: object) -> list[Moment]:
     """One attack on a photograph, evaluation by evaluation; its pictures go to ``file``."""
     private = al.load_victim("astronaut", 32, dtype=torch.float64)[None]
     model = al.VisionTransformer(**PHOTOGRAPH).double()
@@ -108,14 +108,18 @@ def recorded(file: Path, evaluations: int) -> list[Moment]:
     return rows
 
 
-def twin(file: Path, evaluations: int, numbered: tuple[int, tuple[int, Position, int]]) -> list[Twin]:
+TwinCase = tuple[int, Position, int]
+
+
+def twin(file: Path, evaluations: int, cases: list[TwinCase], case: TwinCase) -> list[Twin]:
     """One attack on the eighth digit of a class; its picture goes to its place in ``file``."""
-    number, (digit, position, seed) = numbered
+    digit, position, seed = case
     images, labels = al.mnist5k(dtype=torch.float64)
     chosen = (labels == digit).nonzero()[7]
     model = al.VisionTransformer(**DIGIT, position=position).double()
     update = al.client_update(model, al.HALF.to_input(images[chosen]), labels[chosen])
     found = matched(model, update, seed=seed, max_evaluations=evaluations)
+    number = cases.index(case)
     strip = [np.asarray(Image.open(file))[:, : 28 * number]] if number else []
     Image.fromarray(np.concatenate([*strip, levels(found.pixels[0])], axis=1)).save(file, optimize=True)
     facts = {name: found.diagnostics[name] for name in ("evaluations", "loss", "residual", "stopped")}
@@ -125,19 +129,16 @@ def twin(file: Path, evaluations: int, numbered: tuple[int, tuple[int, Position,
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    path = folder / "matching_scrub.csv"
+    quick, scrub, twins = options.quick, folder / "matching_scrub.csv", folder / "matching_twins.csv"
     if options.record != "twins":
-        budget = 2 * SCRUB_EVERY if options.quick else SCRUB_EVALUATIONS
-        whole = partial(recorded, path.with_suffix(".png"))
-        fill(path, Moment, {(1,): budget}, whole, key=("evaluation",), settings={"evaluations": budget})
-    path = folder / "matching_twins.csv"
+        budget = 2 * SCRUB_EVERY if quick else SCRUB_EVALUATIONS
+        whole = partial(recorded, scrub.with_suffix(".png"), budget)
+        fill(scrub, Moment, [(1,)], whole, key=("evaluation",), settings={"evaluations": budget})
     if options.record != "scrub":
-        budget = 5 if options.quick else TWIN_EVALUATIONS
-        few = 1 if options.quick else None
-        places = itertools.product(DIGITS[:few], POSITIONS, SEEDS[:few])
-        cases = {place: (number, place) for number, place in enumerate(places)}
-        attack = partial(twin, path.with_suffix(".png"), budget)
-        fill(path, Twin, cases, attack, key=("digit", "position", "seed"), settings={"evaluations": budget})
+        budget, few = (5, 1) if quick else (TWIN_EVALUATIONS, None)
+        cases = list(itertools.product(DIGITS[:few], POSITIONS, SEEDS[:few]))
+        attack = partial(twin, twins.with_suffix(".png"), budget, cases)
+        fill(twins, Twin, cases, attack, key=("digit", "position", "seed"), settings={"evaluations": budget})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

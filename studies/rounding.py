@@ -133,7 +133,7 @@ def limit(width: int, size: int, case: tuple[str, str]) -> list[Limit]:
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     victims = VICTIMS[:1] if options.quick else VICTIMS
-    cases = {case: case for case in itertools.product(CHANGES, victims)}
+    cases = itertools.product(CHANGES, victims)
     at_the_limits = partial(limit, *((192, 16) if options.quick else (384, 32)))
     fill(folder / "rounding_limits.csv", Limit, cases, at_the_limits, key=("change", "victim"))
     for case in parts(options.quick).values():

@@ -164,7 +164,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as nowhere:
         arena = Arena(options.python, Path(nowhere))
         rates = [Place("rate", number, 5, *key) for number, key in itertools.product(range(options.rounds), RATES)]
-        filled({place: place for place in rates}, lambda place: arena.play(place, options.rate_seconds, ENDLESS))
+        filled(rates, lambda place: arena.play(place, options.rate_seconds, ENDLESS))
         known = read(path, Run).groupby(["side", "attack", "dtype"]).cpu_rate.median()
 
         def raced(place: Place) -> list[Run]:
@@ -174,4 +174,4 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
             return arena.play(place, options.seconds, int(0.9 * options.seconds * rate) if scheduled else ENDLESS)
 
         races = [Place("race", 0, digit, *key) for digit, key in itertools.product(options.digits, RACES)]
-        filled({place: place for place in races}, raced)
+        filled(races, raced)

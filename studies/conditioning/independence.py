@@ -34,8 +34,7 @@ class Embedding:
     table: str = ""
     precisions: tuple[str, ...] = PRECISIONS
 
-    @property
-    def label(self) -> str:
+    def __str__(self) -> str:
         if self.kind == "learned":
             return "learned, then frozen"
         if self.kind == "random":

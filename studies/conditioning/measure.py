@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,6 @@ class Row:
     digits_condition: float
 
 
-KEY = ("section", "weights", "embedding", "precision", "seed", "victim")
-
-
 @dataclass(frozen=True)
 class Study:
     """How much is measured."""
@@ -100,62 +97,51 @@ class Study:
 
 SMALLEST = Study(
     victims=1, seeds=1, width=264, depth=2, images=100, epochs=1,
-    embeddings=tuple(e for e in EMBEDDINGS if e.label in QUICK),
+    embeddings=tuple(e for e in EMBEDDINGS if str(e) in QUICK),
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """One victim of one model in float32 or float64; ``precisions`` are those of its update.
+class Case(NamedTuple):
+    """A row's values in the columns that tell rows apart.
 
-    ``weights`` are "random" or "trained"; ``grid`` is the number of patches on a side. The victim
-    is a photograph, or "digit K": the first of its class among MNIST-5k's test digits."""
+    The victim is a photograph under random weights, or "digit K", the first of its class among
+    MNIST-5k's test digits, under random or trained ones.
+    """
 
     section: str
     weights: str
     embedding: Embedding
-    grid: int
-    precisions: tuple[str, ...]
+    precision: str
     seed: int
     victim: str
 
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """Its first row's values in the columns KEY."""
-        return (self.section, self.weights, self.embedding.label, self.precisions[0], self.seed, self.victim)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.precisions == ("float64",) else torch.float32
-
 
 def cases(study: Study) -> Iterator[Case]:
-    """Photographs in 64 and 16 patches, random weights; then digits, before and after training."""
-    for patch_size, seed in itertools.product((4, 8), range(study.seeds)):
-        grid = 32 // patch_size
-        for embedding, precisions in by_dtype(study.embeddings):
-            for victim in al.victims()[: study.victims]:
-                yield Case(f"32×32, {grid**2} patches", "random", embedding, grid, precisions, seed, victim)
+    """Photographs in 64 and 16 patches; then digits. Those of one model follow each other."""
+    for patches, seed, embedding in itertools.product((64, 16), range(study.seeds), study.embeddings):
+        for group in by_dtype(embedding):
+            for victim, precision in itertools.product(al.victims()[: study.victims], group):
+                yield Case(f"32×32, {patches} patches", "random", embedding, precision, seed, victim)
     for seed, embedding in itertools.product(range(study.seeds), DIGITS):
         # Before training, a learned table is the random one.
         for weights in ("trained",) if embedding.kind == "learned" else ("random", "trained"):
-            for _, precisions in by_dtype((embedding,)):
-                for k in range(0, 2 * study.victims, 2):
-                    yield Case("digits, 16 patches", weights, embedding, 4, precisions, seed, f"digit {k}")
+            for group in by_dtype(embedding):
+                for k, precision in itertools.product(range(0, 2 * study.victims, 2), group):
+                    yield Case("digits, 16 patches", weights, embedding, precision, seed, f"digit {k}")
 
 
-def by_dtype(embeddings: tuple[Embedding, ...]) -> Iterator[tuple[Embedding, tuple[str, ...]]]:
-    """The precisions of an update by that of its model: half ones are a float32 update rounded."""
-    for embedding in embeddings:
-        for group in (PRECISIONS[:1], PRECISIONS[1:]):
-            if chosen := tuple(p for p in group if p in embedding.precisions):
-                yield embedding, chosen
+def by_dtype(embedding: Embedding) -> list[tuple[str, ...]]:
+    """Precisions of an update by that of its model: half ones are a float32 update rounded."""
+    groups = (PRECISIONS[:1], PRECISIONS[1:])
+    return [tuple(p for p in group if p in embedding.precisions) for group in groups]
+
+
+Measured = tuple[nn.Module, Independence]
 
 
 @functools.lru_cache(maxsize=1)
-def photographed(
-    study: Study, embedding: Embedding, grid: int, seed: int, dtype: torch.dtype
-) -> tuple[nn.Module, Independence]:
+def photographed(study: Study, section: str, embedding: Embedding, seed: int, dtype: torch.dtype) -> Measured:
+    grid = 8 if "64 patches" in section else 4
     model = al.VisionTransformer(
         image_size=32, patch_size=32 // grid, width=study.width, depth=study.depth, heads=6, classes=10,
         position="frozen", seed=seed,
@@ -185,50 +171,48 @@ def digit_model(study: Study, embedding: Embedding, seed: int, trained: bool) ->
     return freeze_position(model)
 
 
-def attacked(study: Study, case: Case) -> Iterator[Row]:
-    """The rows of a case, one for each precision."""
+@functools.lru_cache(maxsize=1)
+def client(study: Study, case: Case, dtype: torch.dtype) -> tuple[Measured, Tensor, al.ClientUpdate]:
+    """The model, the images (1, C, H, W) in model-input space, their update; all in ``dtype``."""
     if case.victim.startswith("digit"):
         model = digit_model(study, case.embedding, case.seed, case.weights == "trained")
-        model = copy.deepcopy(model).to(case.dtype)
+        model = copy.deepcopy(model).to(dtype)
         measured, label = independence(model), int(case.victim.removeprefix("digit "))
         pixels, labels = al.mnist5k("test", seed=case.seed)
-        images = al.HALF.to_input(pixels[labels == label][:1]).to(case.dtype)
+        pixels = pixels[labels == label][:1]
     else:
-        model, measured = photographed(study, case.embedding, case.grid, case.seed, case.dtype)
-        label = 3
-        images = al.HALF.to_input(al.load_victim(case.victim, 32, dtype=torch.float64)[None]).to(case.dtype)
-    yield from attack(model, images, label, measured, case)
+        model, measured = photographed(study, case.section, case.embedding, case.seed, dtype)
+        label, pixels = 3, al.load_victim(case.victim, 32, dtype=torch.float64)[None]
+    images = al.HALF.to_input(pixels).to(dtype)
+    return (model, measured), images, al.client_update(model, images, torch.tensor([label]))
 
 
-def attack(model: nn.Module, images: Tensor, label: int, measured: Independence, case: Case) -> Iterator[Row]:
-    """The span attack on images (1, C, H, W) in model-input space and the model's dtype."""
-    anatomy, embedding = al.dissect(model), case.embedding
-    truth = anatomy.preprocessing.to_pixels(images.double())[0]  # what this client has, in its precision
-    update = al.client_update(model, images, torch.tensor([label]))
+def attacked(study: Study, case: Case) -> Iterator[Row]:
+    dtype = torch.float64 if case.precision == "float64" else torch.float32
+    # The precisions of one update share its client.
+    (model, measured), images, update = client(study, case._replace(precision=""), dtype)
+    truth = al.dissect(model).preprocessing.to_pixels(images.double())[0]  # this client's, in its precision
     tokens = model.embed(images).detach()[0, 1:].double()  # type: ignore[operator]  # (n, d)
     norm = float((tokens - tokens.mean(1, keepdim=True)).square().sum(1).mean().sqrt())
-    for precision in case.precisions:
-        dtype = getattr(torch, precision)
-        result = al.span_closed_form(model, update if update.dtype == dtype else to_precision(update, dtype))
-        eps, noise = torch.finfo(dtype).eps, result.diagnostics["outside"]
-        yield Row(
-            section=case.section, weights=case.weights, embedding=embedding.label, kind=embedding.kind,
-            base=embedding.base, scale=embedding.scale, speed=embedding.speed, table=embedding.table,
-            precision=precision, seed=case.seed, victim=case.victim,
-            psnr=float(al.psnr(result.pixels[0], truth)), predicted_psnr=result.predicted_psnr, exact=result.exact,
-            patches=len(tokens), rank=measured.rank(eps),
-            rank_bound=2 * case.grid - 1 if embedding.kind == "2-D" else case.grid**2,
-            sigma_largest=float(measured.positions[0]), sigma_least=measured.least,
-            sigma_relative=measured.least / float(measured.positions[0]), condition=measured.condition,
-            token_norm=norm, noise=noise, digits=measured.digits(noise * norm),
-            digits_mean=measured.mean_digits(noise * norm), digits_eps=measured.digits(eps * norm),
-            digits_condition=-math.log10(measured.condition * eps),
-        )  # fmt: skip
+    shared, n, embedding = getattr(torch, case.precision), len(tokens), case.embedding
+    result = al.span_closed_form(model, update if update.dtype == shared else to_precision(update, shared))
+    eps, noise = torch.finfo(shared).eps, result.diagnostics["outside"]
+    yield Row(
+        **case._asdict() | {"embedding": str(embedding)}, kind=embedding.kind, base=embedding.base,
+        scale=embedding.scale, speed=embedding.speed, table=embedding.table,
+        psnr=float(al.psnr(result.pixels[0], truth)), predicted_psnr=result.predicted_psnr, exact=result.exact,
+        patches=n, rank=measured.rank(eps),
+        rank_bound=2 * math.isqrt(n) - 1 if embedding.kind == "2-D" else n,
+        sigma_largest=float(measured.positions[0]), sigma_least=measured.least,
+        sigma_relative=measured.least / float(measured.positions[0]), condition=measured.condition,
+        token_norm=norm, noise=noise, digits=measured.digits(noise * norm),
+        digits_mean=measured.mean_digits(noise * norm), digits_eps=measured.digits(eps * norm),
+        digits_condition=-math.log10(measured.condition * eps),
+    )  # fmt: skip
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     study = SMALLEST if options.quick else Study()
-    fill(
-        folder / "conditioning.csv", Row, {case.place: case for case in cases(study)}, partial(attacked, study),
-        key=KEY, settings={name: getattr(study, name) for name in ("width", "depth", "images", "epochs")},
-    )  # fmt: skip
+    settings = {name: getattr(study, name) for name in ("width", "depth", "images", "epochs")}
+    attack = partial(attacked, study)
+    fill(folder / "conditioning.csv", Row, cases(study), attack, key=Case._fields, settings=settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -92,12 +93,6 @@ def attack(way: Way, task: Task, private: Tensor, digit: int, label: str, evalua
     return Attack(digit, label, count, time.process_time() - start, math.sqrt(best[0]), psnr)
 
 
-def attacked(place: tuple[int, str], evaluations: int) -> Attack:
-    model, _ = build(DIGITS, "float64")
-    private, labels = digit(place[0])
-    return attack(WAYS[place[1]], task_of(model, private, labels), private, *place, evaluations)
-
-
 @contextmanager
 def timers() -> Iterator[dict[str, float]]:
     """Processor seconds spent inside parts of a search, each with all that it calls."""
@@ -155,18 +150,20 @@ def profile(dtype: str, evaluations: int) -> dict[str, float]:
 
 def measure_attacks(path: Path, digits: tuple[int, ...], evaluations: int) -> None:
     """derivatives_attacks.csv."""
-    places = [(label, way) for label in digits for way in ("double backward", "one-sided difference")]
-    fill(
-        path, Attack, {place: place for place in places}, lambda place: [attacked(place, evaluations)],
-        key=("digit", "way"), settings={"evaluations": evaluations},
-    )  # fmt: skip
+    model, _ = build(DIGITS, "float64")
+
+    def attacked(case: tuple[int, str]) -> Iterator[Attack]:
+        private, labels = digit(case[0])
+        yield attack(WAYS[case[1]], task_of(model, private, labels), private, *case, evaluations)
+
+    cases = itertools.product(digits, ("double backward", "one-sided difference"))
+    fill(path, Attack, cases, attacked, key=("digit", "way"), settings={"evaluations": evaluations})
 
 
 def measure_profile(path: Path, evaluations: int) -> None:
     """derivatives_profile.csv."""
 
-    def parts(dtype: str) -> list[Part]:
-        return [Part(dtype, name, milliseconds) for name, milliseconds in profile(dtype, evaluations).items()]
+    def parts(case: tuple[str]) -> list[Part]:
+        return [Part(*case, name, milliseconds) for name, milliseconds in profile(*case, evaluations).items()]
 
-    cases, settings = {(dtype,): dtype for dtype in DTYPES}, {"evaluations": evaluations}
-    fill(path, Part, cases, parts, key=("dtype",), settings=settings)
+    fill(path, Part, [(dtype,) for dtype in DTYPES], parts, key=("dtype",), settings={"evaluations": evaluations})

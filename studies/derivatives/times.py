@@ -214,7 +214,7 @@ def measure_times(path: Path, repetitions: int, models: Sequence[str], compiled:
     places += [("compiled", DIGITS, "float64")] if compiled else []
 
     def rows(place: tuple[str, str, str]) -> Iterable[Row]:
-        return SECTIONS[place[0]](*place[1:], repetitions)
+        section, name, dtype = place
+        return SECTIONS[section](name, dtype, repetitions)
 
-    cases, settings = {place: place for place in places}, {"repetitions": repetitions}
-    fill(path, Row, cases, rows, key=("section", "model", "dtype"), settings=settings)
+    fill(path, Row, places, rows, key=("section", "model", "dtype"), settings={"repetitions": repetitions})

@@ -282,12 +282,12 @@ def saturated(study: Study, attack: str) -> Iterator[Saturated]:
                 yield Saturated(factor, float(far), float(al.psnr(pixels[0], images[place])))
 
 
-def banded(study: Study, attack: str) -> Iterator[Head]:
-    found = list(saturated(study, attack))
+def banded(study: Study, case: tuple[str]) -> Iterator[Head]:
+    found = list(saturated(study, *case))
     for band, (high, low) in zip(BANDS, itertools.pairwise(EDGES), strict=True):
         values = [entry.psnr for entry in found if low <= entry.miss < high]
         middle, least = (statistics.median(values), min(values)) if values else (None, None)
-        yield Head(attack, band, middle, least, len(values))
+        yield Head(*case, band, middle, least, len(values))
 
 
 @dataclass(frozen=True)
@@ -299,10 +299,10 @@ class Reordered:
     psnr: float
 
 
-def reordered(study: Study, path: Path, position: str) -> list[Reordered]:
-    found = []
-    for case in next(part.cases for part in plan(study) if part.name == "twins"):
-        if case.position == position and (kept := read_pictures(path, case)):
+def reordered(study: Study, path: Path, case: tuple[str]) -> list[Reordered]:
+    (position,), found = case, []
+    for twin in next(part.cases for part in plan(study) if part.name == "twins"):
+        if twin.position == position and (kept := read_pictures(path, twin)):
             private, picture = (pixels[0].double() for pixels in kept[:2])
             found.append(float(al.psnr(rearranged(picture, private, study.shape["patch_size"]), private)))
     return [Reordered(position, len(found), statistics.median(found))] if found else []
@@ -318,10 +318,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         run(part.cases, path=path, max_evaluations=part.budget, pictures=part.pictures)
         print(f"{part.name}: {time.perf_counter() - start:.0f} s")
     settings = {"images": study.images, "epochs": study.epochs}
-    kinds = {case: case for case in itertools.product(MODELS, POSITIONS, study.moments)}
-    key = ("model", "position", "weights")
+    kinds, key = itertools.product(MODELS, POSITIONS, study.moments), ("model", "position", "weights")
     fill(folder / "effect_weights.csv", Weights, kinds, partial(weighed, study), key=key, settings=settings)
-    attacks = {(attack,): attack for attack in SURER}
+    attacks = [(attack,) for attack in SURER]
     fill(folder / "effect_heads.csv", Head, attacks, partial(banded, study), key=("attack",), settings=settings)
-    positions = {(position,): position for position in TWINS}
+    positions = [(position,) for position in TWINS]
     fill(folder / "effect_twins.csv", Reordered, positions, partial(reordered, study, path), key=("position",))

@@ -25,32 +25,28 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(closed_forms, "build", build)
     closed_forms.ready.cache_clear()
+    closed_forms.shared.cache_clear()
 
 
 def test_the_cases_are_those_of_the_table() -> None:
     every = list(cases(quick=False))
-    assert len({case.place for case in every}) == len(every)
+    assert len(set(every)) == len(every)
     table = read(RESULTS / "closed_forms.csv", Row)
-    assert {(c.section, c.model, *c.variants, c.precision) for c in every if c.attack != "april"} <= set(
-        table[["section", "model", "attack", "precision"]].itertuples(index=False, name=None)
-    )
-    scored = table[table.psnr.notna()]
-    assert len(scored) == sum(len(c.variants) for c in every if (c.model, c.attack) not in REFUSED)
-
-
-REFUSED = {(f"timm {name}_patch16_224", attack) for name, attack in (
-    ("vit_small", "span"), ("deit_tiny", "embedding"), ("deit_tiny", "span"),
-)}  # fmt: skip
+    scored = table[table.psnr.notna()][list(Case._fields)].itertuples(index=False, name=None)
+    refused = {tuple(row) for row in table[table.psnr.isna()][["model", "attack"]].itertuples(index=False)}
+    assert set(scored) == {case for case in every if (case.model, case.attack) not in refused}
 
 
 def test_variants_share_the_update_and_a_refusal_is_a_row() -> None:
-    plain, *damped = attacked(Case("A, 32×32", "A 32/4 d=384", "april", "coffee", "float64"))
-    assert [row.attack for row in (plain, *damped)] == [
-        "april, plain", "april, damped", "april, damped, both systems",
+    rows = [
+        row for attack in closed_forms.VARIANTS
+        for row in attacked(Case("A, 32×32", "A 32/4 d=384", attack, "float64", 0, "coffee"))
     ]  # fmt: skip
-    assert len({row.gradient_seconds for row in (plain, *damped)}) == 1
-    assert all(row.exact and row.psnr > 100 for row in (plain, *damped))
-    (row,) = attacked(Case("other libraries", "timm vit_small_patch16_224", "span", "coffee"))
+    assert [row.attack for row in rows] == list(closed_forms.VARIANTS)
+    assert len({row.gradient_seconds for row in rows}) == 1
+    assert len({row.predicted_psnr for row in rows}) > 1
+    assert all(row.exact and row.psnr > 100 for row in rows)
+    (row,) = attacked(Case("other libraries", "timm vit_small_patch16_224", "span", "float32", 0, "coffee"))
     assert row.psnr is None
     assert row.note.startswith("refused: ")
 

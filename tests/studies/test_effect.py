@@ -206,7 +206,7 @@ def test_a_surer_head_shrinks_the_miss_and_hurts_no_closed_form(tmp_path: Path) 
 def test_heads_are_banded_by_how_wrong_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = ((0.5, 90.0), (0.2, 70.0), (0.1, 80.0), (1e-7, 60.0), (0.0, 50.0))  # ‖p − y‖ and dB
     monkeypatch.setattr(effect, "saturated", lambda *_: [effect.Saturated(1, *pair) for pair in pairs])
-    heads = [head for attack in effect.SURER for head in effect.banded(Study(), attack)]
+    heads = [head for attack in effect.SURER for head in effect.banded(Study(), (attack,))]
     assert [(head.band, head.psnr, head.psnr_least, head.updates) for head in heads[:5]] == [
         ("above 1e-01", 80.0, 70.0, 3), ("1e-03 to 1e-01", None, None, 0), ("1e-06 to 1e-03", None, None, 0),
         ("1e-09 to 1e-06", 60.0, 60.0, 1), ("below 1e-09", 50.0, 50.0, 1),

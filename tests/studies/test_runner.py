@@ -28,12 +28,13 @@ class Row:
     note: str = ""
 
 
-def square(number: int) -> Iterator[Row]:
+def square(case: tuple[int]) -> Iterator[Row]:
+    (number,) = case
     yield Row("plain", number, number**2 / 3)
     yield Row("negative", -number, number**2 / 3, exact=True, note="with, a comma")
 
 
-CASES = {(number,): number for number in (1, 2, 3)}
+CASES = [(1,), (2,), (3,)]
 
 
 def filled(path: Path, measure: Any = square, cases: Any = CASES, **options: Any) -> pd.DataFrame:
@@ -58,11 +59,11 @@ def test_rows_are_written_and_read_as_they_are(tmp_path: Path) -> None:
 def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
     path, seen = tmp_path / "a.csv", []
 
-    def watched(number: int) -> Iterator[Row]:
-        seen.append(number)
-        return square(number)
+    def watched(case: tuple[int]) -> Iterator[Row]:
+        seen.append(*case)
+        return square(case)
 
-    filled(path, watched, {(2,): 2})
+    filled(path, watched, CASES[1:2])
     before = path.read_text()
     frame = filled(path, watched)
     assert seen == [2, 1, 3]
@@ -71,9 +72,9 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_the_rows_of_every_case_that_has_ended(tmp_path: Path) -> None:
-    def pressed(number: int) -> Iterator[Row]:
-        yield from square(number)
-        if number == 2:
+    def pressed(case: tuple[int]) -> Iterator[Row]:
+        yield from square(case)
+        if case == (2,):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -102,12 +103,12 @@ def test_other_columns_or_settings_are_refused(tmp_path: Path) -> None:
 
 def test_provenance_grows_only_when_rows_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.csv"
-    filled(path, cases={(1,): 1}, settings={"epochs": 3})
+    filled(path, cases=CASES[:1], settings={"epochs": 3})
     first = provenance()
     assert origin(path) == {"made": [first], "settings": {"epochs": 3}}
     assert "aprillab 0" in first
     monkeypatch.setattr("studies._rows.provenance", lambda: "another machine")
-    filled(path, cases={(1,): 1}, settings={"epochs": 3})  # nothing to do
+    filled(path, cases=CASES[:1], settings={"epochs": 3})  # nothing to do
     assert made(path) == first
     filled(path, settings={"epochs": 3})
     filled(tmp_path / "b.csv")
@@ -156,11 +157,11 @@ class Squares:
         self.limit, self.measured = limit, 0
 
     def measure(self, folder: Path, options: argparse.Namespace) -> None:
-        def counted(number: int) -> Iterator[Row]:
+        def counted(case: tuple[int]) -> Iterator[Row]:
             self.measured += 1
-            return square(number)
+            return square(case)
 
-        filled(folder / "squares.csv", counted, {(1,): 1} if options.quick else CASES)
+        filled(folder / "squares.csv", counted, CASES[:1] if options.quick else CASES)
 
     def describe(self, folder: Path, options: argparse.Namespace) -> Description:
         largest = read(folder / "squares.csv", Row).square.max()
@@ -216,7 +217,7 @@ def test_an_interrupted_study_says_so_and_writes_no_page(templates: Path) -> Non
     study = Squares()
 
     def pressed(folder: Path, options: argparse.Namespace) -> None:
-        filled(folder / "squares.csv", cases={(1,): 1})
+        filled(folder / "squares.csv", cases=CASES[:1])
         raise KeyboardInterrupt
 
     study.measure = pressed  # type: ignore[method-assign]
