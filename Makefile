@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lab notebooks benchmark wheel clean
+.PHONY: help demo test lint lab notebooks studies wheel clean
 
 help:  ## list the commands
 	@echo 'aprillab: how shared gradients give away the images of a Vision Transformer'\''s users'
@@ -38,7 +38,7 @@ lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
 notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its outputs into it
 	$(BIN)/python tools/run_notebooks.py
 
-benchmark: $(VENV)/.installed-lab  ## measure the closed-form attacks; writes data/results
+studies: $(VENV)/.installed-studies  ## measure what data/results lacks of the closed forms, and write their page
 	$(BIN)/python -m studies.closed_forms
 
 wheel: $(VENV)/.created  ## build dist/aprillab-*.whl, with the pictures inside
@@ -66,6 +66,6 @@ $(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-lab $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
+$(VENV)/.installed-lab $(VENV)/.installed-studies $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e ".[$*]"
 	@touch $@

@@ -1,30 +1,50 @@
-"""Measure the closed forms: `python -m studies.closed_forms` writes closed_forms.csv, .md and growth.csv.
+"""Measure the closed forms: `python -m studies.closed_forms` writes closed_forms.csv, .md and
+growth.csv.
 
-Random weights, a head that is not zero, one image, label 3; float32 gradients unless a row says so, float64 solves.
-PSNR on pixels clamped to [0, 1]. Attack and gradient are timed on the same machine in the same run, after one warm-up
-gradient; a ratio of the two means more than either.
-"""
+Random weights, a head that is not zero, one image, label 3; float32 gradients unless a row says so,
+float64 solves. PSNR on pixels clamped to [0, 1]. Attack and gradient are timed on the same machine
+in the same run, after one warm-up gradient; a ratio of the two means more than either.
+
+A new column is a field of :class:`Row` (or :class:`Growth`), its value in :func:`attacked` (or
+:func:`grown`), and, if the page shows it, an entry in :func:`summary`. The CSV has other columns
+then and is to be removed before the next run."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
+import functools
+import itertools
+import json
 import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 import aprillab as al
+from aprillab.attacks.closed_forms import span
 
-RESULTS = Path(__file__).parent.parent / "data" / "results"
+from ._rows import fill, made, read
+from ._runner import Claim, Description, run_study, study_parser
+from ._tables import formatted, grouped, markdown
+
+LABEL = 3
+# The position embedding's gradient is not needed by the span attack, so its models have the
+# embedding frozen.
+FROZEN = ("span",)
+TIMM = ("vit_small_patch16_224", "vit_base_patch16_224", "deit_tiny_patch16_224")
+OTHERS = (*(f"timm {name}" for name in TIMM), "transformers ViT (base)")
+OURS: dict[str, dict[str, Any]] = {
+    "A 32/4 d=384": {"image_size": 32, "patch_size": 4, "width": 384, "depth": 4, "heads": 6, "classes": 10},
+    "A 224/16 d=768": {},
+}
 
 
 @dataclass(frozen=True)
@@ -35,198 +55,204 @@ class Row:
     precision: str
     seed: int
     victim: str
-    psnr: float | None
-    predicted_psnr: float | None
-    ssim: float | None
-    exact: bool | None
-    attack_seconds: float | None
-    gradient_seconds: float
+    psnr: float | None = None
+    predicted_psnr: float | None = None
+    ssim: float | None = None
+    exact: bool | None = None
+    attack_seconds: float | None = None
+    gradient_seconds: float = 0.0
     note: str = ""
 
 
-def with_random_head(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A model from another library in eval mode, its weights from ``seed``, its head normal with deviation 0.02."""
+@dataclass(frozen=True)
+class Growth:
+    """One of torchvision's models: median seconds of three photographs, least PSNR in dB."""
+
+    model: str
+    parameters: int
+    gradient_seconds: float
+    attack_seconds: float
+    ratio: float
+    least_psnr: float
+    peak_memory_gib: float
+
+
+# --- Models -------------------------------------------------------------------------------------------------------
+
+
+def build(name: str, seed: int) -> nn.Module:
+    """A model by its name; a library's has the weights of seed 0 and a head of deviation 0.02."""
+    if name in OURS:
+        return al.VisionTransformer(**OURS[name], block="april", seed=seed)
+    library, _, kind = name.partition(" ")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build().eval()
-        weight = dict(model.named_parameters())[al.dissect(model).head_weight or ""]
-        nn.init.normal_(weight, std=0.02)
+        torch.manual_seed(0)
+        if library == "torchvision":
+            import torchvision
+
+            model = torchvision.models.get_model(kind)
+        elif library == "timm":
+            import timm
+
+            model = timm.create_model(kind)
+        else:
+            import transformers
+
+            model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000))
+        model = model.eval()
+        nn.init.normal_(dict(model.named_parameters())[al.dissect(model).head_weight or ""], std=0.02)
     return model
 
 
-def torchvision_model(name: str, seed: int = 0) -> nn.Module:
-    import torchvision
-
-    return with_random_head(lambda: torchvision.models.get_model(name), seed)
-
-
-def timm_model(name: str) -> nn.Module:
-    import timm
-
-    return with_random_head(lambda: timm.create_model(name))
-
-
-def transformers_model() -> nn.Module:
-    import transformers
-
-    return with_random_head(lambda: transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)))
-
-
-def measure(
-    section: str, name: str, model: nn.Module, attack: str, seed: int = 0, names: list[str] | None = None,
-    variants: dict[str, dict[str, object]] | None = None,
-) -> Iterator[Row]:  # fmt: skip
-    """One row for each victim and each variant (label to options) of the attack; variants share the update."""
+@functools.lru_cache(maxsize=1)
+def ready(name: str, precision: str, seed: int, frozen: bool) -> nn.Module:
+    """A model after a warm-up gradient, and whether its position embedding's is withheld."""
+    model = build(name, seed).to(getattr(torch, precision))
     anatomy = al.dissect(model)
-    dtype = next(model.parameters()).dtype
-    precision = str(dtype).removeprefix("torch.")
-    size, target = anatomy.image_size[0], torch.tensor([3])
-    al.client_update(model, torch.zeros(1, 3, size, size, dtype=dtype), target)  # warm-up
-    for victim in tqdm(names or al.victims(), desc=f"{name}, {attack}", leave=False):
-        pixels = al.load_victim(victim, size, dtype=dtype)[None]
-        update = al.client_update(model, anatomy.preprocessing.to_input(pixels), target)
-        gradient_seconds = update.seconds or 0.0
-        for label, options in (variants or {attack: {}}).items():
-            common = (section, name, label, precision, seed, victim)
-            try:
-                result = al.invert(model, update, attack=attack, **options)
-            except al.AttackNotApplicable as refusal:
-                yield Row(*common, None, None, None, None, None, gradient_seconds, f"refused: {refusal.reason}")
-                return  # a condition on shapes: the same for every victim
-            truth = pixels[0].double()
-            yield Row(
-                *common, al.psnr(result.pixels[0], truth), result.predicted_psnr,
-                al.ssim(result.pixels[0], truth), result.exact, result.seconds, gradient_seconds,
-                "" if result.exact else result.reason,
-            )  # fmt: skip
+    images = torch.zeros(1, 3, *anatomy.image_size, dtype=getattr(torch, precision))
+    al.client_update(model, images, torch.tensor([LABEL]))
+    return al.defenses.freeze_position(model) if frozen else model
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    """Freeze the position embedding: its gradient is not shared any more."""
-    position = al.dissect(model).position
-    dict(model.named_parameters())[position or ""].requires_grad_(False)
-    return model
+# --- Measurement --------------------------------------------------------------------------------------------------
 
 
-def sections(quick: bool) -> Iterator[Row]:
-    """All measurements in the order of the table."""
-    names = al.victims()[:2] if quick else None
-    vit = torchvision_model("vit_b_16")
-    yield from measure("ViT-B/16, learned", "torchvision vit_b_16", vit, "embedding", names=names)
-    yield from measure("ViT-B/16, frozen", "torchvision vit_b_16", frozen(vit), "span", names=names)
-    del vit
-    builders: dict[str, Callable[[], nn.Module]] = {
-        f"timm {name}": (lambda name=name: timm_model(name))  # type: ignore[misc]
-        for name in ("vit_small_patch16_224", "vit_base_patch16_224", "deit_tiny_patch16_224")
-    }
-    builders["transformers ViT (base)"] = transformers_model
-    for name, build in builders.items():
-        model = build()
-        yield from measure("other libraries", name, model, "embedding", names=names)
-        yield from measure("other libraries", name, frozen(model), "span", names=names)
-        del model
-    small = {"image_size": 32, "patch_size": 4, "width": 384, "depth": 4, "heads": 6, "classes": 10, "block": "april"}
-    for dtype in (torch.float64, torch.float32):
-        for seed in range(1 if quick else 3):
-            model = al.VisionTransformer(**small, seed=seed).to(dtype)  # type: ignore[arg-type]
-            yield from measure("A, 32×32", "A 32/4 d=384", model, "april", seed, names, APRIL)
-    for seed in range(1 if quick else 3):
-        model = al.VisionTransformer(block="april", seed=seed)
-        yield from measure("A, 224×224", "A 224/16 d=768", model, "april", seed, names, APRIL)
-
-
-APRIL: dict[str, dict[str, object]] = {
+# What :func:`aprillab.invert` is given besides the attack's name, by the name in the table.
+VARIANTS: dict[str, dict[str, Any]] = {
     "april, plain": {"regularization": "none"},
     "april, damped": {},
     "april, damped, both systems": {"systems": "both"},
 }
 
 
-def growth(name: str) -> None:
-    """One line for one torchvision model: parameters, seconds, peak memory; runs in a process of its own."""
-    model = torchvision_model(name)
-    rows = list(measure("growth", name, model, "embedding", names=["astronaut", "chelsea", "coffee"]))
-    count = sum(p.numel() for p in model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+class Case(NamedTuple):
+    """A row's values in the columns that tell rows apart."""
+
+    section: str
+    model: str
+    attack: str
+    precision: str
+    seed: int
+    victim: str
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """All cases in the order of the table; those of one update follow each other."""
+    victims, seeds = (al.victims()[:2], range(1)) if quick else (al.victims(), range(3))
+    for section, attack in (("ViT-B/16, learned", "embedding"), ("ViT-B/16, frozen", "span")):
+        yield from (Case(section, "torchvision vit_b_16", attack, "float32", 0, victim) for victim in victims)
+    for name, attack, victim in itertools.product(OTHERS, ("embedding", "span"), victims):
+        yield Case("other libraries", name, attack, "float32", 0, victim)
+    small, large = OURS
+    for precision, seed, victim, attack in itertools.product(("float64", "float32"), seeds, victims, VARIANTS):
+        yield Case("A, 32×32", small, attack, precision, seed, victim)
+    for seed, victim, attack in itertools.product(seeds, victims, VARIANTS):
+        yield Case("A, 224×224", large, attack, "float32", seed, victim)
+
+
+Shared = tuple[nn.Module, al.ClientUpdate, Tensor]
+
+
+@functools.lru_cache(maxsize=1)
+def shared(name: str, precision: str, seed: int, frozen: bool, victim: str) -> Shared:
+    """A model, a client's update, and its private pixels (1, C, H, W)."""
+    model = ready(name, precision, seed, frozen)
+    anatomy = al.dissect(model)
+    pixels = al.load_victim(victim, anatomy.image_size[0], dtype=getattr(torch, precision))[None]
+    update = al.client_update(model, anatomy.preprocessing.to_input(pixels), torch.tensor([LABEL]))
+    return model, update, pixels.double()
+
+
+def attacked(case: Case) -> Iterator[Row]:
+    frozen = case.attack in FROZEN
+    model, update, pixels = shared(case.model, case.precision, case.seed, frozen, case.victim)
+    gradient_seconds = update.seconds or 0.0
+    try:
+        found = al.invert(model, update, attack=case.attack.partition(",")[0], **VARIANTS.get(case.attack, {}))
+    except al.AttackNotApplicable as refusal:
+        yield Row(*case, gradient_seconds=gradient_seconds, note=f"refused: {refusal.reason}")
+        return
+    yield Row(
+        *case, gradient_seconds=gradient_seconds, psnr=float(al.psnr(found.pixels[0], pixels[0])),
+        predicted_psnr=found.predicted_psnr, ssim=float(al.ssim(found.pixels[0], pixels[0])), exact=found.exact,
+        attack_seconds=found.seconds, note="" if found.exact else found.reason,
+    )  # fmt: skip
+
+
+def grown(name: str) -> Growth:
+    """The patch-embedding attack; for a process of its own, whose peak memory it takes."""
+    cases = [Case("growth", f"torchvision {name}", "embedding", "float32", 0, victim) for victim in al.victims()[:3]]
+    rows = [row for case in cases for row in attacked(case)]
+    model = ready(cases[0].model, "float32", 0, False)
     attack = statistics.median(row.attack_seconds or 0.0 for row in rows)
     gradient = statistics.median(row.gradient_seconds for row in rows)
-    worst = min(row.psnr or 0.0 for row in rows)
-    print(f"{name},{count},{gradient:.3f},{attack:.3f},{attack / gradient:.3f},{worst:.1f},{peak:.2f}")
+    return Growth(
+        model=name, parameters=sum(p.numel() for p in model.parameters()),
+        gradient_seconds=gradient, attack_seconds=attack, ratio=attack / gradient,
+        least_psnr=min(row.psnr or 0.0 for row in rows),
+        peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # KiB on Linux
+    )  # fmt: skip
 
 
-def summary(rows: list[Row]) -> str:
-    """The Markdown table: one line for each section, model, attack and precision."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.section, row.model, row.attack, row.precision), []).append(row)
-    lines = [
-        "| setting | model | attack | precision | runs | median dB | least dB | exact | attack s | gradient s | "
-        "ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    refused = []
-    for key, group in groups.items():
-        done = [row for row in group if row.psnr is not None]
-        if not done:
-            refused.append(f"- {key[1]}, {key[2]}: {group[0].note}")
-            lines.append(f"| {' | '.join(key)} | 0 | refused | – | – | – | {group[0].gradient_seconds:.2f} | – |")
-            continue
-        psnr = [row.psnr for row in done if row.psnr is not None]
-        attack = statistics.median(row.attack_seconds or 0.0 for row in done)
-        gradient = statistics.median(row.gradient_seconds for row in done)
-        ratio = statistics.median((row.attack_seconds or 0.0) / row.gradient_seconds for row in done)
-        lines.append(
-            f"| {' | '.join(key)} | {len(done)} | {statistics.median(psnr):.1f} | {min(psnr):.1f} | "
-            f"{sum(bool(row.exact) for row in done)} of {len(done)} | {attack:.3f} | {gradient:.2f} | {ratio:.3f} |"
-        )
-    if refused:
-        lines += ["", "Refused, and why:", "", *refused]
-    return "\n".join(lines)
+def grown_elsewhere(case: tuple[str]) -> list[Growth]:
+    command = [sys.executable, "-m", "studies.closed_forms", "--growth", *case]
+    return [Growth(**json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))]
 
 
-def provenance() -> str:
-    import torchvision
-
-    return (
-        f"aprillab {al.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} thread(s). Victims: all "
-        f"{len(al.victims())} photographs of data/victims, label 3, weights random. Made by "
-        "`python -m studies.closed_forms`."
-    )
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    fill(folder / "closed_forms.csv", Row, cases(options.quick), attacked, key=Case._fields)
+    models = [] if options.quick else [("vit_b_16",), ("vit_l_16",), ("vit_h_14",)]
+    fill(folder / "growth.csv", Growth, models, grown_elsewhere, key=("model",))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two victims and one seed, written nowhere")
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+GROWTH = {
+    "gradient_seconds": ".3f", "attack_seconds": ".3f", "ratio": ".3f", "least_psnr": ".1f", "peak_memory_gib": ".2f",
+}  # fmt: skip
+
+
+def summary(group: pd.DataFrame) -> dict[str, str]:
+    """The table's cells for one setting; a median of the ratios is not the ratio of the medians."""
+    done = group[group.psnr.notna()]
+    gradient = f"{group.gradient_seconds.median():.2f}"
+    if done.empty:
+        return {"runs": "0", "median dB": "refused", "gradient s": gradient}
+    return {
+        "runs": str(len(done)),
+        "median dB": f"{done.psnr.median():.1f}",
+        "least dB": f"{done.psnr.min():.1f}",
+        "exact": f"{done.exact.eq(True).sum()} of {len(done)}",
+        "attack s": f"{done.attack_seconds.median():.3f}",
+        "gradient s": gradient,
+        "ratio": f"{(done.attack_seconds / done.gradient_seconds).median():.3f}",
+    }
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    path = folder / "closed_forms.csv"
+    rows, growth = read(path, Row), read(folder / "growth.csv", Growth)
+    table = grouped(rows, ("section", "model", "attack", "precision"), summary)
+    refused = rows[rows.psnr.isna()].drop_duplicates(["model", "attack"])
+    fields = {
+        "made": made(path),
+        "victims": rows.victim.nunique(),
+        "table": markdown(table.rename(columns={"section": "setting"})),
+        "refused": "\n".join(f"- {row.model}, {row.attack}: {row.note}" for row in refused.itertuples()),
+        "growth": markdown(formatted(growth, **GROWTH)),
+    }
+    return fields, [Claim("seven decibels more than an 8-bit rounding", span._MARGIN_DB, span._MARGIN_DB == 7)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = study_parser(__doc__)
     parser.add_argument("--growth", metavar="MODEL", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.growth:
-        growth(arguments.growth)
+    options = parser.parse_args(argv)
+    if options.growth:
+        print(json.dumps(asdict(grown(options.growth))))
         return
-    rows = list(tqdm(sections(arguments.quick), desc="rows"))
-    table = summary(rows)
-    print(table)
-    if arguments.quick:
-        return
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / "closed_forms.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
-            for row in rows
-        )
-    head = "model,parameters,gradient_seconds,attack_seconds,ratio,least_psnr,peak_memory_gib"
-    lines = [head]
-    for name in ("vit_b_16", "vit_l_16", "vit_h_14"):
-        command = [sys.executable, "-m", "studies.closed_forms", "--growth", name]
-        lines.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
-    (RESULTS / "growth.csv").write_text("\n".join(lines) + "\n")
-    grown = "\n".join("| " + " | ".join(line.split(",")) + " |" for line in lines[1:])
-    (RESULTS / "closed_forms.md").write_text(
-        f"# The closed forms, measured\n\n{provenance()}\n\n{table}\n\n"
-        f"## Growth of the patch-embedding attack\n\n| {' | '.join(head.split(','))} |\n|{'---|' * 7}\n{grown}\n"
-    )
+    run_study("closed_forms", options, measure=measure, describe=describe)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 """How far the search gets that starts where the span attack ends: `python -m studies.hybrid`.
 
-Writes data/results/hybrid.csv, hybrid_curves.csv, hybrid.md and hybrid.png. Random weights, float32 gradients, no
-gradient of the position embedding, labels recovered by the attack. Every search has the same budget; nothing is tuned
-to a victim, and a run that is broken off goes on from its CSV.
-"""
+Writes hybrid.csv, hybrid_curves.csv, hybrid.md and hybrid.png. Random weights, float32 gradients,
+no gradient of the position embedding, labels recovered by the attack. Every search has the same
+budget; nothing is tuned to a victim."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from aprillab import viz
+import pandas as pd
+
 from aprillab.comparison.cases import Case, cross
-from aprillab.comparison.figures import picture_pages
-from aprillab.comparison.records import Row
 from aprillab.comparison.run import run
 
-RESULTS = Path(__file__).parent.parent / "data" / "results"
+from ._runner import Description, between, run_study, study_parser
+from ._tables import comparison_frame, comparison_made, comparison_pictures, grouped, markdown
+
 EVALUATIONS, SECONDS = 300, 150.0
 VICTIMS = ("astronaut", "chelsea", "coffee", "rocket")
 ATTACKS = ("span", "span_then_match")
@@ -27,127 +27,98 @@ ATTACKS = ("span", "span_then_match")
 def parts(quick: bool = False) -> dict[str, list[Case]]:
     """The study's cases by the question they answer."""
     if quick:
-        tiny = {"image_size": 16, "patch_size": 8, "width": 48, "depth": 2, "heads": 2}
+        tiny: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 48, "depth": 2, "heads": 2}
+        two: dict[str, Any] = {"victims": VICTIMS[:2], "positions": ("frozen",), "batch_sizes": (2,)}
         return {
             "4 patches": cross(victims=VICTIMS[:1], attacks=ATTACKS, positions=("sinusoidal",), **tiny),
-            "a batch of 2": cross(
-                victims=VICTIMS[:2], attacks=ATTACKS, positions=("frozen",), batch_sizes=(2,), **tiny
-            ),
+            "a batch of 2": cross(attacks=ATTACKS, **two, **tiny),
         }
     found: dict[str, list[Case]] = {}
     for patch in (8, 4):
         for width, heads in ((192, 3), (384, 6)):
             positions = ("sinusoidal", "sinusoidal-2d") if patch == 8 else ("sinusoidal",)
-            attacks = (*ATTACKS, "match:april") if (patch, width) == (8, 192) else ATTACKS
-            name = f"32×32, {(32 // patch) ** 2} patches, d = {width}"
-            found[name] = cross(
-                victims=VICTIMS, attacks=attacks, positions=positions, image_size=32, patch_size=patch, width=width,
-                depth=4, heads=heads,
+            found[f"32×32, {(32 // patch) ** 2} patches, d = {width}"] = cross(
+                victims=VICTIMS, attacks=(*ATTACKS, "match:april") if (patch, width) == (8, 192) else ATTACKS,
+                positions=positions, image_size=32, patch_size=patch, width=width, depth=4, heads=heads,
             )  # fmt: skip
+    large: dict[str, Any] = {"attacks": ATTACKS, "patch_size": 8, "width": 384, "depth": 4, "heads": 6}
     for size in (2, 4):
         found[f"batch of {size}, 32×32, 16 patches, d = 384"] = cross(
-            victims=VICTIMS, attacks=ATTACKS, positions=("frozen",), batch_sizes=(size,), image_size=32, patch_size=8,
-            width=384, depth=4, heads=6,
-        )  # fmt: skip
+            victims=VICTIMS, positions=("frozen",), batch_sizes=(size,), image_size=32, **large
+        )
     found["64×64, 64 patches, d = 384"] = cross(
-        victims=VICTIMS[:2], attacks=ATTACKS, positions=("sinusoidal",), image_size=64, patch_size=8, width=384,
-        depth=4, heads=6,
-    )  # fmt: skip
+        victims=VICTIMS[:2], positions=("sinusoidal",), image_size=64, **large
+    )
     found["224×224, 196 patches, ViT-B/16"] = cross(
         victims=VICTIMS[:1], attacks=ATTACKS, models=("vit_b_16",), positions=("sinusoidal",), image_size=224
     )
     return found
 
 
-def table(found: dict[str, list[Row]]) -> str:
-    """PSNR by part, embedding and attack."""
-    lines = [
-        "| setting | embedding | attack | updates | median dB | least | most | median loss | evaluations | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, rows in found.items():
-        for position, attack in dict.fromkeys((row.case.position, row.case.attack) for row in rows):
-            group = [row for row in rows if (row.case.position, row.case.attack) == (position, attack)]
-            scores = [row.psnr for row in group if row.psnr is not None]
-            losses = [row.loss for row in group if row.loss is not None]
-            counts = [row.evaluations for row in group if row.evaluations]
-            seconds = statistics.median(row.seconds for row in group)
-            cells = [name, position, attack, str(len(group))]
-            cells += [f"{f(scores):.1f}" for f in (statistics.median, min, max)] if scores else ["refused", "–", "–"]
-            cells += [f"{statistics.median(losses):.1e}" if losses else "–"]
-            cells += [f"{statistics.median(counts):.0f}" if counts else "–", f"{seconds:.1f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    budget = (10, None) if options.quick else (EVALUATIONS, SECONDS)
+    for cases in parts(options.quick).values():
+        run(cases, path=folder / "hybrid.csv", max_evaluations=budget[0], max_seconds=budget[1])
 
 
-def ranges(found: dict[str, list[Row]]) -> str:
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+def summary(group: pd.DataFrame) -> dict[str, str | None]:
+    """The table's cells for one part, embedding and attack."""
+    return {
+        "updates": str(len(group)),
+        "median dB": f"{group.psnr.median():.1f}" if group.psnr.count() else "refused",
+        "least": f"{group.psnr.min():.1f}" if group.psnr.count() else None,
+        "most": f"{group.psnr.max():.1f}" if group.psnr.count() else None,
+        "median loss": f"{group.loss.median():.1e}" if group.loss.count() else None,
+        "evaluations": f"{group.evaluations.median():.0f}" if group.evaluations.count() else None,
+        "seconds": f"{group.seconds.median():.1f}",
+    }
+
+
+def ranges(rows: pd.DataFrame) -> str:
     """One sentence a setting: from what to what the search lifts the picture."""
+
+    def span(values: pd.Series) -> str:
+        return " to ".join(dict.fromkeys(f"{v:.0f}" for v in (values.min(), values.max()))) + " dB"
+
     sentences = []
-    for name, rows in found.items():
-        before, after = (
-            [row.psnr for row in rows if row.case.attack == attack and row.psnr is not None] for attack in ATTACKS
-        )
-        if before and after:
-            spans = (f"{min(v):.0f} to {max(v):.0f} dB" if len(v) > 1 else f"{v[0]:.0f} dB" for v in (before, after))
-            sentences.append("- {}: the span alone {}, then matched {}".format(name, *spans))
+    for name, group in rows.groupby("part", sort=False):
+        before, after = (group[group.attack == attack].psnr.dropna() for attack in ATTACKS)
+        if len(before) and len(after):
+            sentences.append(f"- {name}: the span alone {span(before)}, then matched {span(after)}")
     return "\n".join(sentences)
 
 
-def report(found: dict[str, list[Row]]) -> str:
-    row = next(row for rows in found.values() for row in rows)
-    return f"""# Span first, matching after: how far it gets
-
-{__doc__.split(chr(10), 2)[2].strip()}
-
-aprillab {row.aprillab}, torch {row.torch}, Python {row.python}, {row.machine}, {row.threads} thread(s). At
-most {EVALUATIONS} evaluations and {SECONDS:.0f} s a search, on a shared machine: the seconds are an upper bound.
-PSNR of a batch is the mean after assignment. hybrid.csv has a row for each attack, hybrid_curves.csv how it went.
-
-{table(found)}
-
-{ranges(found)}
-
-![Rows of three small pictures: the private image, the span attack's, spoilt in many patches, and what the search made
-of it: sharp with 16 patches, with wrong patches in some places with 64.](hybrid.png)
-
-The first two photographs at 32×32, by rows in the order of the table: 16 patches and width 192 under 1-D, then 2-D
-sinusoids, the same at width 384, and 64 patches under 1-D ones at both widths. In bold, PSNR above that of an 8-bit
-rounding. In a batch the directions left open are (B − 1)·n a patch. "span" alone gives one picture for a batch.
-
-## Tried by hand
-
-Single runs, which no command makes again. Two runs with 64 patches that were stuck below 25 dB were taken apart: in
-each, neighbouring patches had changed places in the open directions, at a loss below 1e-4, though the private image
-has a smaller one. Exchanging the neighbours that most smooth the picture, and searching on from there, brought one of
-them from 23 to 28 dB. (Whole grey levels do better: rounding.md.) Open directions of equal length, or of length √τ as
-here, in place of the length τ that the span attack predicts: 85 and 73 dB instead of 62 (16 patches, astronaut, 1-D,
-60 evaluations), 79 and 87 instead of 51 (2-D, 140 evaluations), 21 and 28 instead of 23 (64 patches, chelsea, 300),
-and on a batch of two, its better image, 27 and 38 instead of 33. No gain: a smoothness prior for the start, total
-variation that fades, whitening the residual by the update's singular vectors, Gauss–Newton steps with conjugate
-gradients (the same minima), and exchanging neighbours during the search where that lowers the loss.
-"""
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    rows = comparison_frame(folder / "hybrid.csv", parts(options.quick))
+    table = grouped(rows, ("part", "position", "attack"), summary)
+    fields = {
+        "max_evaluations": rows.max_evaluations.iloc[0],
+        "max_seconds": rows.max_seconds.astype(float).iloc[0],
+        "made": comparison_made(rows),
+        "table": markdown(table.rename(columns={"part": "setting", "position": "embedding"})),
+        "ranges": ranges(rows),
+    }
+    searched = rows[(rows.attack == ATTACKS[1]) & (rows.image_size == 32)]
+    few, many = (searched[searched.part.str.contains(f" {n} patches, d")].psnr for n in (16, 64))
+    return fields, [
+        between("sharp with 16 patches", few.median(), least=60),
+        between("with wrong patches in some places with 64", many.median(), most=40),
+    ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two tiny models, ten evaluations, written nowhere")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as nowhere:
-        path = (Path(nowhere) if arguments.quick else RESULTS) / "hybrid.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = {
-            name: run(
-                cases, path=path, max_evaluations=10 if arguments.quick else EVALUATIONS,
-                max_seconds=None if arguments.quick else SECONDS,
-            )
-            for name, cases in parts(arguments.quick).items()
-        }  # fmt: skip
-        print(table(found))
-        path.with_suffix(".md").write_text(report(found), encoding="utf-8")
-        rows = [row for part in found.values() for row in part]
-        small = [row for row in rows if row.case.image_size <= 32 and row.case.victims[0] in VICTIMS[:2]]
-        shown = [row for row in small if len(row.case.victims) == 1 and row.case.attack in ATTACKS]
-        path.with_suffix(".png").write_bytes(viz.to_png(picture_pages(shown, path, lines=12)[0], dpi=110))
+def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
+    rows = comparison_frame(folder / "hybrid.csv", parts(options.quick))
+    small = [row for row in rows.row if row.case.image_size <= 32 and row.case.victims[0] in VICTIMS[:2]]
+    shown = [row for row in small if len(row.case.victims) == 1 and row.case.attack in ATTACKS]
+    return comparison_pictures(folder / "hybrid.csv", shown)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = study_parser(__doc__).parse_args(argv)
+    run_study("hybrid", options, measure=measure, describe=describe, draw=draw)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
-"""Record gradient matching for chapter 05: `python -m studies.recorded_attack` (all), or `… scrub`, `… twins`.
+"""Record gradient matching for chapter 05: `python -m studies.recorded_attack` (or `… scrub`, `…
+twins`).
 
 Written to data/results/:
 
-- matching_scrub.csv and .png: loss and PSNR at every evaluation of one attack on a colour photograph, and its
-  pictures in one strip, one for each row of the CSV that has a number in the column ``frame``;
-- matching_twins.csv and .png: where attacks end on the same digits with a learned position embedding, with its
-  gradient withheld ("frozen") and with a sinusoidal one; the strip has one picture for each row.
+- matching_scrub.csv and .png: loss and PSNR at every evaluation of one attack on a colour
+  photograph, and its pictures in one strip, one for each row of the CSV that has a number in the
+  column ``frame``;
+- matching_twins.csv and .png: where attacks end on the same digits with a learned position
+  embedding, with its gradient withheld ("frozen") and with a sinusoidal one; the strip has a
+  picture for each row.
 
-Random weights (seed 0), float64 gradients, one image, label recovered, the preset "april" with one start. Budgets are
-evaluations, so the same machine gives the same result; another machine rounds otherwise, and a search of hundreds of
-steps then takes another path. PSNR is of pixels clamped to [0, 1]; the strips are rounded to 8 bits.
+Random weights (seed 0), float64 gradients, one image, label recovered, the preset "april" with one
+start. Budgets are evaluations, so the same machine gives the same result; another machine rounds
+otherwise, and a search of hundreds of steps then takes another path. PSNR is of pixels clamped to
+[0, 1]; the strips are rounded to 8 bits.
 """
 
 from __future__ import annotations
 
-import csv
-import sys
-from dataclasses import asdict, dataclass
+import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +34,27 @@ from torch import Tensor
 import aprillab as al
 from aprillab.models import Position
 
-RESULTS = Path(__file__).parent.parent / "data" / "results"
+from ._rows import fill
+from ._runner import run_study, study_parser
+
 SMALL: dict[str, Any] = {"width": 64, "depth": 2, "heads": 4, "classes": 10, "seed": 0}
 DIGIT = {"image_size": 28, "patch_size": 7, "channels": 1, **SMALL}
 PHOTOGRAPH = {"image_size": 32, "patch_size": 8, "channels": 3, **SMALL, "width": 96}
-TWIN_DIGITS, TWIN_SEEDS, TWIN_EVALUATIONS = (5, 3), (0, 1, 2), 300
-TWIN_POSITIONS: tuple[Position, ...] = ("learned", "frozen", "sinusoidal")
-SCRUB_EVALUATIONS, SCRUB_EVERY = 600, 12
+DIGITS, SEEDS = (5, 3), (0, 1, 2)
+POSITIONS: tuple[Position, ...] = ("learned", "frozen", "sinusoidal")
+SCRUB_EVALUATIONS, SCRUB_EVERY, TWIN_EVALUATIONS = 600, 12, 300
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One evaluation of the attack on the photograph; ``frame`` is its picture's place in the
+    strip.
+    """
+
+    evaluation: int
+    loss: float
+    psnr: float
+    frame: int | None
 
 
 @dataclass(frozen=True)
@@ -53,89 +73,80 @@ class Twin:
     torch: str
 
 
-def digit(label: int) -> tuple[Tensor, Tensor]:
-    """The eighth MNIST-5k digit of its class: pixels (1, 1, 28, 28) in [0, 1], float64, and label (1,)."""
-    images, labels = al.mnist5k(dtype=torch.float64)
-    chosen = (labels == label).nonzero()[7]
-    return images[chosen], labels[chosen]
+def levels(picture: Tensor) -> np.ndarray:
+    """A picture (C, H, W) in [0, 1] as 8-bit values (H, W, C), or (H, W) where it is grey."""
+    values = picture.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(values.squeeze(-1) if values.shape[-1] == 1 else values)
 
 
-def strip(pictures: list[Tensor]) -> Image.Image:
-    """Pictures (C, H, W), pixels in [0, 1], side by side in 8 bits."""
-    row = torch.cat(pictures, dim=-1).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(row.squeeze(-1) if row.shape[-1] == 1 else row))
+def matched(*arguments: Any, **options: Any) -> al.Reconstruction:
+    """The preset with one start; it returns its best at Ctrl-C, which is no record."""
+    found = al.match_gradients(*arguments, restarts=1, **options)
+    if found.diagnostics["stopped"] == "interrupted":
+        raise KeyboardInterrupt
+    return found
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def record_scrub() -> None:
-    """One attack on a photograph, evaluation by evaluation."""
+def recorded(file: Path, evaluations: int, _: object) -> list[Moment]:
+    """One attack on a photograph, evaluation by evaluation; its pictures go to ``file``."""
     private = al.load_victim("astronaut", 32, dtype=torch.float64)[None]
     model = al.VisionTransformer(**PHOTOGRAPH).double()
     update = al.client_update(model, al.HALF.to_input(private), torch.tensor([3]))
-    rows: list[dict[str, Any]] = []
-
-    def record(entry: dict[str, Any], images: Tensor) -> None:
-        pixels = al.HALF.to_pixels(images)
-        quality = f"{float(al.psnr(pixels, private)):.2f}"
-        rows.append({"evaluation": entry["evaluation"], "loss": f"{entry['loss']:.4e}", "psnr": quality, "frame": ""})
-
-    found = al.match_gradients(
-        model, update, max_evaluations=SCRUB_EVALUATIONS, restarts=1, snapshots=SCRUB_EVERY, callback=record
-    )
-    pictures: list[Tensor] = []
-    for row, entry in zip(rows, found.history, strict=True):
+    scores: list[float] = []
+    found = matched(
+        model, update, max_evaluations=evaluations, snapshots=SCRUB_EVERY,
+        callback=lambda _, images: scores.append(float(al.psnr(al.HALF.to_pixels(images), private))),
+    )  # fmt: skip
+    rows: list[Moment] = []
+    pictures: list[np.ndarray] = []
+    for entry, psnr in zip(found.history, scores, strict=True):
+        frame = len(pictures) if "images" in entry else None
+        rows.append(Moment(entry["evaluation"], entry["loss"], psnr, frame))
         if "images" in entry:
-            row["frame"] = len(pictures)
-            pictures.append(al.HALF.to_pixels(entry["images"])[0])
-    write_csv(RESULTS / "matching_scrub.csv", rows)
-    strip(pictures).save(RESULTS / "matching_scrub.png", optimize=True)
-    print(f"scrub: {len(rows)} evaluations, {len(pictures)} frames, {rows[-1]['psnr']} dB, {found.reason}")
+            pictures.append(levels(al.HALF.to_pixels(entry["images"])[0]))
+    Image.fromarray(np.concatenate(pictures, axis=1)).save(file, optimize=True)
+    return rows
 
 
-def record_twins() -> None:
-    """The same attack on the same digits, with three kinds of position embedding and three seeds."""
-    rows: list[dict[str, Any]] = []
-    pictures: list[Tensor] = []
-    for label in TWIN_DIGITS:
-        private, labels = digit(label)
-        for position in TWIN_POSITIONS:
-            model = al.VisionTransformer(**DIGIT, position=position).double()
-            update = al.client_update(model, al.HALF.to_input(private), labels)
-            for seed in TWIN_SEEDS:
-                found = al.match_gradients(model, update, seed=seed, restarts=1, max_evaluations=TWIN_EVALUATIONS)
-                diagnostics = found.diagnostics
-                twin = Twin(
-                    digit=label,
-                    position=position,
-                    seed=seed,
-                    evaluations=diagnostics["evaluations"],
-                    first_loss=float(f"{found.history[0]['loss']:.4e}"),
-                    loss=float(f"{diagnostics['loss']:.4e}"),
-                    residual=float(f"{diagnostics['residual']:.4e}"),
-                    psnr=round(float(al.psnr(found.pixels, private)), 2),
-                    stopped=diagnostics["stopped"],
-                    torch=torch.__version__,
-                )
-                print(twin, flush=True)
-                rows.append(asdict(twin))
-                pictures.append(found.pixels[0])
-    write_csv(RESULTS / "matching_twins.csv", rows)
-    strip(pictures).save(RESULTS / "matching_twins.png", optimize=True)
+TwinCase = tuple[int, Position, int]
 
 
-def main(names: list[str]) -> None:
-    records = {"scrub": record_scrub, "twins": record_twins}
-    if unknown := [name for name in names if name not in records]:
-        raise SystemExit(f"{unknown[0]!r} is none of {', '.join(records)}")
-    for name in names or records:
-        records[name]()
+def twin(file: Path, evaluations: int, cases: list[TwinCase], case: TwinCase) -> list[Twin]:
+    """One attack on the eighth digit of a class; its picture goes to its place in ``file``."""
+    digit, position, seed = case
+    images, labels = al.mnist5k(dtype=torch.float64)
+    chosen = (labels == digit).nonzero()[7]
+    model = al.VisionTransformer(**DIGIT, position=position).double()
+    update = al.client_update(model, al.HALF.to_input(images[chosen]), labels[chosen])
+    found = matched(model, update, seed=seed, max_evaluations=evaluations)
+    number = cases.index(case)
+    strip = [np.asarray(Image.open(file))[:, : 28 * number]] if number else []
+    Image.fromarray(np.concatenate([*strip, levels(found.pixels[0])], axis=1)).save(file, optimize=True)
+    facts = {name: found.diagnostics[name] for name in ("evaluations", "loss", "residual", "stopped")}
+    psnr = float(al.psnr(found.pixels, images[chosen]))
+    first = found.history[0]["loss"]
+    return [Twin(digit, position, seed, first_loss=first, psnr=psnr, torch=torch.__version__, **facts)]
+
+
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    quick, scrub, twins = options.quick, folder / "matching_scrub.csv", folder / "matching_twins.csv"
+    if options.record != "twins":
+        budget = 2 * SCRUB_EVERY if quick else SCRUB_EVALUATIONS
+        whole = partial(recorded, scrub.with_suffix(".png"), budget)
+        fill(scrub, Moment, [(1,)], whole, key=("evaluation",), settings={"evaluations": budget})
+    if options.record != "scrub":
+        budget, few = (5, 1) if quick else (TWIN_EVALUATIONS, None)
+        cases = list(itertools.product(DIGITS[:few], POSITIONS, SEEDS[:few]))
+        attack = partial(twin, twins.with_suffix(".png"), budget, cases)
+        fill(twins, Twin, cases, attack, key=("digit", "position", "seed"), settings={"evaluations": budget})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("record", nargs="?", choices=("scrub", "twins", "both"), default="both")
+    options = parser.parse_args(argv)
+    run_study("recorded_attack", options, measure=measure)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

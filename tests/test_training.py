@@ -9,7 +9,6 @@ from torch import nn
 
 from aprillab import VisionTransformer
 from aprillab.training import CheckpointError, evaluate, load_weights, train
-from studies import accuracy
 
 
 def tiny(seed: int = 0, **options) -> VisionTransformer:
@@ -197,72 +196,3 @@ def test_senseless_arguments_are_refused(options: dict, message: str) -> None:
         train(tiny(), images, labels[1:], epochs=1)
     with pytest.raises(ValueError, match="every parameter of the model is frozen"):
         train(tiny().requires_grad_(False), images, labels, epochs=1)
-
-
-# --- The benchmark that asks the accuracy question ------------------------------------------------------------
-
-
-def test_the_benchmarks_embeddings_differ_in_nothing_but_the_embedding() -> None:
-    found = {}
-    for name, options in accuracy.embeddings(2, 16, seed=3).items():
-        found[name] = tiny(seed=3, **options)
-    assert list(found) == ["learned", "frozen", "frozen, scaled", "sinusoidal 1-D", "sinusoidal 2-D", "none"]
-    reference = {k: t for k, t in weights(found["learned"]).items() if k != "position_embedding"}
-    for name, model in found.items():
-        others = {k: t for k, t in weights(model).items() if k != "position_embedding"}
-        assert_equal(others, reference)
-        trained = {k for k, p in model.named_parameters() if p.requires_grad}
-        assert ("position_embedding" in trained) == (name == "learned")
-    assert torch.equal(found["frozen"].position_embedding, found["learned"].position_embedding)
-    assert 0.5 < float(found["frozen, scaled"].position_embedding.std()) < 0.9
-
-
-def test_the_benchmarks_interval_and_table() -> None:
-    mean, half = accuracy.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3.0
-    assert half == pytest.approx(2.7764451 * (2.5**0.5) / 5**0.5, rel=1e-6)
-    rows = [
-        accuracy.Row("mnist5k", name, seed, value / 100, 0.1, 2, 10, 4, 4, 1.0)
-        for seed in range(3)
-        for name, value in (("learned", 80 + 5 * seed), ("none", 78 + 5 * seed))
-    ]
-    # The seeds differ by five points and the embeddings by two at each of them: the paired interval is narrow.
-    assert "| none | 3 | 83.0 ± 12.4 | -2.0 ± 0.0 |" in accuracy.summary(rows)
-
-
-def test_the_benchmark_runs_is_interrupted_and_resumes(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(accuracy.al, "mnist5k", lambda part, seed: digits(part))
-    command = [
-        "accuracy",
-        "--seeds",
-        "1",
-        "--epochs",
-        "1",
-        "--width",
-        "16",
-        "--depth",
-        "1",
-        "--output",
-        str(tmp_path),
-    ]
-    monkeypatch.setattr("sys.argv", command)
-    accuracy.main()
-    rows = accuracy.read_rows(tmp_path / "accuracy.csv")
-    assert [row.embedding for row in rows] == list(accuracy.embeddings(4, 16, 0))
-    assert all(0 <= row.accuracy <= 1 and row.train_images == 30 for row in rows)
-    # Without its last two rows the table is completed, and the rows that were there are not computed again.
-    kept = (tmp_path / "accuracy.csv").read_text().splitlines()[:-2]
-    kept[1] = kept[1].replace("learned,0,", "learned,0,0.123,0.1,1,9,30,20,7.0#").split("#")[0]
-    (tmp_path / "accuracy.csv").write_text("\n".join(kept) + "\n")
-    monkeypatch.setattr("sys.argv", [*command, "--resume"])
-    accuracy.main()
-    again = accuracy.read_rows(tmp_path / "accuracy.csv")
-    assert again[0].accuracy == 0.123
-    assert [(r.embedding, r.accuracy) for r in again[1:]] == [(r.embedding, r.accuracy) for r in rows[1:]]
-    assert "| none | 1 |" in (tmp_path / "accuracy.md").read_text(encoding="utf-8")
-
-
-def digits(part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    count = 30 if part == "train" else 20
-    images = torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(count))
-    return images, torch.arange(count) % 10

@@ -1,21 +1,34 @@
-"""The conditioning study: its rank functions against constructions with known answers, and its smallest run."""
+"""The conditioning study: its rank functions against constructions with known answers, and its
+smallest run.
+"""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
 import aprillab as al
-from studies import conditioning
-from studies.conditioning import Embedding, independence, line, sinusoids, values, with_position
+from studies._rows import read
+from studies._runner import RESULTS
+from studies.conditioning import measure as conditioning
+from studies.conditioning.__main__ import main
+from studies.conditioning.independence import (
+    PRECISIONS,
+    Embedding,
+    Independence,
+    independence,
+    sinusoids,
+    values,
+    with_position,
+)
+from studies.conditioning.measure import FULL, Case, Row, Study, cases
+from studies.conditioning.page import line
 
 WIDTH, SIDE, P = 96, 4, 48  # 4 patches of 48 pixels: 48 + 4 + 1 ≤ 96
 
@@ -49,7 +62,9 @@ SINGULAR = torch.tensor([3.0, 1.0, 1e-3, 1e-9], dtype=torch.float64)
 
 
 def known(model: al.VisionTransformer) -> Tensor:
-    """Four position vectors, mixed by a rotation, whose singular values are SINGULAR, all outside the image."""
+    """Four position vectors, mixed by a rotation, whose singular values are SINGULAR, all outside
+    the image.
+    """
     mix = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     return mix @ (SINGULAR[:, None] * outside_directions(model, 4))
 
@@ -94,7 +109,8 @@ def test_scaling_moves_the_values_and_the_digits_but_no_rank() -> None:
     assert ten.rank(1e-7) == once.rank(1e-7) == 3
     assert ten.digits(1e-12) - once.digits(1e-12) == pytest.approx(1, abs=1e-3)
     assert ten.mean_digits(1e-12) - once.mean_digits(1e-12) == pytest.approx(1, abs=1e-3)
-    # One of four directions holds all of the mean of 1/σ², so the mean is half a power of four better.
+    # One of four directions holds all of the mean of 1/σ², so the mean is half a power of four
+    # better.
     assert once.mean_digits(1e-12) - once.digits(1e-12) == pytest.approx(math.log10(2), abs=1e-3)
 
 
@@ -138,7 +154,7 @@ def test_the_tables_are_the_packages_own() -> None:
 
 
 def test_rounding_a_1d_table_makes_it_independent_and_a_2d_table_never() -> None:
-    def least(kind: str, table: str) -> conditioning.Independence:
+    def least(kind: str, table: str) -> Independence:
         model = al.VisionTransformer(
             image_size=32, patch_size=4, width=192, depth=1, heads=3, classes=3, position="frozen"
         ).double()  # fmt: skip
@@ -154,65 +170,60 @@ def test_rounding_a_1d_table_makes_it_independent_and_a_2d_table_never() -> None
 
 
 def test_the_line_is_twenty_decibels_a_digit_and_says_how_far_off_the_rows_are() -> None:
-    row = conditioning.Row(**{f.name: 0 for f in dataclasses.fields(conditioning.Row)})
     deviations = [0.0, 0.0, 0.0, 4.0, -9.0, 1.0, -1.0]
-    rows = [
-        dataclasses.replace(row, digits=x, psnr=20 * x + 12 + e) for x, e in zip(range(2, 9), deviations, strict=True)
-    ]
-    rows += [dataclasses.replace(row, digits=x, psnr=15) for x in (-3, 0, 1)]  # nothing left: not part of the line
-    found = line(rows, "digits")
+    digits = pd.Series(range(2, 9), dtype=float)
+    rows = pd.DataFrame({"digits": digits, "psnr": 20 * digits + 12 + pd.Series(deviations)})
+    spent = pd.DataFrame({"digits": [-3.0, 0.0, 1.0], "psnr": 15.0})  # nothing left: not part of the line
+    found = line(pd.concat([rows, spent]), "digits")
     assert (found.rows, found.offset, found.spread, found.largest) == (7, 12, 1, 9)
-    clean = line([dataclasses.replace(row, digits=x, psnr=17 * x) for x in range(2, 9)], "digits")
+    clean = line(pd.DataFrame({"digits": digits, "psnr": 17 * digits}), "digits")
     assert clean.slope == pytest.approx(17)
     assert clean.largest > 5
 
 
+def test_the_cases_are_those_of_the_committed_table() -> None:
+    expected = [case._replace(embedding=str(case.embedding)) for case in cases(Study())]
+    found = read(RESULTS / "conditioning.csv", Row)[list(Case._fields)].itertuples(index=False, name=None)
+    assert list(found) == expected
+
+
 @pytest.mark.slow
-def test_the_smallest_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "argv", ["conditioning", "--quick", "--output", str(tmp_path)])
-    conditioning.main()
+def test_the_smallest_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["--quick", "--out", str(tmp_path)])
     table = tmp_path / "conditioning.csv"
-    with table.open(encoding="utf-8") as file:
-        header = next(csv.reader(file))
-    wanted = (
-        "embedding kind base scale precision seed victim psnr predicted_psnr exact rank rank_bound condition digits"
-    )
-    assert set(wanted.split()) <= set(header)
-    rows = conditioning.read_rows(table)
-    assert len(rows) == len({row.key for row in rows})
-    found = {
-        (row.patches, row.weights, row.kind, row.table, row.precision): row for row in rows if row.section[0] == "3"
-    }
+    rows = read(table, Row)
+    assert not rows.duplicated(list(Case._fields)).any()
+    random = rows[(rows.weights == "random") & (rows.section.str[0] == "3")]
+    found = {(row.patches, row.kind, row.table, row.precision): row for row in random.itertuples()}
 
     for patches in (64, 16):
-        for precision in ("float64", "float32"):
-            frozen = found[patches, "random", "random", "", precision]
+        for precision in FULL:
+            frozen = found[patches, "random", "", precision]
             assert frozen.psnr > 40
             assert frozen.rank == patches
-            flat = found[patches, "random", "2-D", "", precision]
+            flat = found[patches, "2-D", "", precision]
             assert flat.psnr < 30
             assert flat.rank == flat.rank_bound == 2 * patches**0.5 - 1
-        assert found[patches, "random", "1-D", "float32", "float64"].psnr > 100
-    one_d = {p: found[16, "random", "1-D", "", p] for p in conditioning.PRECISIONS}
+        assert found[patches, "1-D", "float32", "float64"].psnr > 100
+    one_d = {p: found[16, "1-D", "", p] for p in PRECISIONS}
     assert one_d["float32"].psnr < one_d["float64"].psnr - 20
     assert one_d["float64"].rank == 16 > one_d["float32"].rank > one_d["bfloat16"].rank
-    assert found[64, "random", "1-D", "", "float64"].psnr < 30  # float64 is not enough for 64 patches: it is for 16
-    assert found[64, "random", "1-D", "", "float64"].rank < 64
+    assert found[64, "1-D", "", "float64"].psnr < 30  # float64 is not enough for 64 patches: it is for 16
+    assert found[64, "1-D", "", "float64"].rank < 64
 
-    trained = [row for row in rows if row.weights == "trained" and row.kind == "learned"]
-    assert {row.precision for row in trained} == set(conditioning.PRECISIONS)
-    assert all(row.psnr > 40 for row in trained if row.precision in conditioning.FULL)
+    trained = rows[(rows.weights == "trained") & (rows.kind == "learned")]
+    assert set(trained.precision) == set(PRECISIONS)
+    assert (trained.psnr[trained.precision.isin(FULL)] > 40).all()
 
     assert (tmp_path / "conditioning.png").read_bytes()[:4] == b"\x89PNG"
     text = (tmp_path / "conditioning.md").read_text(encoding="utf-8")
-    assert all(row.embedding in text for row in rows)
+    assert all(embedding in text for embedding in rows.embedding)
     assert "| 7 of 16 |" in text
 
     def nothing(*arguments: object) -> None:
         raise AssertionError("a row that was there was measured again")
 
     before = table.read_text(encoding="utf-8")
-    monkeypatch.setattr(conditioning, "attack", nothing)
-    monkeypatch.setattr(sys, "argv", ["conditioning", "--quick", "--resume", "--output", str(tmp_path)])
-    conditioning.main()
+    monkeypatch.setattr(conditioning, "attacked", nothing)
+    main(["--quick", "--out", str(tmp_path)])
     assert table.read_text(encoding="utf-8") == before

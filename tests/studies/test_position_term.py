@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
 import aprillab as al
 from studies import position_term
-from studies.position_term import EVERY, Row, Setting, Study, rearranged, summaries, summarize
+from studies._rows import read
+from studies._runner import RESULTS
+from studies.position_term import EVERY, Row, Setting, Study, rearranged, summaries, table_of
 
 STUDY = Study(
     settings=(Setting(0.0), Setting(1.0), Setting(1.0, "whole")), digits=(3,), seeds=(0,), evaluations=20, width=32,
@@ -33,6 +35,12 @@ WITHOUT = [row(0.0, 0, 300, 50.0), row(0.0, 1, None, 6.0), row(0.0, 2, 100, 29.0
 WITH = [row(1.0, 0, 100, 90.0), row(1.0, 1, 200, 80.0), row(1.0, 2, 120, 40.0), row(1.0, 3, None, 8.0)]
 
 
+def summarize(runs: list[Row], without: list[Row]) -> SimpleNamespace:
+    columns = list(Row.__dataclass_fields__)
+    frames = (pd.DataFrame(some, columns=columns) for some in (runs, without))
+    return SimpleNamespace(**position_term.summarize(*frames))
+
+
 def test_runs_are_counted_and_compared_pair_by_pair() -> None:
     found = summarize(WITH, list(reversed(WITHOUT)))  # pairs go by victim and seed, not by their order
     assert (found.runs, found.good) == (4, 3)
@@ -45,7 +53,8 @@ def test_runs_are_counted_and_compared_pair_by_pair() -> None:
     # Wilson's interval of 3 in 4, by its formula.
     z, n, share = 1.959964, 4, 0.75
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    assert found.interval == pytest.approx([(middle + s * half) / (1 + z * z / n) for s in (-1, 1)], rel=1e-5)
+    bounds = [100 * (middle + s * half) / (1 + z * z / n) for s in (-1, 1)]
+    assert (found.low, found.high) == pytest.approx(bounds, rel=1e-5)
 
 
 def test_a_run_that_only_passed_through_30_db_has_not_succeeded() -> None:
@@ -65,10 +74,10 @@ def test_the_sign_test_leaves_ties_out() -> None:
 
 def test_settings_are_kept_apart() -> None:
     whole = [replace(r, term="whole", psnr=5.0) for r in WITH]
-    found = summaries([*WITH, *whole, *WITHOUT])
-    assert list(found) == [Setting(0.0), Setting(1.0), Setting(1.0, "whole")]
-    assert [s.good for s in found.values()] == [1, 3, 0]
-    table = position_term.table_of([*WITH, *whole, *WITHOUT]).splitlines()
+    found = summaries(pd.DataFrame([*WITH, *whole, *WITHOUT]))
+    assert list(found.label) == ["0", "1", "1, whole"]
+    assert list(found.good) == [1, 3, 0]
+    table = table_of(found).splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert re.match(r"\| 1 \| 3 of 4 \| 30 to 95 % \| 120 \| 160 \| 60.0 \| 61.0 \|", table[3])
     assert "2 · 1" in table[3]
@@ -102,7 +111,7 @@ def test_a_search_is_scored_from_outside(monkeypatch: pytest.MonkeyPatch) -> Non
             callback({"evaluation": evaluation}, truth if evaluation >= 21 else truth + 0.5)
         return al.Reconstruction(
             "match_gradients(april)", truth + 0.5, pixels[None] * 0, None, False, "",
-            {"terms": {"distance": 0.25}, "evaluations": 47}, 2.0,
+            {"terms": {"distance": 0.25}, "evaluations": 47, "stopped": "evaluations"}, 2.0,
         )  # fmt: skip
 
     monkeypatch.setattr(al, "match_gradients", search)
@@ -114,42 +123,46 @@ def test_a_search_is_scored_from_outside(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen["restarts"] == 1
 
 
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> list[dict[str, str]]:
+def test_a_search_that_ctrl_c_ended_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = al.VisionTransformer(image_size=28, patch_size=7, channels=1, width=32, depth=1, heads=4, classes=10)
+    update = al.client_update(model, torch.zeros(1, 1, 28, 28), torch.tensor([3]))
+
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(al, "psnr", pressed)  # in the callback, at the tenth evaluation
+    with pytest.raises(KeyboardInterrupt):
+        position_term.attack(model, update, torch.zeros(1, 28, 28), Setting(1.0), seed=0, evaluations=20)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> pd.DataFrame:
     monkeypatch.setattr(position_term, "SMALLEST", STUDY)
-    monkeypatch.setattr(sys, "argv", ["position_term", "--quick", "--output", str(folder), *options])
-    position_term.main()
-    with (folder / "position_term.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    position_term.main(["--quick", "--out", str(folder)])
+    return read(folder / "position_term.csv", Row)
 
 
 def test_the_smallest_run_and_its_resumption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = run(monkeypatch, tmp_path)
-    assert [(r["alpha"], r["term"]) for r in rows] == [("0", "per_token"), ("1", "per_token"), ("1", "whole")]
-    assert {r["evaluations"] for r in rows} == {"20"}
-    assert len({r["distance"] for r in rows}) == 3  # the settings are searches of their own
-    assert all(float(r["psnr_rearranged"]) >= float(r["psnr"]) - 1e-3 for r in rows)
+    assert list(zip(rows.alpha, rows.term, strict=True)) == [(0, "per_token"), (1, "per_token"), (1, "whole")]
+    assert set(rows.evaluations) == {20}
+    assert rows.distance.nunique() == 3  # the settings are searches of their own
+    assert (rows.psnr_rearranged >= rows.psnr - 1e-3).all()
     text = (tmp_path / "position_term.md").read_text(encoding="utf-8")
     assert "python -m studies.position_term" in text
     assert "3 searches" in text
     assert (tmp_path / "position_term.png").read_bytes().startswith(b"\x89PNG")
 
-    def never(*arguments: object, **options: object) -> dict:
-        raise AssertionError("measured again")
-
     table = tmp_path / "position_term.csv"
     table.write_text("".join(table.read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
-    again = run(monkeypatch, tmp_path, "--resume")
-    assert again[:2] == rows[:2]
-    assert {**again[2], "seconds": ""} == {**rows[2], "seconds": ""}  # the same search once more
-    monkeypatch.setattr(position_term, "attack", never)
-    position_term.measure(STUDY, position_term.read_rows(table), lambda: None)
+    again = run(monkeypatch, tmp_path)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), rows.drop(columns="seconds"))
+    assert list(again.seconds[:2]) == list(rows.seconds[:2])  # only the third was searched once more
 
 
-def test_the_committed_table_is_what_the_report_says() -> None:
-    table = position_term.RESULTS / "position_term.csv"
-    rows = position_term.read_rows(table)
-    study = Study()
+def test_the_committed_table_is_what_the_page_says() -> None:
+    rows, study = read(RESULTS / "position_term.csv", Row), Study()
     expected = {(s.alpha, s.term, f"digit {d}", k) for s in study.settings for d in study.digits for k in study.seeds}
-    assert {r.key for r in rows} == expected
-    assert len(rows) == len(expected)
-    assert position_term.table_of(rows) in table.with_suffix(".md").read_text(encoding="utf-8")
+    found = list(zip(rows.alpha, rows.term, rows.victim, rows.seed, strict=True))
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    assert table_of(summaries(rows)) in (RESULTS / "position_term.md").read_text(encoding="utf-8")

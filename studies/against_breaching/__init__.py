@@ -1,0 +1,1 @@
+"""aprillab against the package breaching."""

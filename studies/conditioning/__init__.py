@@ -1,0 +1,1 @@
+"""Why sinusoids resist the span attack."""

@@ -1,0 +1,1 @@
+"""Ways to one evaluation of gradient matching, measured."""

@@ -1,0 +1,1 @@
+"""What the defences of the position embedding stop."""
