@@ -48,7 +48,8 @@ def shared_gradients(
         rows = where if isinstance(where, Rows) else Rows(where)
         gradient = rows.of(update.gradients)
         if gradient is None:
-            why = f": {rows} is fixed or withheld" if part == "position" else f" ({rows})"
-            raise AttackNotApplicable(attack, f"the gradient of the {words} is not shared{why}")
+            if part == "position":
+                raise AttackNotApplicable(attack, f"no {words} gradient is shared: {rows} is fixed or withheld")
+            raise AttackNotApplicable(attack, f"the gradient of the {words} ({rows}) is not shared")
         found[part] = gradient.to(device, torch.float64)
     return found
