@@ -246,7 +246,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("closed_forms", __doc__)
     parser.add_argument("--growth", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.growth:

@@ -117,7 +117,7 @@ def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = study_parser(__doc__).parse_args(argv)
+    options = study_parser("hybrid", __doc__).parse_args(argv)
     run_study("hybrid", options, measure=measure, describe=describe, draw=draw)
 
 

@@ -284,7 +284,7 @@ def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = study_parser(__doc__).parse_args(argv)
+    options = study_parser("position_term", __doc__).parse_args(argv)
     run_study("position_term", options, measure=measure, describe=describe, draw=draw)
 
 

@@ -142,7 +142,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("recorded_attack", __doc__)
     parser.add_argument("record", nargs="?", choices=("scrub", "twins", "both"), default="both")
     options = parser.parse_args(argv)
     run_study("recorded_attack", options, measure=measure)

@@ -20,7 +20,7 @@ from .page import describe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("against_breaching", __doc__)
     parser.add_argument("--python", help="the Python of an environment with breaching")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate-seconds", type=float, default=8.0)
