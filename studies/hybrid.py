@@ -2,7 +2,8 @@
 
 Writes hybrid.csv, hybrid_curves.csv, hybrid.md and hybrid.png. Random weights, float32 gradients,
 no gradient of the position embedding, labels recovered by the attack. Every search has the same
-budget; nothing is tuned to a victim."""
+budget; nothing is tuned to a victim.
+"""
 
 from __future__ import annotations
 

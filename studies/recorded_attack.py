@@ -47,9 +47,7 @@ SCRUB_EVALUATIONS, SCRUB_EVERY, TWIN_EVALUATIONS = 600, 12, 300
 
 @dataclass(frozen=True)
 class Moment:
-    """One evaluation of the attack on the photograph; ``frame`` is its picture's place in the
-    strip.
-    """
+    """One evaluation; ``frame`` is its picture's place in the strip."""
 
     evaluation: int
     loss: float

@@ -3,7 +3,8 @@
 Writes derivatives.csv, derivatives_attacks.csv, derivatives_profile.csv and derivatives.md: what
 ways there are to one evaluation of gradient matching (ways.py explains them), how long they take,
 how exact they are, and whether a search with another one gets as far. It spends minutes in
-torch.compile, which needs a C++ compiler; `--no-compile` leaves that out."""
+torch.compile, which needs a C++ compiler; `--no-compile` leaves that out.
+"""
 
 from __future__ import annotations
 
