@@ -38,9 +38,10 @@ def between(phrase: str, value: float, least: float = -math.inf, most: float = m
 Description = tuple[Mapping[str, Any], Sequence[Claim]]  # the fields of a page, and its claims
 
 
-def study_parser(about: str | None) -> argparse.ArgumentParser:
+def study_parser(name: str, about: str | None) -> argparse.ArgumentParser:
     """The options of all studies; ``about`` is the study's docstring."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m studies.{name}", description=about, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help="the smallest study that has every part; keeps no file")
     parser.add_argument("--report", action="store_true", help="measure nothing: page and figures from the CSV files")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the files, instead of data/results or none")

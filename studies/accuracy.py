@@ -156,7 +156,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("accuracy", __doc__)
     parser.add_argument("--data", choices=("mnist5k", "cifar10"), default="mnist5k")
     parser.add_argument("--root", type=Path, help="folder that holds CIFAR-10")
     parser.add_argument("--limit", type=int, help="only the first so many CIFAR-10 images")

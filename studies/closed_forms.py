@@ -7,7 +7,8 @@ in the same run, after one warm-up gradient; a ratio of the two means more than 
 
 A new column is a field of :class:`Row` (or :class:`Growth`), its value in :func:`attacked` (or
 :func:`grown`), and, if the page shows it, an entry in :func:`summary`. The CSV has other columns
-then and is to be removed before the next run."""
+then and is to be removed before the next run.
+"""
 
 from __future__ import annotations
 
@@ -246,7 +247,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("closed_forms", __doc__)
     parser.add_argument("--growth", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.growth:

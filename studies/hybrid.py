@@ -2,7 +2,8 @@
 
 Writes hybrid.csv, hybrid_curves.csv, hybrid.md and hybrid.png. Random weights, float32 gradients,
 no gradient of the position embedding, labels recovered by the attack. Every search has the same
-budget; nothing is tuned to a victim."""
+budget; nothing is tuned to a victim.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = study_parser(__doc__).parse_args(argv)
+    options = study_parser("hybrid", __doc__).parse_args(argv)
     run_study("hybrid", options, measure=measure, describe=describe, draw=draw)
 
 

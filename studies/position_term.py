@@ -175,7 +175,8 @@ def summarize(runs: pd.DataFrame, without: pd.DataFrame) -> dict[str, Any]:
 
     ``earlier`` and ``later`` count those at which it gets to 30 dB before, or after, α = 0 does
     (neither where both or none do at once); ``p`` is the two-sided sign test of the two, 1 where
-    there is nothing to compare."""
+    there is nothing to compare.
+    """
     mine, good = reach(runs), runs[runs.psnr >= GOOD]
     other = reach(without).reindex(mine.index)  # NaN, neither earlier nor later, where there is none
     earlier, later = int((mine < other).sum()), int((mine > other).sum())
@@ -284,7 +285,7 @@ def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = study_parser(__doc__).parse_args(argv)
+    options = study_parser("position_term", __doc__).parse_args(argv)
     run_study("position_term", options, measure=measure, describe=describe, draw=draw)
 
 

@@ -47,9 +47,7 @@ SCRUB_EVALUATIONS, SCRUB_EVERY, TWIN_EVALUATIONS = 600, 12, 300
 
 @dataclass(frozen=True)
 class Moment:
-    """One evaluation of the attack on the photograph; ``frame`` is its picture's place in the
-    strip.
-    """
+    """One evaluation; ``frame`` is its picture's place in the strip."""
 
     evaluation: int
     loss: float
@@ -142,7 +140,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("recorded_attack", __doc__)
     parser.add_argument("record", nargs="?", choices=("scrub", "twins", "both"), default="both")
     options = parser.parse_args(argv)
     run_study("recorded_attack", options, measure=measure)

@@ -201,7 +201,7 @@ def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = study_parser(__doc__).parse_args(argv)
+    options = study_parser("rounding", __doc__).parse_args(argv)
     run_study("rounding", options, measure=measure, describe=describe, draw=draw)
 
 

@@ -8,7 +8,8 @@ studies/README.md):
 Every run, ours or theirs, is a process of its own with one thread that reads the victim's model and
 update from files and attacks; ours and theirs take turns. An evaluation is one gradient distance
 with its gradient to the picture, line searches included. breaching's are counted by a hook on its
-objective. Both sides are told the label, except where the attack looks for it itself."""
+objective. Both sides are told the label, except where the attack looks for it itself.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from .page import describe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("against_breaching", __doc__)
     parser.add_argument("--python", help="the Python of an environment with breaching")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate-seconds", type=float, default=8.0)

@@ -39,7 +39,8 @@ class Run:
     Rates are evaluations per second of the processor or the clock, the first ten left out. ``psnr``
     is that of the last picture, ``best_psnr`` of the best on the way, which an attacker could not
     pick. ``cpu_to_bar`` and ``wall_to_bar`` are seconds until a picture reached BAR, inf if none
-    did; ``cpu`` are the processor's in all. ``version`` is the package's."""
+    did; ``cpu`` are the processor's in all. ``version`` is the package's.
+    """
 
     part: str
     round: int
@@ -71,9 +72,7 @@ class Place(NamedTuple):
 
 
 def write_case(folder: Path, digit: int, gradient_dtype: torch.dtype) -> Tensor:
-    """Write a client's update on one digit; returns its private pixels (1, 28, 28), which are not
-    written.
-    """
+    """Write an update on one digit; returns its private pixels (1, 28, 28), not written."""
     images, labels = al.mnist5k(dtype=torch.float64)
     chosen = (labels == digit).nonzero()[7]
     model = al.VisionTransformer(**MODEL).to(gradient_dtype)

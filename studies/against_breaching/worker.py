@@ -3,7 +3,8 @@ studies.against_breaching.worker JOB`.
 
 It may run in breaching's environment, so it imports no more than that one has. The victim's model
 and update come as plain files (safetensors, JSON); what goes out is a diary: when each evaluation
-was made, and of which picture."""
+was made, and of which picture.
+"""
 
 from __future__ import annotations
 

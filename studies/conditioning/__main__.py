@@ -24,7 +24,7 @@ from .page import describe, draw
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = study_parser(__doc__).parse_args(argv)
+    options = study_parser("conditioning", __doc__).parse_args(argv)
     run_study("conditioning", options, measure=measure, describe=describe, draw=draw)
 
 

@@ -25,7 +25,8 @@ class Embedding:
     ``scale`` is the standard deviation of a random one and the factor on a sinusoidal one;
     ``speed`` the angle in radians by which the fastest feature turns from one place to the next, 1
     in the usual table. ``table`` is the precision in which its values are stored, "" for that of
-    the model."""
+    the model.
+    """
 
     kind: str
     scale: float = 1.0
@@ -51,18 +52,14 @@ def sinusoids(kind: str, base: float = 1e4, speed: float = 1.0, **options: Any) 
 
 
 def sines(places: int, width: int, base: float, speed: float) -> Tensor:
-    """(places, width), float64: :func:`aprillab.sinusoidal_1d` with the place counted in steps of
-    ``speed``.
-    """
+    """(places, width), float64: the usual table with places counted in steps of ``speed``."""
     angle = speed * torch.arange(places, dtype=torch.float64)[:, None]
     angle = angle * base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
 def values(embedding: Embedding, grid: int, width: int, seed: int) -> Tensor:
-    """The table (1 + grid², width) in float64, rounded to the precision in which it is stored;
-    class token first.
-    """
+    """The table (1 + grid², width), float64, rounded as it is stored; class token first."""
     if embedding.kind == "random":
         generator = torch.Generator().manual_seed(1_000 + seed)
         table = torch.randn(grid**2 + 1, width, generator=generator, dtype=torch.float64)
@@ -79,9 +76,7 @@ def values(embedding: Embedding, grid: int, width: int, seed: int) -> Tensor:
 
 
 def with_position(model: nn.Module, table: Tensor) -> nn.Module:
-    """The model with its position embedding set to ``table`` (rounded to the model's precision) and
-    frozen.
-    """
+    """The model with its position embedding set to ``table``, in its precision, and frozen."""
     name = al.dissect(model).position or ""
     with torch.no_grad():
         dict(model.named_parameters())[name].copy_(table)
@@ -97,7 +92,8 @@ class Independence:
 
     ``positions`` (n,) are those of the vectors C (E_i + b_e); ``modulo`` (n,) those of what is left
     of them when the image of C W_e is projected out. Values below ``floor`` (the rounding of this
-    float64 computation) may be zero."""
+    float64 computation) may be zero.
+    """
 
     positions: Tensor
     modulo: Tensor
@@ -115,21 +111,15 @@ class Independence:
         return float(self.modulo[0]) / max(self.least, 1e-300)
 
     def rank(self, eps: float) -> int:
-        """How many of the vectors stay independent to a relative precision of ``eps``; 4 ``floor``
-        is the finest.
-        """
+        """How many vectors stay independent to a relative ``eps``; 4 ``floor`` is the finest."""
         return int((self.modulo > max(eps * float(self.positions[0]), 4 * self.floor)).sum())
 
     def digits(self, error: float) -> float:
-        """log₁₀ of the least singular value over an error in the tokens: the decimal digits that
-        the error leaves.
-        """
+        """log₁₀ of the least singular value over an error: the decimal digits it leaves."""
         return math.log10(max(self.least, self.floor) / error)
 
     def mean_digits(self, error: float) -> float:
-        """The same with all singular values, 1/σ² averaged, where :meth:`digits` takes the least
-        alone.
-        """
+        """The same with all singular values, 1/σ² averaged, instead of the least alone."""
         return -0.5 * math.log10(float((error / self.modulo.clamp_min(self.floor)).square().mean()))
 
 

@@ -71,9 +71,7 @@ def summary(rows: pd.DataFrame) -> str:
 
 
 class Line(NamedTuple):
-    """PSNR ≈ ``offset`` + 20 · digits, dB, over the rows with more than one; ``slope`` is a free
-    one.
-    """
+    """PSNR ≈ ``offset`` + 20 · digits, dB, over the ``rows``; ``slope`` is a free one."""
 
     rows: int
     slope: float

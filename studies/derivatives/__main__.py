@@ -3,7 +3,8 @@
 Writes derivatives.csv, derivatives_attacks.csv, derivatives_profile.csv and derivatives.md: what
 ways there are to one evaluation of gradient matching (ways.py explains them), how long they take,
 how exact they are, and whether a search with another one gets as far. It spends minutes in
-torch.compile, which needs a C++ compiler; `--no-compile` leaves that out."""
+torch.compile, which needs a C++ compiler; `--no-compile` leaves that out.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("derivatives", __doc__)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it takes minutes")
     parser.add_argument("--compiled", nargs=3, metavar=("MODEL", "DTYPE", "REPETITIONS"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

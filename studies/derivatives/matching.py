@@ -52,9 +52,7 @@ def digit(label: int) -> tuple[Tensor, Tensor]:
 
 
 def attack(way: Way, task: Task, private: Tensor, digit: int, label: str, evaluations: int) -> Attack:
-    """L-BFGS with a strong-Wolfe line search on D / ‖g‖², from one fixed noise picture; label
-    known.
-    """
+    """L-BFGS with a strong-Wolfe line search on D / ‖g‖², from fixed noise; label known."""
     generator = torch.Generator().manual_seed(1)
     images = (torch.randn(private.shape, generator=generator, dtype=torch.float64) / 2).to(private)
     images.requires_grad_()

@@ -1,7 +1,8 @@
 """Times and errors of the ways.
 
 Times are those of the processor, in one thread, so that the machine's other work counts less; the
-ways take turns."""
+ways take turns.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Row:
     """A way on one model; ``ratio`` is to the first way of its section, model and dtype.
 
     Medians of the repetitions, also of their ratios. ``error`` is that of ∇D relative to double
-    backward in float64, ``compile_seconds`` are the processor's, the C++ compiler's included."""
+    backward in float64, ``compile_seconds`` are the processor's, the C++ compiler's included.
+    """
 
     section: str
     model: str
@@ -94,9 +96,7 @@ def compare(
     section: str, name: str, dtype: str, ways: dict[str, tuple[Way, Task]], images: Tensor, reference: Tensor,
     repetitions: int, compile_seconds: dict[str, float] | None = None,
 ) -> Iterator[Row]:  # fmt: skip
-    """One row for each way; the first is what the others are divided by. Ways that fail give their
-    error.
-    """
+    """A row for each way, timed against the first; one that fails gives its error."""
     times: dict[str, list[tuple[float, float]]] = {}
     errors, notes = {}, {}
     for label, (way, task) in ways.items():  # also the warm-up

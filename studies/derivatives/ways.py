@@ -200,9 +200,7 @@ COMPILED: dict[str, Callable[[Task], Way]] = {
 
 
 class KernelAttention(Attention):
-    """The same attention through scaled_dot_product_attention, which chooses among PyTorch's
-    kernels.
-    """
+    """The same attention, but PyTorch chooses among its kernels."""
 
     def forward(self, z: Tensor) -> Tensor:
         b, t, d = z.shape
@@ -214,9 +212,7 @@ class KernelAttention(Attention):
 
 
 def with_kernels(model: nn.Module) -> nn.Module:
-    """A copy whose attention goes through PyTorch's kernels, with the same parameters in the same
-    order.
-    """
+    """A copy whose attention goes through PyTorch's kernels; parameters in the same order."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, Attention):

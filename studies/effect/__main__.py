@@ -27,7 +27,7 @@ from .page import describe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser(__doc__)
+    parser = study_parser("effect", __doc__)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the weights (%(default)s)")
     run_study("effect", parser.parse_args(argv), measure=measure, describe=describe, draw=draw)
 

@@ -50,7 +50,8 @@ class Study:
 
     Victims are test digits of different classes; a seed is that of the weights, of the training
     images' choice and order, and of a search's first guess. ``april``, ``hybrid`` and ``others``
-    are the evaluations of a search; ``few`` is the number of victims of the other presets."""
+    are the evaluations of a search; ``few`` is the number of victims of the other presets.
+    """
 
     victims: tuple[str, ...] = ("mnist:7", "mnist:207", "mnist:307", "mnist:507", "mnist:907")
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -98,7 +99,8 @@ def trained(study: Study, model: str, position: Position, seed: int, when: str) 
     """Train what is not there yet; the last epoch's training loss, and the test accuracy.
 
     "early" is a training of one epoch, "late" one of all, from the same weights with the same
-    images."""
+    images.
+    """
     file = Path(study.weights(when).format(model=model, position=position, seed=seed))
     epochs = 1 if when == "early" else study.epochs
     settings = {"images": study.images, "epochs": epochs, **study.shape}

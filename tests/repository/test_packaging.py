@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,9 @@ def test_extras_that_documents_name_exist(name: str) -> None:
         assert set(extras.split(",")) <= set(EXTRAS), f"{name} names [{extras}]; there are {sorted(EXTRAS)}"
 
 
-def test_the_package_imports_only_what_it_declares() -> None:
-    base, course = set(requirements()), set(requirements("course"))
-    for path in sorted((ROOT / "aprillab").rglob("*.py")):
+def imported(folder: str) -> Iterator[tuple[Path, int, bool, str]]:
+    """File, line, whether at the file's top level, and distribution, of all that is imported from elsewhere."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -99,15 +100,26 @@ def test_the_package_imports_only_what_it_declares() -> None:
             else:
                 continue
             for module in (module.partition(".")[0] for module in modules):
-                if module in sys.stdlib_module_names or module == "aprillab":
-                    continue
-                # Widgets are the one part that needs the course's packages as soon as it is imported.
-                eager = node in tree.body and path.name != "widgets.py"
-                distribution = DISTRIBUTION_OF.get(module, module)
-                assert distribution in (base if eager else course), (
-                    f"{path.relative_to(ROOT)}:{node.lineno} imports {module}, which "
-                    f"{'the base install' if eager else 'the course extra'} does not bring"
-                )
+                if module not in sys.stdlib_module_names and module != "aprillab":
+                    yield path.relative_to(ROOT), node.lineno, node in tree.body, DISTRIBUTION_OF.get(module, module)
+
+
+def test_the_package_imports_only_what_it_declares() -> None:
+    base, course = set(requirements()), set(requirements("course"))
+    for path, line, top, distribution in imported("aprillab"):
+        # Widgets are the one part that needs the course's packages as soon as it is imported.
+        eager = top and path.name != "widgets.py"
+        assert distribution in (base if eager else course), (
+            f"{path}:{line} imports {distribution}, which {'the base install' if eager else 'the course extra'} does "
+            "not bring"
+        )
+
+
+def test_the_studies_import_only_what_their_extra_brings() -> None:
+    declared = set(requirements("studies"))
+    other = {"breaching", "omegaconf"}  # in an environment of their own (studies/README.md)
+    for path, line, top, distribution in imported("studies"):
+        assert distribution in (declared if top else declared | other), f"{path}:{line} imports {distribution}"
 
 
 def test_console_script_leads_somewhere() -> None:

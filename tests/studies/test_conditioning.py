@@ -1,6 +1,4 @@
-"""The conditioning study: its rank functions against constructions with known answers, and its
-smallest run.
-"""
+"""The conditioning study: ranks of constructions with known answers; its smallest run."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ SINGULAR = torch.tensor([3.0, 1.0, 1e-3, 1e-9], dtype=torch.float64)
 
 
 def known(model: al.VisionTransformer) -> Tensor:
-    """Four position vectors, mixed by a rotation, whose singular values are SINGULAR, all outside
-    the image.
-    """
+    """Four mixed position vectors with singular values SINGULAR, all outside the image."""
     mix = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     return mix @ (SINGULAR[:, None] * outside_directions(model, 4))
 

@@ -46,9 +46,7 @@ class SpelledOutNorm(torch.nn.Module):
 
 
 def direct(task: Task, images: Tensor) -> tuple[float, Tensor]:
-    """D, and ∇D = Jᵀ u from the Jacobian's rows: derivatives of single entries of ∇w, added up one
-    by one.
-    """
+    """D, and ∇D = Jᵀ u, the derivatives of single entries of ∇w added up one by one."""
     images = images.clone().requires_grad_()
     gradients = task.gradients(images, create_graph=True)
     flat = torch.cat([g.flatten() for g in gradients])

@@ -171,7 +171,7 @@ class Squares:
         return {"squares.png": b"drawn"}
 
     def run(self, *argv: str) -> None:
-        options = study_parser("about").parse_args(argv)
+        options = study_parser("squares", "about").parse_args(argv)
         run_study("squares", options, measure=self.measure, describe=self.describe, draw=self.draw)
 
 
