@@ -197,12 +197,9 @@ def april_closed_form(
         p ≤ d, else ``"row_space"``.
     prior_pixel : float
         The flat picture, a grey level in [0, 1].
-    anatomy : Anatomy, optional
-        Default is ``dissect(model)``.
-    preprocessing : Preprocessing, optional
-        Pixels to model input; default is the model family's own.
-    labels : int64 Tensor of shape (1,), optional
-        If the attacker knows the label; otherwise it is recovered.
+    anatomy : Anatomy, optional; default is ``dissect(model)``
+    preprocessing : Preprocessing, optional; default is the model family's own
+    labels : int64 Tensor of shape (1,), optional; if the attacker knows the label
     device : where to solve; default is where the update lies
 
     Returns

@@ -87,12 +87,9 @@ def embedding_closed_form(
     model : nn.Module
         Only its parts' names and shapes are used, not its weights.
     update : ClientUpdate
-    anatomy : Anatomy, optional
-        Default is ``dissect(model)``.
-    preprocessing : Preprocessing, optional
-        Pixels to model input; default is the model family's own.
-    labels : int64 Tensor of shape (1,), optional
-        If the attacker knows the label; otherwise it is recovered.
+    anatomy : Anatomy, optional; default is ``dissect(model)``
+    preprocessing : Preprocessing, optional; default is the model family's own
+    labels : int64 Tensor of shape (1,), optional; if the attacker knows the label
     device : where to solve; default is where the update lies
 
     Returns
