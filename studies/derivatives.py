@@ -47,7 +47,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm.auto import tqdm
 
 import aprillab as al
-from aprillab.attacks.searches import search
+from aprillab.attacks.searches import problem, search
 from aprillab.models import Attention
 
 RESULTS = Path(__file__).parent.parent / "data" / "results"
@@ -518,11 +518,12 @@ def timers() -> Iterator[dict[str, float]]:
 
     with ExitStack() as stack:
         for owner, attribute, name in (
-            (search, "logits_of", lambda **_: "forward"),
+            (problem, "logits_of", lambda **_: "forward"),
             (torch.autograd, "grad", which),
-            (search.Problem, "evaluate", lambda **_: "problem"),
+            (problem.Problem, "evaluate", lambda **_: "problem"),
             (search.Search, "evaluate", lambda **_: "search"),
-            (search.Search, "_record", lambda **_: "record"),
+            (search.Search, "_keep", lambda **_: "record"),
+            (search.Log, "enter", lambda **_: "record"),
         ):
             function = getattr(owner, attribute)
             stack.enter_context(mock.patch.object(owner, attribute, timed(name, function)))
@@ -530,7 +531,7 @@ def timers() -> Iterator[dict[str, float]]:
 
 
 def profile(dtype: str, evaluations: int) -> dict[str, float]:
-    """Milliseconds of the processor an evaluation of the preset "april" takes on a digit, by part."""
+    """Milliseconds of the processor an evaluation of the recipe "april" takes on a digit, by part."""
     images, labels = al.mnist5k(dtype=torch.float64)
     chosen = (labels == 5).nonzero()[7]
     model, _ = build(DIGITS, "float64")
@@ -544,10 +545,13 @@ def profile(dtype: str, evaluations: int) -> dict[str, float]:
     parts = {
         "forward pass": spent["forward"],
         "first backward pass, ∇w": spent["first backward"],
-        "distance, α term, residual": spent["problem"] - spent["forward"] - spent["first backward"],
+        "distance, α term, residual": spent["problem"]
+        - spent["forward"]
+        - spent["first backward"]
+        - spent["second backward"],
         "second backward pass, to the unknowns": spent["second backward"],
         "history, best pictures, progress": spent["record"],
-        "rest of an evaluation": spent["search"] - spent["problem"] - spent["second backward"] - spent["record"],
+        "rest of an evaluation": spent["search"] - spent["problem"] - spent["record"],
         "L-BFGS and line search, and the set-up": total - spent["search"],
         "all": total,
     }

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 import aprillab as al
 from aprillab import viz
-from aprillab.attacks import CLOSED_FORMS, PRESETS
+from aprillab.attacks import CLOSED_FORMS, RECIPES
 from aprillab.comparison.records import Case, Row, read_curves, read_pictures, read_rows
 from aprillab.comparison.run import cross, run
 from aprillab.models import patchify
@@ -151,7 +151,7 @@ class Part:
     pictures: bool = False
 
 
-OTHERS = tuple(f"match:{name}" for name in PRESETS if name != "april")
+OTHERS = tuple(f"match:{name}" for name in RECIPES if name != "april")
 TWINS = ("learned", "frozen", "sinusoidal")
 
 

@@ -21,7 +21,7 @@ import math
 import platform
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,9 @@ def attack(
         if float(al.psnr(preprocessing.to_pixels(images)[0], pixels)) >= GOOD:
             reached.append(entry["evaluation"])
 
+    term = al.PositionTerm(weight=setting.alpha, per_token=setting.term == "per_token") if setting.alpha else None
     result = al.match_gradients(
-        model, update, preset="april", alpha=setting.alpha, position_term=setting.term, restarts=1, seed=seed,
+        model, update, recipe=replace(al.RECIPES["april"], position_term=term, restarts=1), seed=seed,
         max_evaluations=evaluations, callback=score, progress=False,
     )  # fmt: skip
     return {

@@ -7,7 +7,7 @@ Written to data/results/:
 - matching_twins.csv and .png: where attacks end on the same digits with a learned position embedding, with its
   gradient withheld ("frozen") and with a sinusoidal one; the strip has one picture for each row.
 
-Random weights (seed 0), float64 gradients, one image, label recovered, the preset "april" with one start. Budgets are
+Random weights (seed 0), float64 gradients, one image, label recovered, the recipe "april" with one start. Budgets are
 evaluations, so the same machine gives the same result; another machine rounds otherwise, and a search of hundreds of
 steps then takes another path. PSNR is of pixels clamped to [0, 1]; the strips are rounded to 8 bits.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ PHOTOGRAPH = {"image_size": 32, "patch_size": 8, "channels": 3, **SMALL, "width"
 TWIN_DIGITS, TWIN_SEEDS, TWIN_EVALUATIONS = (5, 3), (0, 1, 2), 300
 TWIN_POSITIONS: tuple[Position, ...] = ("learned", "frozen", "sinusoidal")
 SCRUB_EVALUATIONS, SCRUB_EVERY = 600, 12
+ONE_START = replace(al.RECIPES["april"], restarts=1)
 
 
 @dataclass(frozen=True)
 class Twin:
-    """Where one attack on a digit ended; losses are the preset's own, PSNR in dB."""
+    """Where one attack on a digit ended; losses are the recipe's own, PSNR in dB."""
 
     digit: int
     position: str
@@ -86,7 +87,7 @@ def record_scrub() -> None:
         rows.append({"evaluation": entry["evaluation"], "loss": f"{entry['loss']:.4e}", "psnr": quality, "frame": ""})
 
     found = al.match_gradients(
-        model, update, max_evaluations=SCRUB_EVALUATIONS, restarts=1, snapshots=SCRUB_EVERY, callback=record
+        model, update, recipe=ONE_START, max_evaluations=SCRUB_EVALUATIONS, snapshots=SCRUB_EVERY, callback=record
     )
     pictures: list[Tensor] = []
     for row, entry in zip(rows, found.history, strict=True):
@@ -108,7 +109,9 @@ def record_twins() -> None:
             model = al.VisionTransformer(**DIGIT, position=position).double()
             update = al.client_update(model, al.HALF.to_input(private), labels)
             for seed in TWIN_SEEDS:
-                found = al.match_gradients(model, update, seed=seed, restarts=1, max_evaluations=TWIN_EVALUATIONS)
+                found = al.match_gradients(
+                    model, update, recipe=ONE_START, seed=seed, max_evaluations=TWIN_EVALUATIONS
+                )
                 diagnostics = found.diagnostics
                 twin = Twin(
                     digit=label,

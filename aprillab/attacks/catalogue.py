@@ -71,7 +71,7 @@ _ROWS = (
     Attack("span_then_match", "span, then matching", span_then_match, "search", _SPAN),
     Attack("span_then_round", "span, then whole grey levels", span_then_round, "grey levels", _SPAN),
     *(
-        Attack(f"match:{name}", f"gradient matching, {title}", partial(match_gradients, preset=name), "search", ())
+        Attack(f"match:{name}", f"gradient matching, {title}", partial(match_gradients, recipe=name), "search", ())
         for name, title in _RECIPES.items()
     ),
 )

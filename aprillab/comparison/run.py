@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from ..anatomy import dissect
 from ..attacks.catalogue import ATTACKS
 from ..attacks.result import AttackNotApplicable
-from ..attacks.searches.match import PRESETS, match_gradients
+from ..attacks.searches.match import match_gradients
+from ..attacks.searches.recipes import RECIPES, Recipe
 from ..data import load_victim, mnist5k
 from ..metrics import match_batch, psnr, ssim
 from ..models import VisionTransformer
@@ -149,7 +150,7 @@ def run(
     path, cases = Path(path), list(dict.fromkeys(cases))
     if unknown := [case.attack for case in cases if case.attack not in ATTACKS]:
         raise CompareError(f"there is no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
-    least = max(preset.get("restarts", 1) for preset in PRESETS.values())
+    least = max(recipe.restarts for recipe in RECIPES.values())
     if max_evaluations < least or curve_every < 1:
         raise CompareError(f"max_evaluations={max_evaluations} must be {least} or more, and curve_every positive")
     rows = read_rows(path) if resume else []
@@ -247,7 +248,7 @@ def _warm_up() -> None:
     """The first search of a process spends seconds on imports, which belong to no attack."""
     model = VisionTransformer(image_size=4, patch_size=2, width=4, depth=1, heads=1, classes=2)
     update = client_update(model, torch.ones(1, 3, 4, 4), torch.tensor([0]))
-    match_gradients(model, update, restarts=1, max_evaluations=2, progress=False)
+    match_gradients(model, update, recipe=Recipe(), max_evaluations=2, progress=False)
 
 
 def _play_client(case: Case, device: torch.device) -> _Client:

@@ -1,8 +1,9 @@
 """Gradient matching: the objectives against direct formulas, the search's promises, and what it recovers."""
 
 import copy
-import dataclasses
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 from aprillab.attacks.result import AttackNotApplicable
 from aprillab.attacks.searches import objectives
-from aprillab.attacks.searches.match import PRESETS, match_gradients
+from aprillab.attacks.searches.coordinates import Coordinates
+from aprillab.attacks.searches.match import match_gradients
+from aprillab.attacks.searches.recipes import APRIL, GRADINVERSION, RECIPES, Adam, PositionTerm, Priors, Recipe
 from aprillab.metrics import match_batch, psnr
 from aprillab.models import VisionTransformer, patchify
 from aprillab.preprocessing import HALF, UNIT
@@ -106,7 +109,7 @@ def test_matching_knows_in_which_precision_the_update_was_shared() -> None:
     pairs = [list(mine.gradients.values()), [g.double() for g in update.gradients.values()]]
     expected = objectives.relative_l2(*pairs, eps=torch.finfo(torch.float32).eps).item()
     assert abs(expected / objectives.relative_l2(*pairs).item() - 1) > 0.01
-    result = quietly(model, update, init=trial, max_evaluations=1)
+    result = quietly(model, update, start=trial, max_evaluations=1)
     assert result.diagnostics["terms"]["distance"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -177,16 +180,20 @@ def test_the_whole_loss_and_its_gradient() -> None:
             torch.testing.assert_close(a, b)
         return objectives.l2(gradients, targets)
 
-    weights = {"alpha": 0.7, "total_variation": 0.3, "image_norm": 0.2, "box": 5.0}
+    weights = {"position": 0.7, "total_variation": 0.3, "image_norm": 0.2, "box": 5.0}
+    recipe = Recipe(
+        distance=distance,
+        position_term=PositionTerm(weight=0.7),
+        priors=Priors(total_variation=0.3, image_norm=0.2, box=5.0),
+    )
     quietly(
-        model, update, preset=None, objective=distance, init=trial, max_evaluations=1,
-        callback=lambda entry, _: seen.append(entry), **weights,
+        model, update, recipe=recipe, start=trial, max_evaluations=1, callback=lambda entry, _: seen.append(entry)
     )  # fmt: skip
     (entry,) = seen
     name = "position_embedding"
     expected = {
         "distance": objectives.l2(list(mine.gradients.values()), list(update.gradients.values())),
-        "alpha": objectives.position_cosine(mine.gradients[name], update.gradients[name]),
+        "position": objectives.position_cosine(mine.gradients[name], update.gradients[name]),
         "total_variation": objectives.total_variation(trial),
         "image_norm": objectives.image_norm(trial),
         "box": objectives.outside_box(trial, HALF),
@@ -204,16 +211,15 @@ def test_the_search_descends_the_loss_it_reports() -> None:
     trial, pictures, losses = HALF.to_input(victim(seed=9)[0]), [], []
 
     def loss_at(images: torch.Tensor) -> float:
-        result = quietly(model, update, init=images, max_evaluations=1)
+        result = quietly(model, update, start=images, max_evaluations=1)
         return result.history[0]["loss"]  # type: ignore[attr-defined]
 
     def keep(entry: dict, images: torch.Tensor) -> None:
         pictures.append(images.clone())
         losses.append(entry["loss"])
 
-    quietly(
-        model, update, optimizer="adam", learning_rate=1e-4, init=trial, max_evaluations=2, callback=keep
-    )  # fmt: skip
+    recipe = replace(APRIL, optimizer=Adam(learning_rate=1e-4))
+    quietly(model, update, recipe=recipe, start=trial, max_evaluations=2, callback=keep)
     assert losses[1] < losses[0]
     step = pictures[1] - trial
     for y, x in ((0, 0), (1, 2), (3, 3)):
@@ -242,17 +248,17 @@ BARS = {
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_reach_their_bar_on_a_cnn(preset: str) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_reach_their_bar_on_a_cnn(recipe: str) -> None:
     model = SmallCNN().double()
     pixels, label = smooth_victim(), torch.tensor([1])
     update = client_update(model, pixels, label)
     result = quietly(
-        model, update, preset=preset, image_shape=(1, 6, 6), preprocessing=UNIT, max_evaluations=300, seed=1
+        model, update, recipe=recipe, image_shape=(1, 6, 6), preprocessing=UNIT, max_evaluations=300, seed=1
     )
-    assert psnr(result.pixels, pixels).item() >= BARS[preset]
+    assert psnr(result.pixels, pixels).item() >= BARS[recipe]
     assert result.labels.tolist() == [1]
-    assert result.attack == f"match_gradients({preset})"
+    assert result.attack == f"match_gradients({recipe})"
     assert result.exact is False
     assert "twin" in result.reason
 
@@ -262,7 +268,7 @@ def test_april_on_a_vit() -> None:
     pixels, update = attacked(model, size=8)
     # So narrow a model has bad minima near most noise: start from a noisy guess.
     start = HALF.to_input(pixels) + 0.5 * randn(*pixels.shape, seed=5)
-    result = quietly(model, update, init=start, max_evaluations=300, tolerance=1e-6)
+    result = quietly(model, update, start=start, max_evaluations=300, tolerance=1e-6)
     assert psnr(result.pixels, pixels).item() > 60
     assert result.images.dtype == torch.float64
     torch.testing.assert_close(HALF.to_pixels(result.images), result.pixels)
@@ -278,7 +284,9 @@ def test_april_on_a_vit() -> None:
 def test_row_space_is_idle_where_it_restricts_nothing() -> None:
     model = small_vit()  # four patches of four pixels
     _, update = attacked(model)
-    one, other = (quietly(model, update, row_space=on, max_evaluations=5) for on in (True, False))
+    one, other = (
+        quietly(model, update, recipe=replace(APRIL, row_space=on), max_evaluations=5) for on in (True, False)
+    )
     assert one.diagnostics["directions"] is None
     assert torch.equal(one.images, other.images)
 
@@ -287,9 +295,7 @@ def test_a_batch_with_known_labels() -> None:
     model = SmallCNN().double()
     pixels, labels = victim(batch=2, size=6)
     update = client_update(model, pixels, labels)
-    result = quietly(
-        model, update, labels=labels, image_shape=(1, 6, 6), preprocessing=UNIT, max_evaluations=150, alpha=0.0
-    )
+    result = quietly(model, update, labels=labels, image_shape=(1, 6, 6), preprocessing=UNIT, max_evaluations=150)
     order = match_batch(result.pixels, pixels)
     assert psnr(result.pixels[order], pixels).min().item() > 25
     assert result.diagnostics["labels"] == "known to the attacker"
@@ -300,7 +306,7 @@ def test_dlg_takes_a_batch_in_colour() -> None:
     """In colour, the pictures' gradient has its channels last in memory, and L-BFGS takes views of it."""
     model = small_vit(channels=3)
     _, update = attacked(model, batch=2, channels=3)
-    result = quietly(model, update, preset="dlg", max_evaluations=8)
+    result = quietly(model, update, recipe="dlg", max_evaluations=8)
     assert result.images.shape == (2, 3, 4, 4)
     assert result.labels.shape == (2,)
     assert result.diagnostics["loss"] < result.history[0]["loss"]
@@ -312,7 +318,7 @@ def test_withheld_tensors_are_not_matched_and_alpha_is_said_to_be_idle() -> None
     less = update.without(["position_embedding", "blocks.0.mlp.0.weight"])
     result = quietly(model, less, max_evaluations=150)
     assert result.diagnostics["matched"] == len(update.gradients) - 2
-    assert "alpha" not in result.diagnostics["terms"]
+    assert "position" not in result.diagnostics["terms"]
     assert "α has no effect" in result.reason
     # What is matched is what is there: the distance is the mean over the shared tensors, and it falls.
     trial = client_update(model, result.images, torch.tensor([1]))
@@ -411,7 +417,7 @@ def test_labels_are_optimized_where_the_head_is_withheld() -> None:
 def test_dlg_takes_labels_that_are_handed_over() -> None:
     model = small_vit()
     _, update = attacked(model)
-    result = quietly(model, update, preset="dlg", labels=torch.tensor([3]), max_evaluations=3)
+    result = quietly(model, update, recipe="dlg", labels=torch.tensor([3]), max_evaluations=3)
     assert result.labels.tolist() == [3]
     assert result.diagnostics["labels"] == "known to the attacker"
 
@@ -438,7 +444,7 @@ def test_the_callers_model_and_generator_are_left_alone() -> None:
     trained = [p.requires_grad for p in model.parameters()]
     threads, default = torch.get_num_threads(), torch.get_default_dtype()
     # With unknown labels the model is also asked how many classes it has.
-    options = {"preset": "gradinversion", "labels": "optimize", "image_shape": (1, 4, 4), "preprocessing": UNIT}
+    options = {"recipe": "gradinversion", "labels": "optimize", "image_shape": (1, 4, 4), "preprocessing": UNIT}
     one = quietly(model, update, max_evaluations=9, **options)
     assert torch.equal(state, torch.get_rng_state())
     assert (threads, default) == (torch.get_num_threads(), torch.get_default_dtype())
@@ -461,13 +467,13 @@ def test_frozen_parameters_of_the_model_stay_unmatched() -> None:
     assert model.position_embedding.requires_grad is False
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "adam", "restarts": 3}, {"preset": "gradinversion"}])
-def test_the_evaluation_budget_is_kept(options: dict) -> None:
+@pytest.mark.parametrize("recipe", [APRIL, replace(APRIL, optimizer=Adam(), restarts=3), GRADINVERSION])
+def test_the_evaluation_budget_is_kept(recipe: Recipe) -> None:
     model = small_vit()
     _, update = attacked(model)
     calls = []
     distance = lambda g, t: (calls.append(1), objectives.l2(g, t))[1]  # noqa: E731
-    result = quietly(model, update, objective=distance, max_evaluations=20, **options)
+    result = quietly(model, update, recipe=replace(recipe, distance=distance), max_evaluations=20)
     assert 18 <= len(calls) <= 20
     assert result.diagnostics["evaluations"] == len(calls)
     assert result.diagnostics["stopped"] == "evaluations"
@@ -488,7 +494,7 @@ def test_the_time_budget_is_kept() -> None:
 def test_restarts_share_the_budget_and_the_best_is_kept() -> None:
     model = small_vit()
     _, update = attacked(model)
-    result = quietly(model, update, preset=None, max_evaluations=90, restarts=3)
+    result = quietly(model, update, recipe=Recipe(restarts=3), max_evaluations=90)
     runs = result.diagnostics["restarts"]
     assert [run["evaluations"] for run in runs] == [30, 30, 30]
     assert {entry["restart"] for entry in result.history} == {0, 1, 2}
@@ -496,18 +502,18 @@ def test_restarts_share_the_budget_and_the_best_is_kept() -> None:
     best = min(range(3), key=lambda k: runs[k]["loss"])
     assert result.diagnostics["best_restart"] == best
     assert result.diagnostics["loss"] == runs[best]["loss"] == min(e["loss"] for e in result.history)
-    again = quietly(model, update, preset=None, init=result.images, max_evaluations=1)
+    again = quietly(model, update, recipe=Recipe(), start=result.images, max_evaluations=1)
     assert again.diagnostics["loss"] == pytest.approx(result.diagnostics["loss"])
 
 
 def test_group_consistency_draws_restarts_together() -> None:
     model = small_vit()
     _, update = attacked(model)
-    common = {"optimizer": "adam", "learning_rate": 0.05, "restarts": 3, "max_evaluations": 90}
-    spreads = {
-        weight: quietly(model, update, group_consistency=weight, **common).history[-1]["terms"]["group_consistency"]
-        for weight in (1e-9, 10.0)
-    }
+    spreads = {}
+    for weight in (1e-9, 10.0):
+        recipe = Recipe(priors=Priors(group_consistency=weight), optimizer=Adam(learning_rate=0.05), restarts=3)
+        result = quietly(model, update, recipe=recipe, max_evaluations=90)
+        spreads[weight] = result.history[-1]["terms"]["group_consistency"]
     assert spreads[10.0] < spreads[1e-9] / 10
 
 
@@ -519,7 +525,7 @@ def test_ctrl_c_returns_the_best_so_far() -> None:
         if entry["evaluation"] == 12:
             raise KeyboardInterrupt
 
-    result = quietly(model, update, max_evaluations=500, restarts=4, callback=press)
+    result = quietly(model, update, recipe=replace(APRIL, restarts=4), max_evaluations=500, callback=press)
     assert result.diagnostics["stopped"] == "interrupted"
     assert "interrupted" in result.reason
     assert result.diagnostics["evaluations"] == len(result.history) == 12
@@ -534,7 +540,7 @@ def test_ctrl_c_before_the_first_evaluation_ends_is_not_swallowed_into_nonsense(
         raise KeyboardInterrupt
 
     with pytest.raises(AttackNotApplicable, match="interrupted"):
-        quietly(model, update, objective=distance)
+        quietly(model, update, recipe=Recipe(distance=distance))
 
 
 def test_a_nan_on_the_way_is_survived() -> None:
@@ -547,7 +553,7 @@ def test_a_nan_on_the_way_is_survived() -> None:
         value = objectives.relative_l2(g, t)
         return value * math.nan if len(calls) in (1, 20) else value
 
-    result = quietly(model, update, objective=distance, max_evaluations=120)
+    result = quietly(model, update, recipe=replace(APRIL, distance=distance), max_evaluations=120)
     assert result.diagnostics["divergences"] == 2
     assert result.diagnostics["evaluations"] == 120
     assert len(result.history) == 118
@@ -562,13 +568,13 @@ def test_nothing_but_nan_is_an_error() -> None:
     model = small_vit()
     _, update = attacked(model)
     with pytest.raises(AttackNotApplicable, match="no picture with a finite loss"):
-        quietly(model, update, objective=lambda g, t: objectives.l2(g, t) * math.nan)
+        quietly(model, update, recipe=Recipe(distance=lambda g, t: objectives.l2(g, t) * math.nan))
 
 
 def test_a_warm_start_at_the_original_ends_at_once() -> None:
     model = small_vit()
     pixels, update = attacked(model)
-    result = quietly(model, update, init=HALF.to_input(pixels))
+    result = quietly(model, update, start=HALF.to_input(pixels))
     assert result.diagnostics["evaluations"] == 1
     assert result.diagnostics["stopped"] == "tolerance"
     assert result.diagnostics["residual"] < 1e-14
@@ -579,7 +585,7 @@ def test_a_float32_update_is_matched_in_float64() -> None:
     model = small_vit().float()
     pixels, labels = victim()
     update = client_update(model, HALF.to_input(pixels).float(), labels)
-    result = quietly(model, update, init=HALF.to_input(pixels) + 0.01, max_evaluations=100)
+    result = quietly(model, update, start=HALF.to_input(pixels) + 0.01, max_evaluations=100)
     assert result.images.dtype == torch.float64
     assert result.diagnostics["precision"] == "float32"
     assert result.diagnostics["dtype"] == "float64"
@@ -603,10 +609,11 @@ def scripted(*restarts: list[float], rest: float = 9.0) -> objectives.Distance:
     return distance
 
 
-def played(update: ClientUpdate, model: nn.Module, script: objectives.Distance, **options: object) -> object:
-    """Adam, which stays where it is when the gradient is zero; alpha would have one of its own."""
-    settings = {"objective": script, "optimizer": "adam", "alpha": 0.0, "row_space": False}
-    return quietly(model, update, **{**settings, **options})
+def played(
+    update: ClientUpdate, model: nn.Module, script: objectives.Distance, parts: dict, **options: object
+) -> object:
+    """Adam, which stays where it is when the slope is zero; a position term would have one of its own."""
+    return quietly(model, update, recipe=Recipe(distance=script, optimizer=Adam(), **parts), **options)
 
 
 def test_patience_gives_up_what_does_not_halve_and_spends_the_rest_on_the_best() -> None:
@@ -619,7 +626,7 @@ def test_patience_gives_up_what_does_not_halve_and_spends_the_rest_on_the_best()
     script = scripted(flat, slow, rising, [0.9 - 0.01 * i for i in range(50)])
     pictures: list[torch.Tensor] = []
     result = played(
-        update, model, script, restarts=3, patience=5, max_evaluations=40,
+        update, model, script, {"restarts": 3, "patience": 5}, max_evaluations=40,
         callback=lambda _, images: pictures.append(images.clone()),
     )  # fmt: skip
     runs = result.diagnostics["restarts"]
@@ -639,7 +646,7 @@ def test_what_keeps_halving_has_the_whole_budget() -> None:
     model = small_vit()
     _, update = attacked(model)
     halving = [2.0 ** -(i / 3) for i in range(60)]  # every fourth evaluation below half of a milestone
-    result = played(update, model, scripted(halving), restarts=3, patience=4, max_evaluations=60)
+    result = played(update, model, scripted(halving), {"restarts": 3, "patience": 4}, max_evaluations=60)
     assert [run["evaluations"] for run in result.diagnostics["restarts"]] == [60]
     assert result.diagnostics["stopped"] == "evaluations"
 
@@ -648,7 +655,9 @@ def test_no_restart_is_begun_after_one_that_matches() -> None:
     model = small_vit()
     pixels, update = attacked(model)
     start = HALF.to_input(pixels) + 1e-5 * randn(*pixels.shape, seed=5)
-    result = played(update, model, scripted(rest=1.0), init=start, restarts=3, patience=4, max_evaluations=20)
+    result = played(
+        update, model, scripted(rest=1.0), {"restarts": 3, "patience": 4}, start=start, max_evaluations=20
+    )
     assert result.diagnostics["residual"] < 1e-3
     assert [run["ended"] for run in result.diagnostics["restarts"]] == ["patience", "evaluations"]
     assert {entry["restart"] for entry in result.history} == {0}
@@ -657,18 +666,18 @@ def test_no_restart_is_begun_after_one_that_matches() -> None:
 def test_a_budget_smaller_than_the_number_of_restarts_is_for_the_first() -> None:
     model = small_vit()
     _, update = attacked(model)
-    result = played(update, model, scripted(rest=1.0), restarts=5, patience=80, max_evaluations=2)
+    result = played(update, model, scripted(rest=1.0), {"restarts": 5, "patience": 80}, max_evaluations=2)
     assert [run["evaluations"] for run in result.diagnostics["restarts"]] == [2]
-    for options in ({"preset": None}, {"group_consistency": 1e-9, "patience": 80}):  # here each needs a share
+    for parts in ({}, {"priors": Priors(group_consistency=1e-9), "patience": 80}):  # here each needs a share
         with pytest.raises(ValueError, match="each of 5 restarts"):
-            quietly(model, update, restarts=5, max_evaluations=2, **options)
+            quietly(model, update, recipe=Recipe(restarts=5, **parts), max_evaluations=2)
 
 
-@pytest.mark.parametrize("options", [{"restarts": 1}, {"restarts": 2, "group_consistency": 1e-9}])
-def test_patience_is_idle_where_no_other_restart_waits(options: dict) -> None:
+@pytest.mark.parametrize("parts", [{"restarts": 1}, {"restarts": 2, "priors": Priors(group_consistency=1e-9)}])
+def test_patience_is_idle_where_no_other_restart_waits(parts: dict) -> None:
     model = small_vit()
     _, update = attacked(model)
-    result = played(update, model, scripted(rest=1.0), patience=2, max_evaluations=12, **options)
+    result = played(update, model, scripted(rest=1.0), {"patience": 2, **parts}, max_evaluations=12)
     assert [run["evaluations"] for run in result.diagnostics["restarts"]] == [12]
     assert result.diagnostics["stopped"] == "evaluations"
 
@@ -682,7 +691,7 @@ def test_ctrl_c_under_patience_keeps_the_best_of_all_restarts() -> None:
             raise KeyboardInterrupt
 
     script = scripted([2.0] * 4, [3.0] * 6)
-    result = played(update, model, script, restarts=3, patience=3, max_evaluations=60, callback=press)
+    result = played(update, model, script, {"restarts": 3, "patience": 3}, max_evaluations=60, callback=press)
     assert result.diagnostics["stopped"] == "interrupted"
     assert [run["ended"] for run in result.diagnostics["restarts"]] == ["patience", "patience", "interrupted"]
     assert (result.diagnostics["loss"], result.diagnostics["best_restart"]) == (2.0, 0)
@@ -692,19 +701,22 @@ def test_ctrl_c_under_patience_keeps_the_best_of_all_restarts() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"optimizer": "adam", "learning_rate": 0.02}, {"image_size": 16, "patch_size": 8}]
+    ("recipe", "sizes"),
+    [
+        (APRIL, {}),
+        (replace(APRIL, optimizer=Adam(learning_rate=0.02)), {}),
+        (APRIL, {"image_size": 16, "patch_size": 8}),  # the row space's case
+    ],
 )
-def test_resume_goes_on_where_the_earlier_search_ended(options: dict) -> None:
-    sizes = {key: options[key] for key in ("image_size", "patch_size") if key in options}  # the row space's case
-    options = {key: value for key, value in options.items() if key not in sizes}
+def test_a_search_goes_on_where_the_earlier_one_ended(recipe: Recipe, sizes: dict) -> None:
     model = small_vit(**sizes)
     _, update = attacked(model, size=sizes.get("image_size", 4))
-    one = quietly(model, update, max_evaluations=30, **options)
+    one = quietly(model, update, recipe=recipe, max_evaluations=30)
     assert (one.diagnostics["directions"] == 4) == bool(sizes)
     calls: list[int] = []
     two = quietly(
-        model, update, max_evaluations=50, resume=one,
-        callback=lambda entry, _: calls.append(entry["evaluation"]), **options,
+        model, update, recipe=recipe, max_evaluations=50, start=one,
+        callback=lambda entry, _: calls.append(entry["evaluation"]),
     )  # fmt: skip
     assert calls == list(range(31, 51))
     assert [entry["evaluation"] for entry in two.history] == list(range(1, 51))
@@ -725,18 +737,18 @@ def test_resume_goes_on_where_the_earlier_search_ended(options: dict) -> None:
     assert rate == pytest.approx(50 / two.seconds, rel=1e-6)
 
 
-def test_resume_takes_up_the_best_restart_and_keeps_to_it() -> None:
+def test_what_goes_on_is_the_best_restart() -> None:
     model = small_vit()
     _, update = attacked(model)
-    one = quietly(model, update, preset=None, max_evaluations=60, restarts=3)
-    two = quietly(model, update, preset=None, max_evaluations=70, restarts=3, resume=one)
+    one = quietly(model, update, recipe=Recipe(restarts=3), max_evaluations=60)
+    two = quietly(model, update, recipe=Recipe(restarts=3), max_evaluations=70, start=one)
     assert {entry["restart"] for entry in two.history[60:]} == {one.diagnostics["best_restart"]}
     assert two.diagnostics["best_restart"] == one.diagnostics["best_restart"]
     assert [run["evaluations"] for run in two.diagnostics["restarts"]] == [20, 20, 20, 10]
     assert two.history[60]["loss"] == pytest.approx(one.diagnostics["loss"], rel=1e-6)
 
 
-def test_resume_after_ctrl_c_remembers_labels_and_divergences() -> None:
+def test_what_goes_on_after_ctrl_c_remembers_labels_and_divergences() -> None:
     model = small_vit()
     _, update = attacked(model)
     headless = update.without(["head.weight", "head.bias"])
@@ -750,9 +762,10 @@ def test_resume_after_ctrl_c_remembers_labels_and_divergences() -> None:
         if entry["evaluation"] == 60:
             raise KeyboardInterrupt
 
-    one = quietly(model, headless, objective=distance, callback=press)
+    recipe = replace(APRIL, distance=distance)
+    one = quietly(model, headless, recipe=recipe, callback=press)
     assert (one.diagnostics["stopped"], one.diagnostics["divergences"]) == ("interrupted", 1)
-    two = quietly(model, headless, objective=distance, max_evaluations=80, resume=one)
+    two = quietly(model, headless, recipe=recipe, max_evaluations=80, start=one)
     assert two.diagnostics["divergences"] == 1
     assert two.labels.tolist() == one.labels.tolist()
     # The logits are not in the result, but its label is: far nearer than a new beginning.
@@ -765,24 +778,39 @@ def test_budgets_are_those_of_both_searches_together() -> None:
     _, update = attacked(model)
     one = quietly(model, update, max_evaluations=20)
     with pytest.raises(ValueError, match="max_evaluations=20 is the budget of both"):
-        quietly(model, update, max_evaluations=20, resume=one)
+        quietly(model, update, max_evaluations=20, start=one)
     with pytest.raises(ValueError, match=r"max_seconds=.* is the budget of both"):
-        quietly(model, update, max_seconds=one.seconds / 2, resume=one)
+        quietly(model, update, max_seconds=one.seconds / 2, start=one)
     limit = one.seconds + 0.2
-    two = quietly(model, update, max_evaluations=None, max_seconds=limit, resume=one)
+    two = quietly(model, update, max_evaluations=None, max_seconds=limit, start=one)
     assert two.diagnostics["stopped"] == "seconds"
     assert limit <= two.seconds < limit + 2
     assert two.diagnostics["evaluations"] > 20
 
 
-def test_only_an_earlier_search_for_such_pictures_can_be_resumed() -> None:
+def test_a_closed_forms_result_is_where_to_begin_and_its_images_are_no_search() -> None:
+    """Three ways to start: pictures, a result without a search behind it, a search to go on from."""
+    model = small_vit()
+    _, update = attacked(model)
+    one = quietly(model, update, max_evaluations=9)
+    closed_form = replace(one, attack="embedding_closed_form", diagnostics={}, history=[])
+    begun = [quietly(model, update, start=start, max_evaluations=12) for start in (one.images, closed_form)]
+    assert torch.equal(begun[0].images, begun[1].images)
+    assert [entry["evaluation"] for entry in begun[0].history] == list(range(1, 13))
+    assert begun[0].history[0]["loss"] == pytest.approx(one.diagnostics["loss"])
+    gone_on = quietly(model, update, start=one, max_evaluations=12)
+    assert gone_on.history[:9] == one.history
+    assert len(gone_on.diagnostics["restarts"]) == 2
+
+
+def test_a_start_with_other_pictures_is_refused() -> None:
     model = small_vit()
     _, update = attacked(model)
     one = quietly(model, update, max_evaluations=2)
-    closed_form = dataclasses.replace(one, attack="embedding_closed_form", diagnostics={})
-    for earlier in (closed_form, dataclasses.replace(one, images=torch.zeros(2, 1, 4, 4))):
-        with pytest.raises(ValueError, match="no earlier search"):
-            quietly(model, update, max_evaluations=9, resume=earlier)
+    two_pictures = torch.zeros(2, 1, 4, 4)
+    for start in (two_pictures, replace(one, images=two_pictures), replace(one, images=two_pictures, diagnostics={})):
+        with pytest.raises(ValueError, match=r"\(2, 1, 4, 4\)"):
+            quietly(model, update, max_evaluations=9, start=start)
 
 
 def test_snapshots() -> None:
@@ -798,8 +826,8 @@ def test_grey_is_flatter_than_noise() -> None:
     model = small_vit()
     _, update = attacked(model)
     spread = {
-        init: quietly(model, update, init=init, max_evaluations=1, snapshots=1).history[0]["images"].std().item()
-        for init in ("noise", "grey")
+        start: quietly(model, update, start=start, max_evaluations=1, snapshots=1).history[0]["images"].std().item()
+        for start in ("noise", "grey")
     }
     assert spread["noise"] == pytest.approx(0.5, rel=0.4)  # 1/4 of the pixels' range is 1/2 of HALF's
     assert 0 < spread["grey"] < 1e-3
@@ -817,47 +845,48 @@ def test_clamp_keeps_pixels_in_range() -> None:
     model = small_vit()
     _, update = attacked(model)
     outside: list[float] = []
-    options = {"optimizer": "adam", "learning_rate": 0.5, "max_evaluations": 20, "row_space": False}
     for clamp in (True, False):
         outside.append(0.0)
         quietly(
-            model, update, clamp=clamp,
-            callback=lambda _, images: outside.append(max(outside.pop(), images.abs().max().item())), **options,
+            model, update, recipe=Recipe(optimizer=Adam(learning_rate=0.5, clamp=clamp)), max_evaluations=20,
+            callback=lambda _, images: outside.append(max(outside.pop(), images.abs().max().item())),
         )  # fmt: skip
     assert outside[0] <= 1 + 1e-12 < outside[1]
 
 
-def test_another_optimizer_than_the_presets_takes_its_own_step() -> None:
+def test_the_schedule_cuts_the_step_to_a_tenth_three_times() -> None:
+    """Adam's first steps are as long as its learning rate: with a constant slope all of them are."""
     model = small_vit()
     _, update = attacked(model)
-    result = quietly(model, update, preset="inverting_gradients", optimizer="lbfgs", max_evaluations=2)
-    options = result.diagnostics["options"]
-    assert (options["learning_rate"], options["schedule"], options["clamp"]) == (1.0, False, False)
-    result = quietly(model, update, optimizer="adam", max_evaluations=2)
-    assert result.diagnostics["options"]["learning_rate"] == 0.1
+    pictures: list[torch.Tensor] = []
+    constant = lambda g, t: 0.0 * g[0].sum()  # noqa: E731
+    slope = Priors(image_norm=1.0)
+    quietly(
+        model, update, recipe=Recipe(distance=constant, priors=slope, optimizer=Adam(signed=True, schedule=True)),
+        start=torch.full((1, 1, 4, 4), 9.0, dtype=torch.float64), max_evaluations=16,
+        callback=lambda _, images: pictures.append(images.clone()),
+    )  # fmt: skip
+    steps = [(a - b).mean().item() for a, b in pairwise(pictures)]
+    # After evaluations 1 to 5, from 6 = 3/8 · 16, from 10 = 5/8 · 16, and from 14 = 7/8 · 16 on.
+    assert steps == pytest.approx([0.1] * 5 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2, rel=1e-6)
+
+
+# --- What makes no sense ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "aprill"}, "aprill"),
-        ({"objective": "l3"}, "objective='l3'"),
-        ({"optimizer": "sgd"}, "optimizer='sgd'"),
-        ({"position_term": "both"}, "position_term"),
-        ({"init": "zeros"}, "init='zeros'"),
-        ({"init": torch.zeros(1, 1, 5, 5)}, "init has shape"),
+        ({"recipe": "aprill"}, "recipe='aprill' is neither a Recipe nor one of dlg, "),
+        ({"start": "zeros"}, "start='zeros'"),
+        ({"start": torch.zeros(1, 1, 5, 5)}, "start has pictures of shape"),
         ({"labels": torch.tensor([1, 2]), "batch_size": 1}, "labels must be 1 integers"),
         ({"labels": torch.tensor([1.0])}, "labels must be"),
         ({"labels": "guess"}, "labels='guess'"),
-        ({"alpha": -1.0}, "alpha=-1.0"),
-        ({"total_variation": math.nan}, "total_variation=nan"),
-        ({"restarts": 0}, "restarts=0"),
-        ({"patience": 0}, "patience=0"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"clamp": True}, "clamp=True"),
-        ({"clamp": True, "optimizer": "adam"}, "row_space=True"),
         ({"max_evaluations": 0}, "max_evaluations=0"),
+        ({"max_evaluations": None}, "max_evaluations: a limit is needed"),
+        ({"recipe": "tag", "max_evaluations": None, "max_seconds": 1.0}, "by the schedule"),
         ({"dtype": torch.float16}, "dtype"),
     ],
 )
@@ -866,6 +895,14 @@ def test_options_that_make_no_sense(options: dict, message: str) -> None:
     _, update = attacked(model)
     with pytest.raises(ValueError, match=message):
         quietly(model, update, **options)
+
+
+def test_coordinates_and_clamped_pixels_exclude_each_other() -> None:
+    model = small_vit()
+    _, update = attacked(model)
+    known = Coordinates(torch.zeros(1, 4), torch.eye(4), 2, (4, 4))
+    with pytest.raises(ValueError, match="clamp=True works on pixels"):
+        quietly(model, update, recipe="inverting_gradients", coordinates=known)
 
 
 def test_another_models_update_is_refused() -> None:

@@ -214,7 +214,6 @@ def test_sinusoids_in_float32_fall() -> None:
     opened = result.diagnostics["open_directions"]
     assert 0 < opened < 16
     assert result.diagnostics["directions"] == 16  # none is impossible, but they are the span's
-    assert result.diagnostics["options"]["coordinates"] == "given"
     assert f"left {opened} of 16 directions" in result.reason
     assert result.diagnostics["span"]["tokens"] == 17
     assert quietly(model, update, dtype=torch.float64, max_evaluations=2).diagnostics["dtype"] == "float64"
@@ -289,7 +288,7 @@ def test_ctrl_c_returns_the_best_so_far() -> None:
 def test_an_earlier_search_goes_on() -> None:
     model, _, update = frozen_batch(2)
     one = quietly(model, update, max_evaluations=15, seed=3)
-    two = quietly(model, update, max_evaluations=40, seed=3, resume=one)
+    two = quietly(model, update, max_evaluations=40, seed=3, start=one)
     assert [entry["evaluation"] for entry in two.history] == list(range(1, 41))
     assert two.history[15]["loss"] == pytest.approx(one.diagnostics["loss"], rel=1e-6)
     assert two.diagnostics["loss"] < one.diagnostics["loss"]

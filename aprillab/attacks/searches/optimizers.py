@@ -1,0 +1,67 @@
+"""The optimizers of gradient matching: each calls ``search.evaluate`` until it raises or nothing moves any more."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .recipes import LBFGS, Adam
+from .starts import Variables
+
+if TYPE_CHECKING:
+    from .search import Search
+
+_STALLED = 1e-3  # of the loss: what L-BFGS must gain after its memory was cleared, or it has stalled
+
+
+def minimize(search: Search, variables: Variables, learning_rate: float) -> None:
+    """Descend from ``variables`` (R, …) by the recipe's optimizer, with this step size in place of its own."""
+    settings = search.problem.recipe.optimizer
+    leaves = [variable.requires_grad_() for variable in variables if variable is not None]
+    if isinstance(settings, LBFGS):
+        _lbfgs(search, variables, leaves, settings, learning_rate)
+    else:
+        _adam(search, variables, leaves, settings, learning_rate)
+
+
+def _lbfgs(search: Search, variables: Variables, leaves: list[Tensor], settings: LBFGS, learning_rate: float) -> None:
+    """L-BFGS with a strong-Wolfe line search. Its memory is cleared when it stalls, as long as that helps."""
+    while True:
+        before = math.inf if search.best_here is None else search.best_here.loss
+        optimizer = torch.optim.LBFGS(
+            leaves,
+            lr=learning_rate,
+            max_iter=10**9,
+            max_eval=10**9,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            history_size=settings.history_size,
+            line_search_fn="strong_wolfe",
+        )
+        optimizer.step(lambda: search.evaluate(*variables))
+        if search.best_here is None or not search.best_here.loss < before * (1 - _STALLED):
+            return
+
+
+def _adam(search: Search, variables: Variables, leaves: list[Tensor], settings: Adam, learning_rate: float) -> None:
+    """Adam, on the slope or on its sign, with the step schedule of Inverting Gradients and a projection."""
+    preprocessing = search.problem.preprocessing
+    optimizer = torch.optim.Adam(leaves, lr=learning_rate)
+    milestones: list[int] = []
+    if settings.schedule:
+        # The step after evaluation e of n is a tenth from e/n ≥ 3/8 on, and so forth.
+        steps = (search.limits.evaluations - search.counters.evaluations) / len(leaves[0])
+        milestones = [math.ceil(cut * steps) - 1 for cut in (3 / 8, 5 / 8, 7 / 8)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    while True:
+        if settings.clamp:
+            with torch.no_grad():
+                leaves[0].copy_(preprocessing.to_input(preprocessing.to_pixels(leaves[0])))
+        search.evaluate(*variables)
+        if settings.signed:
+            leaves[0].grad.sign_()  # type: ignore[union-attr]
+        optimizer.step()
+        schedule.step()

@@ -1,0 +1,306 @@
+"""What stays fixed during gradient matching: the loss of pictures on trial, and its slope.
+
+:func:`pose` makes a :class:`Problem` of model, update and recipe. The optimizers see nothing of them but
+``problem.evaluate``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...anatomy import Anatomy, UnknownModelError, dissect
+from ...preprocessing import Preprocessing
+from ...update import ClientUpdate, logits_of
+from ..labels import assumed_batch_size, recover_labels
+from ..result import AttackNotApplicable
+from . import objectives
+from .coordinates import Coordinates, row_space_of
+from .objectives import DISTANCES, Distance, position_cosine, relative_l2
+from .recipes import Adam, PositionTerm, Recipe
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of R restarts (R, B, C, H, W) that run together, and what comes with it.
+
+    Attributes
+    ----------
+    images : Tensor of shape (R, B, C, H, W)
+    loss : scalar Tensor
+    slopes : tuple of Tensor
+        ∂loss/∂unknowns and, where labels are unknown, ∂loss/∂logits.
+    terms : dict
+        The parts of the loss before their weights.
+    distances, residuals : Tensor of shape (R,)
+        D, and the relative residual ‖g' − g‖ / ‖g‖, of each restart.
+    """
+
+    images: Tensor
+    loss: Tensor
+    slopes: tuple[Tensor, ...]
+    terms: dict[str, float]
+    distances: Tensor
+    residuals: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What stays fixed during a search.
+
+    Attributes
+    ----------
+    model : nn.Module
+        A copy, in the dtype and on the device of the search.
+    parameters, targets : list of Tensor
+        Those of the model whose gradients were shared, and these gradients.
+    position : (int, PositionTerm) or None
+        Which of them is the position embedding, and the term on its gradient.
+    recipe : Recipe
+    distance : callable
+        The recipe's, for this update's precision.
+    shape : (B, C, H, W)
+    labels : Tensor of shape (B,) or None
+        None where they are unknowns.
+    labels_how : str
+        A word on where they come from.
+    classes : int or None
+        How many there are, where the labels are unknown.
+    loss : callable
+        The client's, (logits, labels) to a scalar.
+    preprocessing : Preprocessing
+    coordinates : Coordinates or None
+        Of the patches; None where the unknowns are the pixels.
+    seed : int
+    """
+
+    model: nn.Module
+    parameters: list[Tensor]
+    targets: list[Tensor]
+    position: tuple[int, PositionTerm] | None
+    recipe: Recipe
+    distance: Distance
+    shape: tuple[int, ...]
+    labels: Tensor | None
+    labels_how: str
+    classes: int | None
+    loss: Loss
+    preprocessing: Preprocessing
+    coordinates: Coordinates | None
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.targets[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.targets[0].dtype
+
+    # --- Pictures and unknowns ------------------------------------------------------------------------------------
+
+    def images_of(self, unknowns: Tensor) -> Tensor:
+        """Pictures (R, B, C, H, W) of unknowns: pixels, or coefficients (R, B, n, k) of patches."""
+        return unknowns if self.coordinates is None else self.coordinates.images_of(unknowns)
+
+    def unknowns_of(self, images: Tensor) -> Tensor:
+        """The nearest unknowns to pictures (R, B, C, H, W)."""
+        return images.clone() if self.coordinates is None else self.coordinates.coefficients_of(images)
+
+    def noisy(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Unknowns near pictures (R, B, C, H, W), with noise of that shape added."""
+        if self.coordinates is None:
+            return images + noise
+        return self.coordinates.coefficients_of(images) + self.coordinates.coefficients_of_noise(noise)
+
+    # --- The loss -------------------------------------------------------------------------------------------------
+
+    def gradients(self, images: Tensor, logits: Tensor | None) -> tuple[Tensor, ...]:
+        """What the client would share, had it these images (B, C, H, W) and labels."""
+        if self.model.training:
+            torch.manual_seed(self.seed)  # dropout draws the same mask at every evaluation
+        labels = self.labels if logits is None else logits.softmax(-1)
+        value = self.loss(logits_of(self.model, images), labels)  # type: ignore[arg-type]
+        return torch.autograd.grad(value, self.parameters, create_graph=True, materialize_grads=True)
+
+    def evaluate(self, unknowns: Tensor, logits: Tensor | None) -> Evaluation:
+        """The loss at unknowns (R, …) and label logits (R, B, classes), and its slope."""
+        images = self.images_of(unknowns)
+        distances, positions, residuals = [], [], []
+        for r, batch in enumerate(images):
+            # ∇w(x'), still a function of x' (5.1)
+            gradients = self.gradients(batch, None if logits is None else logits[r])
+            distances.append(self.distance(gradients, self.targets))
+            if self.position is not None:
+                k, term = self.position
+                positions.append(position_cosine(gradients[k], self.targets[k], per_token=term.per_token))
+            residuals.append(_residual(gradients, self.targets))
+        # The sum of all terms, each with its weight
+        terms, loss = {"distance": torch.stack(distances).mean()}, torch.stack(distances).mean()
+        if self.position is not None:
+            terms["position"] = torch.stack(positions).mean()  # (5.3)
+            loss = loss + self.position[1].weight * terms["position"]
+        for name, weight, prior in self._priors(images):
+            terms[name] = prior
+            loss = loss + weight * prior
+        # ∂loss/∂x', through the first derivative
+        variables = [unknowns] if logits is None else [unknowns, logits]
+        slopes = torch.autograd.grad(loss, variables)
+        values = {name: term.item() for name, term in terms.items()}
+        return Evaluation(
+            images.detach(), loss.detach(), slopes, values, torch.stack(distances).detach(), torch.stack(residuals)
+        )
+
+    def _priors(self, images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
+        """Name, weight and value of each prior on pictures (R, B, C, H, W)."""
+        priors = self.recipe.priors
+        flat = images.flatten(0, 1)  # (R·B, C, H, W)
+        if priors.total_variation:
+            yield "total_variation", priors.total_variation, objectives.total_variation(flat)
+        if priors.image_norm:
+            yield "image_norm", priors.image_norm, objectives.image_norm(flat)
+        if priors.box:
+            yield "box", priors.box, objectives.outside_box(flat, self.preprocessing)
+        if priors.group_consistency:
+            yield "group_consistency", priors.group_consistency, objectives.group_spread(images)
+
+
+def _residual(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
+        difference = torch.stack([(g - t).norm() for g, t in zip(gradients, targets, strict=True)]).norm()
+        return difference / torch.stack([t.norm() for t in targets]).norm()
+
+
+# --- Model, update and recipe as a problem ------------------------------------------------------------------------
+
+
+def pose(
+    model: nn.Module,
+    update: ClientUpdate,
+    recipe: Recipe,
+    *,
+    labels: Tensor | str | None,
+    batch_size: int | None,
+    image_shape: tuple[int, int, int] | None,
+    coordinates: Coordinates | None,
+    loss: Loss,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    anatomy: Anatomy | None,
+    preprocessing: Preprocessing | None,
+    seed: int,
+) -> Problem:
+    """The problem behind a call of :func:`~aprillab.match_gradients`, whose arguments these are."""
+    anatomy = anatomy or _anatomy_of(model, image_shape)
+    batch_size = assumed_batch_size(update, labels, batch_size)
+    shape = (batch_size, *(image_shape or (_channels(model, anatomy), *anatomy.image_size)))
+    asked = recipe.labels if labels is None else labels
+    known, labels_how = _labels(model, update, anatomy, asked, batch_size)
+    names = list(update.gradients)
+    k = names.index(anatomy.position) if anatomy.position in names else None
+    like = torch.zeros((), device=device or update.gradients[names[0]].device, dtype=dtype)
+    # A copy to search on: as a rule in another dtype, and models may keep things of their last pass.
+    copied = copy.deepcopy(model).to(like.device, dtype).requires_grad_(False)
+    parameters = dict(copied.named_parameters())
+    coordinates = coordinates or _row_space(update, anatomy, batch_size, recipe)
+    if coordinates is not None and isinstance(recipe.optimizer, Adam) and recipe.optimizer.clamp:
+        raise ValueError("clamp=True works on pixels, and the search has coordinates: choose one")
+    return Problem(
+        model=copied,
+        parameters=[parameters[name].requires_grad_() for name in names],
+        targets=[update.gradients[name].detach().to(like) for name in names],
+        position=None if k is None or recipe.position_term is None else (k, recipe.position_term),
+        recipe=recipe,
+        distance=_distance(recipe, torch.finfo(update.dtype).eps),
+        shape=shape,
+        labels=None if known is None else known.to(like.device),
+        labels_how=labels_how,
+        classes=_count_classes(copied, like.expand(shape)) if known is None else None,
+        loss=loss,
+        preprocessing=preprocessing or anatomy.preprocessing,
+        coordinates=None if coordinates is None else coordinates.to(like),
+        seed=seed,
+    )
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """The caller's random state is kept, and attention has a second derivative (chapter 05, step 2)."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _distance(recipe: Recipe, eps: float) -> Distance:
+    """The recipe's distance; relative L2 knows the precision in which the gradients were shared."""
+    if callable(recipe.distance):
+        return recipe.distance
+    return partial(relative_l2, eps=eps) if recipe.distance == "relative_l2" else DISTANCES[recipe.distance]
+
+
+def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, recipe: Recipe) -> Coordinates | None:
+    gradient = update.gradients.get(anatomy.patch_weight)
+    if not recipe.row_space or gradient is None:
+        return None
+    return row_space_of(gradient, batch_size, anatomy.image_size)
+
+
+def _anatomy_of(model: nn.Module, image_shape: tuple[int, int, int] | None) -> Anatomy:
+    """The ViT's anatomy, or of another classifier what the label recovery reads: its last linear layer."""
+    try:
+        return dissect(model)
+    except UnknownModelError:
+        if image_shape is None:
+            raise AttackNotApplicable(
+                "match_gradients",
+                f"the shape of the images that {type(model).__name__} takes is unknown: give image_shape=(C, H, W)",
+            ) from None
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = {part: f"{linear[-1]}.{part}".lstrip(".") for part in ("weight", "bias")} if linear else {}
+    return Anatomy(
+        family="another classifier",
+        image_size=image_shape[1:],
+        patch_weight="",
+        head_weight=names.get("weight"),
+        head_bias=names.get("bias"),
+    )
+
+
+def _labels(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, labels: Tensor | str, batch_size: int
+) -> tuple[Tensor | None, str]:
+    """Labels to match with, None where they are to be optimized, and a word on where they come from."""
+    if isinstance(labels, Tensor):
+        if labels.shape != (batch_size,) or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be {batch_size} integers (batch_size={batch_size}), "
+                f"not {tuple(labels.shape)} of {labels.dtype}"
+            )
+        return labels, "known to the attacker"
+    if labels not in ("recover", "optimize"):
+        raise ValueError(f"labels={labels!r} is neither a tensor nor one of 'recover', 'optimize'")
+    if labels == "optimize":
+        return None, "optimized along with the pictures"
+    try:
+        found = recover_labels(model, update, batch_size=batch_size, anatomy=anatomy)
+    except AttackNotApplicable as refusal:
+        return None, f"optimized along with the pictures, since they cannot be recovered: {refusal.reason}"
+    return found.labels, f"recovered, {'exact' if found.exact else 'not certain'}: {found.reason}"
+
+
+def _count_classes(model: nn.Module, images: Tensor) -> int:
+    with undisturbed(images.device), torch.no_grad():
+        return logits_of(model, images).shape[-1]
+
+
+def _channels(model: nn.Module, anatomy: Anatomy) -> int:
+    return dict(model.named_parameters())[anatomy.patch_weight].shape[1]
