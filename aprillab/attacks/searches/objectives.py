@@ -33,11 +33,16 @@ def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, eps: 
     below ε^¾ times the largest tensor's norm it is left out. ε is that of the precision in which the gradients were
     *shared* (``eps``), which may be coarser than the dtype they are compared in, the default.
     """
+    weights = relative_weights(targets, eps)
+    return (weights * torch.stack(_squares(gradients, targets))).mean()
+
+
+def relative_weights(targets: Sequence[Tensor], eps: float | None = None) -> Tensor:
+    """1 / ‖g‖² of each tensor, (k,); 0 for those below ε^¾ of the largest norm."""
     norms = torch.stack([t.norm() for t in targets])
     floor = norms.max() * (eps or torch.finfo(norms.dtype).eps) ** 0.75
     tiny = torch.finfo(norms.dtype).tiny
-    weights = torch.where(norms < floor, 0, 1 / norms.square().clamp_min(tiny))
-    return (weights * torch.stack(_squares(gradients, targets))).mean()
+    return torch.where(norms < floor, 0, 1 / norms.square().clamp_min(tiny))
 
 
 def l2_l1(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, l1_weight: float = 0.01) -> Tensor:

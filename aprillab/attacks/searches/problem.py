@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,9 @@ from ..labels import assumed_batch_size, recover_labels
 from ..result import AttackNotApplicable
 from . import objectives
 from .coordinates import Coordinates, row_space_of
-from .objectives import DISTANCES, Distance, position_cosine, relative_l2
+from .objectives import position_cosine
 from .recipes import Adam, PositionTerm, Recipe
+from .slopes import Matcher, matcher
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,6 +54,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class _Restart:
+    """One restart's distance, residual and position term, scalars, and the slopes of its pictures and logits."""
+
+    distance: Tensor
+    residual: Tensor
+    position: Tensor
+    slopes: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Problem:
     """What stays fixed during a search.
 
@@ -66,8 +76,8 @@ class Problem:
     position : (int, PositionTerm) or None
         Which of them is the position embedding, and the term on its gradient.
     recipe : Recipe
-    distance : callable
-        The recipe's, for this update's precision.
+    match : callable
+        How far gradients are from the targets, by the recipe's distance.
     shape : (B, C, H, W)
     labels : Tensor of shape (B,) or None
         None where they are unknowns.
@@ -88,7 +98,7 @@ class Problem:
     targets: list[Tensor]
     position: tuple[int, PositionTerm] | None
     recipe: Recipe
-    distance: Distance
+    match: Matcher
     shape: tuple[int, ...]
     labels: Tensor | None
     labels_how: str
@@ -134,30 +144,48 @@ class Problem:
 
     def evaluate(self, unknowns: Tensor, logits: Tensor | None) -> Evaluation:
         """The loss at unknowns (R, …) and label logits (R, B, classes), and its slope."""
-        images = self.images_of(unknowns)
-        distances, positions, residuals = [], [], []
-        for r, batch in enumerate(images):
-            # ∇w(x'), still a function of x' (5.1)
-            gradients = self.gradients(batch, None if logits is None else logits[r])
-            distances.append(self.distance(gradients, self.targets))
-            if self.position is not None:
-                k, term = self.position
-                positions.append(position_cosine(gradients[k], self.targets[k], per_token=term.per_token))
-            residuals.append(_residual(gradients, self.targets))
-        # The sum of all terms, each with its weight
-        terms, loss = {"distance": torch.stack(distances).mean()}, torch.stack(distances).mean()
+        images = self.images_of(unknowns)  # (R, B, C, H, W)
+        restarts = [self._restart(x, None if logits is None else logits[r]) for r, x in enumerate(images)]
+        distances = torch.stack([restart.distance for restart in restarts])
+        # The terms, means over the restarts, and their sum
+        terms = {"distance": distances.mean()}
+        loss = terms["distance"]
         if self.position is not None:
-            terms["position"] = torch.stack(positions).mean()  # (5.3)
+            terms["position"] = torch.stack([restart.position for restart in restarts]).mean()
             loss = loss + self.position[1].weight * terms["position"]
-        for name, weight, prior in self._priors(images):
-            terms[name] = prior
-            loss = loss + weight * prior
-        # ∂loss/∂x', through the first derivative
-        variables = [unknowns] if logits is None else [unknowns, logits]
-        slopes = torch.autograd.grad(loss, variables)
+        slopes = [torch.stack(parts) / len(restarts) for parts in zip(*[r.slopes for r in restarts], strict=True)]
+        # The priors, whose slope on the pictures is direct
+        pixels = images.detach().requires_grad_()
+        for name, weight, prior in self._priors(pixels):
+            terms[name] = prior.detach()
+            loss = loss + weight * terms[name]
+            slopes[0] = slopes[0] + weight * torch.autograd.grad(prior, pixels)[0]
+        # ∂loss/∂unknowns
+        if self.coordinates is not None:
+            slopes[0] = torch.autograd.grad(images, unknowns, slopes[0])[0]
         values = {name: term.item() for name, term in terms.items()}
-        return Evaluation(
-            images.detach(), loss.detach(), slopes, values, torch.stack(distances).detach(), torch.stack(residuals)
+        residuals = torch.stack([restart.residual for restart in restarts])
+        return Evaluation(images.detach(), loss, tuple(slopes), values, distances, residuals)
+
+    def _restart(self, images: Tensor, logits: Tensor | None) -> _Restart:
+        """One restart's pictures (B, C, H, W) and label logits (B, classes): the chain rule link by link."""
+        leaves = [leaf.detach().requires_grad_() for leaf in (images, logits) if leaf is not None]
+        # g' = ∇w(x'), still a function of x' (5.1)
+        gradients = self.gradients(leaves[0], None if logits is None else leaves[1])
+        # D and ∂D/∂g'; the position term and its slope (5.3)
+        with torch.no_grad():
+            match = self.match(gradients)
+        slopes, position = list(match.slopes), match.distance.new_zeros(())
+        if self.position is not None:
+            k, term = self.position
+            mine = gradients[k].detach().requires_grad_()
+            position = position_cosine(mine, self.targets[k], per_token=term.per_token)
+            slopes[k] = slopes[k] + (term.weight / match.scale) * torch.autograd.grad(position, mine)[0]
+        # ∂loss/∂x' = Jᵀ ∂loss/∂g' (5.2)
+        live = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
+        pulled = torch.autograd.grad([gradients[k] for k in live], leaves, [slopes[k] for k in live])
+        return _Restart(
+            match.distance, match.residual, position.detach(), tuple(match.scale * slope for slope in pulled)
         )
 
     def _priors(self, images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
@@ -172,12 +200,6 @@ class Problem:
             yield "box", priors.box, objectives.outside_box(flat, self.preprocessing)
         if priors.group_consistency:
             yield "group_consistency", priors.group_consistency, objectives.group_spread(images)
-
-
-def _residual(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    with torch.no_grad():
-        difference = torch.stack([(g - t).norm() for g, t in zip(gradients, targets, strict=True)]).norm()
-        return difference / torch.stack([t.norm() for t in targets]).norm()
 
 
 # --- Model, update and recipe as a problem ------------------------------------------------------------------------
@@ -208,6 +230,7 @@ def pose(
     names = list(update.gradients)
     k = names.index(anatomy.position) if anatomy.position in names else None
     like = torch.zeros((), device=device or update.gradients[names[0]].device, dtype=dtype)
+    targets = [update.gradients[name].detach().to(like) for name in names]
     # A copy to search on: as a rule in another dtype, and models may keep things of their last pass.
     copied = copy.deepcopy(model).to(like.device, dtype).requires_grad_(False)
     parameters = dict(copied.named_parameters())
@@ -217,10 +240,10 @@ def pose(
     return Problem(
         model=copied,
         parameters=[parameters[name].requires_grad_() for name in names],
-        targets=[update.gradients[name].detach().to(like) for name in names],
+        targets=targets,
         position=None if k is None or recipe.position_term is None else (k, recipe.position_term),
         recipe=recipe,
-        distance=_distance(recipe, torch.finfo(update.dtype).eps),
+        match=matcher(recipe.distance, targets, torch.finfo(update.dtype).eps),
         shape=shape,
         labels=None if known is None else known.to(like.device),
         labels_how=labels_how,
@@ -238,13 +261,6 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-def _distance(recipe: Recipe, eps: float) -> Distance:
-    """The recipe's distance; relative L2 knows the precision in which the gradients were shared."""
-    if callable(recipe.distance):
-        return recipe.distance
-    return partial(relative_l2, eps=eps) if recipe.distance == "relative_l2" else DISTANCES[recipe.distance]
 
 
 def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, recipe: Recipe) -> Coordinates | None:
