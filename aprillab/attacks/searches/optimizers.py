@@ -48,7 +48,9 @@ def _lbfgs(search: Search, variables: Variables, leaves: list[Tensor], settings:
 
 def _adam(search: Search, variables: Variables, leaves: list[Tensor], settings: Adam, learning_rate: float) -> None:
     """Adam, on the slope or on its sign, with the step schedule of Inverting Gradients and a projection."""
-    preprocessing = search.problem.preprocessing
+    to_input, like = search.problem.preprocessing.to_input, leaves[0].detach()
+    # Where pixels of 0 and 1 lie in model-input space, (C, 1, 1)
+    dark, bright = (to_input(like.new_full((like.shape[-3], 1, 1), level)) for level in (0.0, 1.0))
     optimizer = torch.optim.Adam(leaves, lr=learning_rate)
     milestones: list[int] = []
     if settings.schedule:
@@ -59,7 +61,7 @@ def _adam(search: Search, variables: Variables, leaves: list[Tensor], settings: 
     while True:
         if settings.clamp:
             with torch.no_grad():
-                leaves[0].copy_(preprocessing.to_input(preprocessing.to_pixels(leaves[0])))
+                leaves[0].clamp_(dark, bright)
         search.evaluate(*variables)
         if settings.signed:
             leaves[0].grad.sign_()  # type: ignore[union-attr]

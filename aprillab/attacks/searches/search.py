@@ -101,8 +101,9 @@ class Log:
         if self.snapshots and len(self.history) % self.snapshots == 0:
             entry["images"] = pictures.float().cpu().clone()
         self.history.append(entry)
-        self.bar.update(entry["evaluation"] - self.bar.n)
-        self.bar.set_postfix(loss=f"{lowest:.2e}", refresh=False)
+        if not self.bar.disable:
+            self.bar.update(entry["evaluation"] - self.bar.n)
+            self.bar.set_postfix(loss=f"{lowest:.2e}", refresh=False)
         if self.callback is not None:
             self.callback(entry, pictures)
 

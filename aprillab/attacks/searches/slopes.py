@@ -114,17 +114,20 @@ def _cosine(targets: Sequence[Tensor], _: float) -> Matcher:
     coarse = torch.finfo(size.dtype).eps ** 0.5
 
     def match(gradients: Sequence[Tensor]) -> Match:
-        dot = torch.stack([g.flatten() @ t for g, t in zip(gradients, flat, strict=True)]).sum()
-        norm = _sizes(gradients).norm().clamp_min(torch.finfo(size.dtype).tiny)
+        # g'·g and ‖g'‖², of a tensor one after the other, while it is in the cache
+        products = [(x @ y, x @ x) for x, y in zip((g.flatten() for g in gradients), flat, strict=True)]
+        dot, square = (torch.stack(column).sum() for column in zip(*products, strict=True))
+        square = square.clamp_min(torch.finfo(size.dtype).tiny)
+        norm = square.sqrt()
         distance = 1 - dot / (norm * size)
-        relative = (norm.square() - 2 * dot + size.square()) / size.square()  # ‖g' − g‖² / ‖g‖²
+        relative = (square - 2 * dot + size.square()) / size.square()  # ‖g' − g‖² / ‖g‖²
         if relative < coarse:
             # So near a match half of the digits have cancelled: take the difference itself.
             difference = _sizes(torch._foreach_sub(list(gradients), list(targets))).norm()
             distance = (difference.square() - (norm - size).square()) / (2 * norm * size)
             relative = (difference / size).square()
         # ∂D/∂g' = −(g − (g'·g / ‖g'‖²) g') / (‖g'‖ ‖g‖)
-        slopes = torch._foreach_sub(list(targets), list(gradients), alpha=float(dot / norm.square()))
+        slopes = torch._foreach_sub(list(targets), list(gradients), alpha=float(dot / square))
         return Match(distance, relative.sqrt(), slopes, -1 / float(norm * size))
 
     return match
