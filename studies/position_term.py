@@ -127,8 +127,8 @@ def attack(
 
     term = al.PositionTerm(weight=setting.alpha, per_token=setting.term == "per_token") if setting.alpha else None
     result = al.match_gradients(
-        model, update, recipe=replace(al.RECIPES["april"], position_term=term, restarts=1), seed=seed,
-        max_evaluations=evaluations, callback=score, progress=False,
+        model, update, seed=seed, max_evaluations=evaluations, callback=score, progress=False,
+        recipe=replace(al.RECIPES["april"], distance="relative_l2", position_term=term, restarts=1),
     )  # fmt: skip
     return {
         "psnr": float(al.psnr(result.pixels[0], pixels)),

@@ -24,6 +24,7 @@ from ..result import AttackNotApplicable
 from . import objectives
 from .coordinates import Coordinates, row_space_of
 from .objectives import position_cosine
+from .rearrange import places_of, rearranged
 from .recipes import Adam, PositionTerm, Recipe
 from .slopes import Matcher, matcher
 
@@ -44,6 +45,8 @@ class Evaluation:
         The parts of the loss before their weights.
     distances, residuals : Tensor of shape (R,)
         D, and the relative residual ‖g' − g‖ / ‖g‖, of each restart.
+    token_gradients : Tensor of shape (R, …, tokens, d) or None
+        ∂l/∂E'_pos of each restart; None where the position embedding's gradient is not shared or not looked at.
     """
 
     images: Tensor
@@ -52,16 +55,42 @@ class Evaluation:
     terms: dict[str, float]
     distances: Tensor
     residuals: Tensor
+    token_gradients: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Restart:
-    """One restart's distance, residual and position term, scalars, and the slopes of its pictures and logits."""
+    """One restart's distance, residual and position term, scalars, and the slopes of its pictures and logits.
+
+    Where there is a position term, ``token_gradients`` is the position embedding's gradient.
+    """
 
     distance: Tensor
     residual: Tensor
     position: Tensor
+    token_gradients: Tensor | None
     slopes: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Position:
+    """The position embedding among the targets.
+
+    Attributes
+    ----------
+    index : int
+        Its place among them.
+    term : PositionTerm
+        On its gradient.
+    prefix : int
+        Its rows before the first patch's.
+    patch_size : int, in pixels
+    """
+
+    index: int
+    term: PositionTerm
+    prefix: int
+    patch_size: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +103,7 @@ class Problem:
         A copy, in the dtype and on the device of the search.
     parameters, targets : list of Tensor
         Those of the model whose gradients were shared, and these gradients.
-    position : (int, PositionTerm) or None
+    position : Position or None
         Which of them is the position embedding, and the term on its gradient.
     recipe : Recipe
     match : callable
@@ -97,7 +126,7 @@ class Problem:
     model: nn.Module
     parameters: list[Tensor]
     targets: list[Tensor]
-    position: tuple[int, PositionTerm] | None
+    position: Position | None
     recipe: Recipe
     match: Matcher
     shape: tuple[int, ...]
@@ -117,6 +146,17 @@ class Problem:
     def dtype(self) -> torch.dtype:
         return self.targets[0].dtype
 
+    @property
+    def rearrange(self) -> int | None:
+        """Evaluations without progress until patches are moved; None where they never are.
+
+        They are not in a batch, where the position embedding's gradient is a sum over images, and not among
+        restarts that run together.
+        """
+        if self.position is None or self.shape[0] > 1 or self.recipe.together:
+            return None
+        return self.position.term.rearrange
+
     # --- Pictures and unknowns ------------------------------------------------------------------------------------
 
     def images_of(self, unknowns: Tensor) -> Tensor:
@@ -132,6 +172,19 @@ class Problem:
         if self.coordinates is None:
             return images + noise
         return self.coordinates.coefficients_of(images) + self.coordinates.coefficients_of_noise(noise)
+
+    def in_their_places(self, images: Tensor, token_gradients: Tensor) -> Tensor | None:
+        """The picture (1, C, H, W) with its patches where their tokens' gradients fit the shared ones.
+
+        None where they fit best as they stand.
+        """
+        if self.position is None:
+            return None
+        prefix, shared = self.position.prefix, self.targets[self.position.index]
+        places = places_of(*(rows.flatten(0, -2)[prefix:] for rows in (token_gradients, shared)))
+        if torch.equal(places, torch.arange(len(places), device=places.device)):
+            return None
+        return rearranged(images, places, self.position.patch_size)
 
     # --- The loss -------------------------------------------------------------------------------------------------
 
@@ -153,7 +206,7 @@ class Problem:
         loss = terms["distance"]
         if self.position is not None:
             terms["position"] = torch.stack([restart.position for restart in restarts]).mean()
-            loss = loss + self.position[1].weight * terms["position"]
+            loss = loss + self.position.term.weight * terms["position"]
         slopes = [torch.stack(parts) / len(restarts) for parts in zip(*[r.slopes for r in restarts], strict=True)]
         # The priors, whose slope on the pictures is direct
         pixels = images.detach().requires_grad_()
@@ -166,7 +219,9 @@ class Problem:
             slopes[0] = torch.autograd.grad(images, unknowns, slopes[0])[0]
         values = {name: term.item() for name, term in terms.items()}
         residuals = torch.stack([restart.residual for restart in restarts])
-        return Evaluation(images.detach(), loss, tuple(slopes), values, distances, residuals)
+        rows = [restart.token_gradients for restart in restarts if restart.token_gradients is not None]
+        token_gradients = torch.stack(rows) if rows else None
+        return Evaluation(images.detach(), loss, tuple(slopes), values, distances, residuals, token_gradients)
 
     def _restart(self, images: Tensor, logits: Tensor | None) -> _Restart:
         """One restart's pictures (B, C, H, W) and label logits (B, classes): the chain rule link by link."""
@@ -176,9 +231,9 @@ class Problem:
         # D and ∂D/∂g'; the position term and its slope (5.3)
         with torch.no_grad():
             match = self.match(gradients)
-        slopes, position = list(match.slopes), match.distance.new_zeros(())
+        slopes, position, mine = list(match.slopes), match.distance.new_zeros(()), None
         if self.position is not None:
-            k, term = self.position
+            k, term = self.position.index, self.position.term
             mine = gradients[k].detach().requires_grad_()
             position = position_cosine(mine, self.targets[k], per_token=term.per_token)
             slopes[k] = slopes[k] + (term.weight / match.scale) * torch.autograd.grad(position, mine)[0]
@@ -186,8 +241,9 @@ class Problem:
         live = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
         pulled = torch.autograd.grad([gradients[k] for k in live], leaves, [slopes[k] for k in live])
         return _Restart(
-            match.distance, match.residual, position.detach(), tuple(match.scale * slope for slope in pulled)
-        )
+            match.distance, match.residual, position.detach(), None if mine is None else mine.detach(),
+            tuple(match.scale * slope for slope in pulled),
+        )  # fmt: skip
 
     def _priors(self, images: Tensor) -> Iterator[tuple[str, float, Tensor]]:
         """Name, weight and value of each prior on pictures (R, B, C, H, W)."""
@@ -242,7 +298,9 @@ def pose(
         model=copied,
         parameters=[parameters[name].requires_grad_() for name in names],
         targets=targets,
-        position=None if k is None or recipe.position_term is None else (k, recipe.position_term),
+        position=None
+        if k is None or recipe.position_term is None
+        else Position(k, recipe.position_term, anatomy.position_prefix, parameters[anatomy.patch_weight].shape[-1]),
         recipe=recipe,
         match=matcher(recipe.distance, targets, torch.finfo(update.dtype).eps),
         shape=shape,

@@ -34,6 +34,10 @@ class Diverged(Exception):
     """Loss or slope is not finite."""
 
 
+class Rearranged(Exception):
+    """Patches were moved, and the loss fell: the descent begins anew from there."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """Evaluations and seconds over all restarts; infinite where there is no limit."""
@@ -65,6 +69,7 @@ class Best:
     logits: Tensor | None  # (R, B, classes)
     distances: Tensor  # (R,)
     residuals: Tensor  # (R,)
+    token_gradients: Tensor | None  # (R, …, tokens, d)
     terms: dict[str, float]
     evaluation: int
     restart: int
@@ -123,6 +128,7 @@ class Search:
     limits: Budget = field(default_factory=Budget)  # where the present restart ends
     patience: float = math.inf  # evaluations in which the loss must halve, or this restart is given up
     milestone: tuple[float, int] = (math.inf, 0)  # the loss when it last halved, and the evaluation
+    rearranged_at: int = 0  # the evaluation at which moving patches was last thought of
 
     def run_one(self, variables: Variables, share: float = 1.0) -> str:
         """One restart, with a share of the budget that is left. Returns what ended it."""
@@ -132,6 +138,7 @@ class Search:
             spent.seconds + max(self.budget.seconds - spent.seconds, 0) * share,
         )
         self.best_here, self.milestone = None, (math.inf, spent.evaluations)
+        self.rearranged_at = spent.evaluations
         before, ended = spent.evaluations, "interrupted"
         try:
             ended = self._descend(variables)
@@ -141,22 +148,27 @@ class Search:
         return ended
 
     def _descend(self, variables: Variables) -> str:
-        """One restart, begun again with a smaller step from its best point whenever it diverges."""
+        """One restart, begun again from its best point where it diverges (with a smaller step) or patches move."""
         count, step = len(variables[0]), self.problem.recipe.optimizer.learning_rate
-        for trial in range(_DIVERGENCES):
+        divergences = 0
+        while divergences < _DIVERGENCES:
             try:
                 minimize(self, variables, step)
+                self._rearrange()
                 return "stalled"
             except Stop as stop:
                 return str(stop)
+            except Rearranged:
+                pass
             except Diverged:
+                divergences += 1
                 self.counters.divergences += 1
                 step /= 10
-                if self.best_here is not None:
-                    variables = self.variables_of(self.best_here)
-                else:  # nothing finite yet: other noise
-                    number = 1000 * (trial + 1) + self.counters.restart
-                    variables = first_guess(self.problem, self.start, number, count)
+            if self.best_here is not None:
+                variables = self.variables_of(self.best_here)
+            else:  # nothing finite yet: other noise
+                number = 1000 * divergences + self.counters.restart
+                variables = first_guess(self.problem, self.start, number, count)
         return "diverged"
 
     def variables_of(self, best: Best) -> Variables:
@@ -165,6 +177,14 @@ class Search:
 
     def evaluate(self, unknowns: Tensor, logits: Tensor | None) -> Tensor:
         """One evaluation: loss and slope (into ``.grad``), counted, recorded and checked against the limits."""
+        found = self._measure(unknowns, logits)
+        for variable, slope in zip((unknowns, logits), found.slopes, strict=False):
+            variable.grad = slope.contiguous()  # type: ignore[union-attr]  # L-BFGS takes views of it
+        self._check_progress(found.loss.item(), float(found.residuals.min()))
+        return found.loss
+
+    def _measure(self, unknowns: Tensor, logits: Tensor | None) -> Evaluation:
+        """One evaluation, counted and recorded."""
         spent = self.counters
         if spent.evaluations + len(unknowns) > self.limits.evaluations:
             raise Stop("evaluations")
@@ -175,14 +195,11 @@ class Search:
         loss = found.loss.item()
         if not (math.isfinite(loss) and all(bool(slope.isfinite().all()) for slope in found.slopes)):
             raise Diverged
-        for variable, slope in zip((unknowns, logits), found.slopes, strict=False):
-            variable.grad = slope.contiguous()  # type: ignore[union-attr]  # L-BFGS takes views of it
         best_here, best = self._keep(found, loss, logits)
         entry: dict[str, Any] = {"evaluation": spent.evaluations, "restart": spent.restart, "loss": loss}
         entry |= {"terms": found.terms, "seconds": spent.seconds}
         self.log.enter(entry, best_here.images[best_here.chosen], best.loss)
-        self._check_progress(loss, float(found.residuals.min()))
-        return found.loss
+        return found
 
     def _keep(self, found: Evaluation, loss: float, logits: Tensor | None) -> tuple[Best, Best]:
         """The best of the present restart and of all, this evaluation included."""
@@ -190,7 +207,7 @@ class Search:
         if best_here is None or loss < best_here.loss:
             best_here = Best(
                 loss, found.images.clone(), None if logits is None else logits.detach().clone(), found.distances,
-                found.residuals, found.terms, self.counters.evaluations, self.counters.restart,
+                found.residuals, found.token_gradients, found.terms, self.counters.evaluations, self.counters.restart,
             )  # fmt: skip
         if best is None or best_here.loss < best.loss:
             best = best_here
@@ -205,6 +222,29 @@ class Search:
             self.milestone = (loss, self.counters.evaluations)
         if self.counters.evaluations - self.milestone[1] >= self.patience:
             raise Stop("patience")
+        wait = self.problem.rearrange
+        if wait is not None and self.counters.evaluations - max(self.milestone[1], self.rearranged_at) >= wait:
+            self._rearrange()
+
+    def _rearrange(self) -> None:
+        """Put the patches of the best picture where their tokens' gradients fit, if that lowers the loss.
+
+        Raises
+        ------
+        Rearranged
+            If it does.
+        """
+        best = self.best_here
+        if self.problem.rearrange is None or best is None or best.token_gradients is None:
+            return
+        self.rearranged_at = self.counters.evaluations
+        images = self.problem.in_their_places(best.images[0], best.token_gradients[0])
+        if images is None:
+            return
+        unknowns, logits = self.problem.unknowns_of(images[None]), best.logits
+        trial = self._measure(unknowns.requires_grad_(), None if logits is None else logits.clone().requires_grad_())
+        if trial.loss.item() < best.loss:
+            raise Rearranged
 
 
 # --- How restarts share the budget --------------------------------------------------------------------------------

@@ -95,6 +95,23 @@ def _relative_l2(targets: Sequence[Tensor], eps: float) -> Matcher:
     return match
 
 
+def _balanced_l2(targets: Sequence[Tensor], eps: float) -> Matcher:
+    size, weights = _sizes(targets).norm(), relative_weights(targets, eps)
+
+    def match(gradients: Sequence[Tensor]) -> Match:
+        slopes = torch._foreach_sub(list(gradients), list(targets))
+        norms = _sizes(slopes)
+        # Of each tensor w ‖g' − g‖² and 1 + w ‖g'‖²: D_j is twice their ratio
+        relative, both = weights * norms.square(), 1 + weights * _sizes(gradients).square()
+        # ∂D/∂g'_j = 4/k · (a_j (g'_j − g_j) − b_j g'_j), of k tensors
+        a, b = weights / both, weights * relative / both.square()
+        torch._foreach_mul_(slopes, a.tolist())
+        torch._foreach_sub_(slopes, torch._foreach_mul(list(gradients), b.tolist()))
+        return Match((2 * relative / both).mean(), norms.norm() / size, slopes, 4 / len(norms))
+
+    return match
+
+
 def _l2_l1(targets: Sequence[Tensor], _: float, l1_weight: float = 0.01) -> Matcher:
     size = _sizes(targets).norm()
 
@@ -150,6 +167,7 @@ def _by_autograd(distance: Distance, targets: Sequence[Tensor]) -> Matcher:
 MATCHERS: dict[str, Callable[[Sequence[Tensor], float], Matcher]] = {
     "l2": _l2,
     "relative_l2": _relative_l2,
+    "balanced_l2": _balanced_l2,
     "l2_l1": _l2_l1,
     "cosine": _cosine,
 }

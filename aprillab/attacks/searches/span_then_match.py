@@ -25,7 +25,7 @@ from ..result import Reconstruction
 from .coordinates import Coordinates
 from .match import match_gradients
 from .problem import Loss
-from .recipes import APRIL, Recipe, recipe_of
+from .recipes import APRIL, PositionTerm, Recipe, recipe_of
 
 # In model-input space, where pixels are of the order of 1.
 _LONGEST = 0.5  # as far as a picture may be off
@@ -33,8 +33,8 @@ _SHORTEST = 1e-6
 _KNOWN = 1e-5  # what is known so well is left to the last
 _OPEN = 1e-3  # a direction counts as open where the picture may be wrong by so much
 
-FROM_THE_SPAN = replace(APRIL, restarts=1, patience=None)
-"""APRIL's recipe with one start: the span's picture."""
+FROM_THE_SPAN = replace(APRIL, distance="relative_l2", position_term=PositionTerm(), restarts=1, patience=None)
+"""APRIL's recipe with one start, the span's picture, and with the distance that data/results/hybrid.md measured."""
 
 
 def span_then_match(

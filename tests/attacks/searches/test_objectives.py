@@ -9,6 +9,7 @@ import torch
 from search_tools import randn
 
 from aprillab.attacks.searches import objectives
+from aprillab.attacks.searches.slopes import matcher
 from aprillab.preprocessing import HALF, UNIT
 
 SHAPES = ((3, 4), (5,), (2, 3, 2, 2))
@@ -30,20 +31,44 @@ def test_distances_by_their_formulas() -> None:
     absolute = sum(abs(a - b) for a, b in zip(g, t, strict=True))
     dot = sum(a * b for a, b in zip(g, t, strict=True))
     norms = math.sqrt(sum(a * a for a in g) * sum(b * b for b in t))
-    relative = 0.0
+    relative = balanced = 0.0
     for one, other in zip(GRADIENTS, TARGETS, strict=True):
         difference = sum((a - b) ** 2 for a, b in zip(flat([one]), flat([other]), strict=True))
         relative += difference / sum(b * b for b in flat([other])) / len(TARGETS)
+        both = sum(v * v for v in flat([one])) + sum(b * b for b in flat([other]))
+        balanced += 2 * difference / both / len(TARGETS)
     assert objectives.l2(GRADIENTS, TARGETS).item() == pytest.approx(squared)
     assert objectives.l2_l1(GRADIENTS, TARGETS, l1_weight=0.3).item() == pytest.approx(squared + 0.3 * absolute)
     assert objectives.cosine(GRADIENTS, TARGETS).item() == pytest.approx(1 - dot / norms)
     assert objectives.relative_l2(GRADIENTS, TARGETS).item() == pytest.approx(relative)
+    assert objectives.balanced_l2(GRADIENTS, TARGETS).item() == pytest.approx(balanced)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 0.1, 1.0, 10.0])
+def test_balanced_l2_gains_nothing_by_weak_gradients(strength: float) -> None:
+    """Wrong gradients, orthogonal to the targets, cost 2, weak or strong; relative L2 prefers the weak ones."""
+    wrong = [g - t * (g * t).sum() / t.square().sum() for g, t in zip(GRADIENTS, TARGETS, strict=True)]
+    trial = [strength * w * t.norm() / w.norm() for w, t in zip(wrong, TARGETS, strict=True)]
+    assert objectives.balanced_l2(trial, TARGETS).item() == pytest.approx(2)
+    assert objectives.relative_l2(trial, TARGETS).item() == pytest.approx(1 + strength**2)
+
+
+def test_balanced_l2_near_a_match_is_relative_l2() -> None:
+    near = [t + 1e-9 * g for g, t in zip(GRADIENTS, TARGETS, strict=True)]
+    assert objectives.balanced_l2(near, TARGETS).item() == pytest.approx(
+        objectives.relative_l2(near, TARGETS).item(), rel=1e-8
+    )
+    zeros = [torch.zeros_like(t).requires_grad_() for t in TARGETS]
+    value = objectives.balanced_l2(zeros, TARGETS)
+    assert value.item() == pytest.approx(2)
+    assert all(slope.isfinite().all() for slope in torch.autograd.grad(value, zeros))
 
 
 def test_a_tensor_of_rounding_noise_does_not_drown_the_others() -> None:
     noise, other_noise = 1e-17 * randn(6, seed=1), 1e-17 * randn(6, seed=2)
-    with_noise = objectives.relative_l2([*TARGETS, other_noise], [*TARGETS, noise])
-    assert with_noise.item() < 1e-9
+    for distance in (objectives.relative_l2, objectives.balanced_l2):
+        with_noise = distance([*TARGETS, other_noise], [*TARGETS, noise])
+        assert with_noise.item() < 1e-9
 
 
 @pytest.mark.parametrize("eps", [None, torch.finfo(torch.float32).eps, 1e-2])
@@ -57,10 +82,30 @@ def test_tensors_below_the_rounding_of_what_was_shared_are_left_out(eps: float |
         gradients = [2 * targets[0], 3 * targets[1], targets[2]]
         found = objectives.relative_l2(gradients, targets, eps=eps).item()
         assert found == pytest.approx((1 + others) / 3)  # a mean over all tensors, those left out included
+        # Relative to ½(4 + 1) and ½(9 + 1) times the target's norm
+        found = objectives.balanced_l2(gradients, targets, eps=eps).item()
+        assert found == pytest.approx((1 / 2.5 + others / 5) / 3)
     inputs = [g.clone().requires_grad_() for g in gradients]
     targets[1] = 0.5 * targets[1]
     (slope,) = torch.autograd.grad(objectives.relative_l2(inputs, targets, eps=eps), inputs[1])
     assert not slope.any()
+
+
+@pytest.mark.parametrize("away", [1.0, 1e-7])
+@pytest.mark.parametrize("strength", [0.0, 1e-3, 1.0])
+def test_the_slope_of_balanced_l2_in_closed_form(away: float, strength: float) -> None:
+    """Far from a match and near it, for weak gradients and for none, with a tensor that is left out."""
+    noise = [torch.full((3,), 1e-15, dtype=torch.float64)]
+    targets = [*TARGETS, *noise]
+    trial = [strength * (t + away * g) for g, t in zip([*GRADIENTS, *noise], targets, strict=True)]
+    leaves = [g.clone().requires_grad_() for g in trial]
+    value = objectives.balanced_l2(leaves, targets)
+    expected = torch.autograd.grad(value, leaves)
+    found = matcher("balanced_l2", targets, torch.finfo(torch.float64).eps)(trial)
+    assert found.distance.item() == pytest.approx(value.item(), rel=1e-12)
+    for slope, other in zip(found.slopes, expected, strict=True):
+        torch.testing.assert_close(found.scale * slope, other, rtol=1e-9, atol=0)
+    assert not found.slopes[-1].any()
 
 
 def test_position_cosine_per_token_and_whole() -> None:

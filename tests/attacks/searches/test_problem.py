@@ -89,8 +89,8 @@ def test_matching_knows_in_which_precision_the_update_was_shared() -> None:
     trial = HALF.to_input(victim(seed=9)[0])
     mine = client_update(copy.deepcopy(model).double(), trial, labels)
     pairs = [list(mine.gradients.values()), [g.double() for g in update.gradients.values()]]
-    expected = objectives.relative_l2(*pairs, eps=torch.finfo(torch.float32).eps).item()
-    assert abs(expected / objectives.relative_l2(*pairs).item() - 1) > 0.01
+    expected = objectives.balanced_l2(*pairs, eps=torch.finfo(torch.float32).eps).item()
+    assert abs(expected / objectives.balanced_l2(*pairs).item() - 1) > 0.01
     result = quietly(model, update, start=trial, max_evaluations=1)
     assert result.diagnostics["terms"]["distance"] == pytest.approx(expected, rel=1e-6)
 
@@ -106,7 +106,7 @@ def test_withheld_tensors_are_not_matched_and_alpha_is_said_to_be_idle() -> None
     # What is matched is what is there: the distance is the mean over the shared tensors, and it falls.
     trial = client_update(model, result.images, torch.tensor([1]))
     shared = [trial.gradients[name] for name in less.gradients]
-    expected = objectives.relative_l2(shared, list(less.gradients.values())).item()
+    expected = objectives.balanced_l2(shared, list(less.gradients.values())).item()
     assert result.diagnostics["terms"]["distance"] == pytest.approx(expected)
     assert expected < result.history[0]["loss"] / 20
 
