@@ -12,18 +12,24 @@ from .labels import Labels, recover_labels
 from .replay import gradient_residual
 from .result import AttackNotApplicable, Condition, Reconstruction, decibels, predicted_psnr, report, verdict
 from .searches.coordinates import Coordinates
-from .searches.match import PRESETS, match_gradients
+from .searches.match import match_gradients
+from .searches.recipes import LBFGS, RECIPES, Adam, PositionTerm, Priors, Recipe
 from .searches.span_then_match import span_then_match
 
 __all__ = [
     "ATTACKS",
     "CLOSED_FORMS",
-    "PRESETS",
+    "LBFGS",
+    "RECIPES",
+    "Adam",
     "Attack",
     "AttackNotApplicable",
     "Condition",
     "Coordinates",
     "Labels",
+    "PositionTerm",
+    "Priors",
+    "Recipe",
     "Reconstruction",
     "april_closed_form",
     "attention_product",

@@ -14,6 +14,7 @@ from .closed_forms import april, april_system, patch_embedding, span
 from .grey_levels.span_then_round import span_then_round
 from .result import Reconstruction
 from .searches.match import match_gradients
+from .searches.recipes import RECIPES
 from .searches.span_then_match import span_then_match
 
 Family = Literal["closed form", "search", "grey levels"]
@@ -51,15 +52,6 @@ class Attack:
         return self.family != "closed form"
 
 
-_RECIPES = {
-    "dlg": "DLG",
-    "idlg": "iDLG",
-    "inverting_gradients": "Inverting Gradients",
-    "tag": "TAG",
-    "gradinversion": "GradInversion",
-    "april": "APRIL",
-}
-
 # The closed forms come first, the strongest before the others: fewest conditions, least
 # amplification of rounding.
 _ROWS = (
@@ -72,8 +64,8 @@ _ROWS = (
     Attack("span_then_match", "span, then matching", span_then_match, "search", span.NEEDS),
     Attack("span_then_round", "span, then whole grey levels", span_then_round, "grey levels", span.NEEDS),
     *(
-        Attack(f"match:{name}", f"gradient matching, {title}", partial(match_gradients, preset=name), "search", ())
-        for name, title in _RECIPES.items()
+        Attack(f"match:{name}", f"gradient matching, {name}", partial(match_gradients, recipe=name), "search", ())
+        for name in RECIPES
     ),
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from ..anatomy import dissect
 from ..attacks.catalogue import ATTACKS
 from ..attacks.result import AttackNotApplicable, Reconstruction
 from ..attacks.searches.match import match_gradients
+from ..attacks.searches.recipes import Recipe
 from ..metrics import match_batch, psnr, ssim
 from ..models import VisionTransformer
 from ..preprocessing import Preprocessing
@@ -64,7 +65,7 @@ def warm_up() -> None:
     """The first search of a process spends seconds on imports, which belong to no attack."""
     model = VisionTransformer(image_size=4, patch_size=2, width=4, depth=1, heads=1, classes=2)
     update = client_update(model, torch.ones(1, 3, 4, 4), torch.tensor([0]))
-    match_gradients(model, update, restarts=1, max_evaluations=2, progress=False)
+    match_gradients(model, update, recipe=Recipe(), max_evaluations=2, progress=False)
 
 
 def play_client(case: Case, device: torch.device) -> Client:

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..attacks.catalogue import ATTACKS
-from ..attacks.searches.match import PRESETS
+from ..attacks.searches.recipes import RECIPES
 from .cases import Case, CompareError, private_pictures
 from .play import build_for, digest_of, play_attack, play_client, warm_up
 from .records import (
@@ -133,7 +133,7 @@ def _by_update(missing: set[Case], cases: Sequence[Case]) -> list[list[Case]]:
 def _check_arguments(cases: Sequence[Case], max_evaluations: int, curve_every: int) -> None:
     if unknown := [case.attack for case in cases if case.attack not in ATTACKS]:
         raise CompareError(f"there is no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
-    least = max(preset.get("restarts", 1) for preset in PRESETS.values())
+    least = max(recipe.restarts for recipe in RECIPES.values())
     if max_evaluations < least or curve_every < 1:
         raise CompareError(f"max_evaluations={max_evaluations} must be {least} or more, and curve_every positive")
 

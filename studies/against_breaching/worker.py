@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ MODEL: dict[str, Any] = {
 
 # The digits are grey and breaching's total variation takes three channels, so it is off on both
 # sides.
-AIMED_AT_SAME: dict[str, Any] = {"preset": "inverting_gradients", "total_variation": 0.0}
-OURS: dict[str, dict[str, Any]] = {"april": {"preset": "april"}, "inverting_gradients": AIMED_AT_SAME}
+OURS: dict[str, al.Recipe] = {
+    "april": al.RECIPES["april"],
+    "inverting_gradients": replace(al.RECIPES["inverting_gradients"], priors=al.Priors()),
+}
 THEIRS: dict[str, tuple[str, list[str]]] = {  # preset, and what is changed in it
     "invertinggradients": ("invertinggradients", ["regularization=null"]),
     "invertinggradients, finite differences": (
@@ -82,12 +85,11 @@ def read_case(folder: Path) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
 def attack_with_ours(folder: Path, name: str, dtype: str, seconds: float, iterations: int) -> tuple[Diary, Tensor]:
     model, gradients, labels = read_case(folder)
     update = al.ClientUpdate(gradients=gradients)
-    options = dict(OURS[name])
     al.dissect(model)  # imports the model libraries it knows; breaching's imports are not counted either
     diary = Diary(seconds)
     found = al.match_gradients(
-        model, update, labels=labels, dtype=getattr(torch, dtype), max_evaluations=iterations, progress=False,
-        callback=lambda _, images: diary.enter(images), **options,
+        model, update, recipe=OURS[name], labels=labels, dtype=getattr(torch, dtype), max_evaluations=iterations,
+        progress=False, callback=lambda _, images: diary.enter(images),
     )  # fmt: skip
     return diary, found.images
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import aprillab as al
-from aprillab.attacks.searches import search
+from aprillab.attacks.searches import problem, search
 
 from .._rows import fill
 from .times import DIGITS, DTYPES, build
@@ -112,11 +112,12 @@ def timers() -> Iterator[dict[str, float]]:
 
     with ExitStack() as stack:
         for owner, attribute, name in (
-            (search, "logits_of", lambda **_: "forward"),
+            (problem, "logits_of", lambda **_: "forward"),
             (torch.autograd, "grad", which),
-            (search.Problem, "evaluate", lambda **_: "problem"),
+            (problem.Problem, "evaluate", lambda **_: "problem"),
             (search.Search, "evaluate", lambda **_: "search"),
-            (search.Search, "_record", lambda **_: "record"),
+            (search.Search, "_keep", lambda **_: "record"),
+            (search.Log, "enter", lambda **_: "record"),
         ):
             function = getattr(owner, attribute)
             stack.enter_context(mock.patch.object(owner, attribute, timed(name, function)))
@@ -124,7 +125,7 @@ def timers() -> Iterator[dict[str, float]]:
 
 
 def profile(dtype: str, evaluations: int) -> dict[str, float]:
-    """Milliseconds an evaluation of the preset "april" takes on a digit, by part."""
+    """Milliseconds an evaluation of the recipe "april" takes on a digit, by part."""
     model, _ = build(DIGITS, "float64")
     update = al.client_update(model, *digit(5))
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "progress": False, "tolerance": 0.0}
@@ -133,13 +134,14 @@ def profile(dtype: str, evaluations: int) -> dict[str, float]:
         start = time.process_time()
         found = al.match_gradients(model, update, max_evaluations=evaluations, **options)
         total = time.process_time() - start
+    passes = ("forward", "first backward", "second backward")
     parts = {
         "forward pass": spent["forward"],
         "first backward pass, ∇w": spent["first backward"],
-        "distance, α term, residual": spent["problem"] - spent["forward"] - spent["first backward"],
+        "distance, α term, residual": spent["problem"] - sum(spent[part] for part in passes),
         "second backward pass, to the unknowns": spent["second backward"],
         "history, best pictures, progress": spent["record"],
-        "rest of an evaluation": spent["search"] - spent["problem"] - spent["second backward"] - spent["record"],
+        "rest of an evaluation": spent["search"] - spent["problem"] - spent["record"],
         "L-BFGS and line search, and the set-up": total - spent["search"],
         "all": total,
     }

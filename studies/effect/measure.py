@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import aprillab as al
-from aprillab.attacks import CLOSED_FORMS, PRESETS
+from aprillab.attacks import CLOSED_FORMS, RECIPES
 from aprillab.comparison.cases import Case, cross
 from aprillab.comparison.records import read_pictures
 from aprillab.comparison.run import run
@@ -50,7 +50,7 @@ class Study:
 
     Victims are test digits of different classes; a seed is that of the weights, of the training
     images' choice and order, and of a search's first guess. ``april``, ``hybrid`` and ``others``
-    are the evaluations of a search; ``few`` is the number of victims of the other presets.
+    are the evaluations of a search; ``few`` is the number of victims of the other recipes.
     """
 
     victims: tuple[str, ...] = ("mnist:7", "mnist:207", "mnist:307", "mnist:507", "mnist:907")
@@ -150,7 +150,7 @@ class Part:
     pictures: bool = False
 
 
-OTHERS = tuple(f"match:{name}" for name in PRESETS if name != "april")
+OTHERS = tuple(f"match:{name}" for name in RECIPES if name != "april")
 TWINS: tuple[Position, ...] = ("learned", "frozen", "sinusoidal")
 
 

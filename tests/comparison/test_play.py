@@ -51,7 +51,7 @@ def test_rows_agree_with_direct_calls(path: Path) -> None:
     assert (closed.exact, closed.outcome) == (True, f"exact: {direct.reason}")
     assert (closed.evaluations, closed.loss, closed.stopped) == (None, None, "")
     searched = match_gradients(
-        model, update, preset="april", labels=torch.tensor([label]), seed=4, max_evaluations=12, progress=False
+        model, update, recipe="april", labels=torch.tensor([label]), seed=4, max_evaluations=12, progress=False
     )
     assert matched.psnr == pytest.approx(psnr(searched.pixels[0], pixels[0]), abs=1e-3)
     assert matched.ssim == pytest.approx(ssim(searched.pixels[0], pixels[0]), abs=1e-4)
@@ -156,7 +156,7 @@ def test_curves_have_the_best_so_far(path: Path) -> None:
     (case,) = cross(victims=["coffee"], attacks=["match:april"], dtypes=["float64"], **TINY)
     run([case], path=path, max_evaluations=30, curve_every=1, progress=False)
     model, update, _ = by_hand(0, int(torch.randperm(10, generator=torch.Generator().manual_seed(0))[0]))
-    searched = match_gradients(model, update, preset="april", max_evaluations=30, progress=False)
+    searched = match_gradients(model, update, recipe="april", max_evaluations=30, progress=False)
     losses = [entry["loss"] for entry in searched.history]
     assert losses != sorted(losses, reverse=True)  # a line search steps too far now and then
     (points,) = read_curves(path).values()

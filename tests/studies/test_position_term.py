@@ -119,8 +119,9 @@ def test_a_search_is_scored_from_outside(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["evaluations_to_30"] == 30 == 3 * EVERY
     assert found["psnr"] == pytest.approx(al.psnr(pixels * 0, pixels))  # the end counts, not the best of the way
     assert (found["distance"], found["evaluations"], found["seconds"]) == (0.25, 47, 2.0)
-    assert (seen["alpha"], seen["position_term"], seen["seed"], seen["max_evaluations"]) == (0.1, "whole", 5, 47)
-    assert seen["restarts"] == 1
+    assert (seen["seed"], seen["max_evaluations"]) == (5, 47)
+    assert seen["recipe"].position_term == al.PositionTerm(weight=0.1, per_token=False)
+    assert seen["recipe"].restarts == 1
 
 
 def test_a_search_that_ctrl_c_ended_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ where the whole numbers are the zeros and ones that a ReLU lets through. SPEAR (
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable
@@ -35,7 +34,9 @@ from ..result import AttackNotApplicable, Reconstruction
 from ..searches.coordinates import Coordinates
 from ..searches.match import match_gradients
 from ..searches.objectives import relative_l2
-from ..searches.span_then_match import open_coordinates
+from ..searches.problem import Loss
+from ..searches.recipes import Recipe, recipe_of
+from ..searches.span_then_match import FROM_THE_SPAN, open_coordinates
 from .grid import Grid
 from .lattice import ReducedLattice
 
@@ -53,19 +54,20 @@ def span_then_round(
     model: nn.Module,
     update: ClientUpdate,
     *,
+    recipe: str | Recipe = FROM_THE_SPAN,
     labels: Tensor | Literal["recover"] | None = None,
     batch_size: int | None = None,
     levels: int = 256,
     seed: int = 0,
     max_evaluations: int = 1200,
     max_seconds: float | None = None,
+    loss: Loss = nn.functional.cross_entropy,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
     callback: Callable[[dict[str, Any], Tensor], None] | None = None,
     progress: bool = True,
-    **options: Any,
 ) -> Reconstruction:
     """Find pictures of whole grey levels in what the span attack leaves open.
 
@@ -85,6 +87,8 @@ def span_then_round(
     ----------
     model : nn.Module
     update : ClientUpdate
+    recipe : key of :data:`~aprillab.RECIPES`, or :class:`~aprillab.Recipe`
+        Of the search; default is APRIL's with one start.
     labels : int64 Tensor of shape (B,), or "recover" (default)
     batch_size : int, optional
         B; default is the number of labels, else what the client says, else 1.
@@ -96,6 +100,7 @@ def span_then_round(
         Of the search, in all; 0 for none: the span's patches are rounded, and that is all.
     max_seconds : float, optional
         Looked at by the search and before each lattice is reduced, which takes up to 10 s.
+    loss : callable, the client's, (logits, labels) to a scalar
     dtype : torch.dtype, optional
         To match in; default is the update's own precision, float32 at least.
     device, anatomy, preprocessing
@@ -103,9 +108,6 @@ def span_then_round(
     callback : (history entry, images) to None, called at every evaluation
         It may raise KeyboardInterrupt to end the search.
     progress : bool, show a progress bar of the settled patches
-    **options
-        Of :func:`~aprillab.attacks.searches.match.match_gradients` but ``init``, ``coordinates`` and ``resume``: the
-        client's loss, priors, …
 
     Returns
     -------
@@ -122,18 +124,17 @@ def span_then_round(
         Where the span attack does not apply (the width does not matter here), or a patch has more than 256 pixels.
     ValueError
         If ``levels`` < 2, the labels are not B whole numbers, or as ``match_gradients``.
-    TypeError
-        If an option is not one of ``match_gradients``.
     UpdateError
         If the update does not belong to the model.
     """
     start = time.perf_counter()
     if levels < 2:
         raise ValueError(f"levels={levels}: whole levels from 0 to levels − 1 need at least 2")
+    recipe = recipe_of(recipe)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     batch_size = assumed_batch_size(update, labels, batch_size)
-    _check(labels, batch_size, options)
+    _check(labels, batch_size)
     solution = solve_span(model, update, anatomy=anatomy, batch_size=batch_size, strict=False, device=device)
     p, n = solution.patches.shape
     if p > _LARGEST:
@@ -158,7 +159,7 @@ def span_then_round(
     if batch_size > 1 and not isinstance(labels, Tensor):
         found = None  # the search recovers them
 
-    client, loss = as_shared(model, update), options.get("loss", nn.functional.cross_entropy)
+    client = as_shared(model, update)
     eps = torch.finfo(update.dtype).eps
     limit = 30 * eps
 
@@ -200,10 +201,11 @@ def span_then_round(
                 result = match_gradients(
                     model,
                     update,
+                    recipe=recipe,
                     labels=found,
                     batch_size=batch_size,
                     coordinates=state.coordinates(grid, coordinates),
-                    init=grid.images(state.begin(grid, coordinates)),
+                    start=grid.images(state.begin(grid, coordinates)),
                     seed=seed,
                     dtype=dtype,
                     device=device,
@@ -211,9 +213,10 @@ def span_then_round(
                     preprocessing=preprocessing,
                     max_evaluations=min(_ROUND if state.history else _FIRST * batch_size, left),
                     max_seconds=None if max_seconds is None else max(max_seconds - spent, 0.1),
+                    tolerance=eps,
+                    loss=loss,
                     progress=False,
                     callback=state.listen(callback, start),
-                    **{"tolerance": eps, "restarts": 1, **options},
                 )
                 if found is None:
                     found, found_how = result.labels, result.diagnostics["labels"]
@@ -256,13 +259,8 @@ def span_then_round(
     )
 
 
-_OPTIONS = set(inspect.signature(match_gradients).parameters) - {"init", "coordinates", "resume"}
-
-
-def _check(labels: Tensor | str | None, batch_size: int, options: dict[str, Any]) -> None:
+def _check(labels: Tensor | str | None, batch_size: int) -> None:
     """Before anything that takes time."""
-    if strangers := set(options) - _OPTIONS:
-        raise TypeError(f"span_then_round has no option {', '.join(sorted(strangers))}")
     if isinstance(labels, str) and labels != "recover":
         raise ValueError(f'labels={labels!r}: give them as a tensor, or leave them to "recover"')
     if isinstance(labels, Tensor) and (labels.shape != (batch_size,) or labels.dtype.is_floating_point):

@@ -70,3 +70,36 @@ class Coordinates:
 
     def _freely(self, coefficients: Tensor) -> Tensor:
         return coefficients if self.free is None else coefficients * self.free[..., None].to(coefficients)
+
+
+def row_space_of(gradient: Tensor, batch_size: int, image_size: tuple[int, int]) -> Coordinates | None:
+    """Coordinates in the row space of ∂l/∂W_e, which holds the patches (3.9): B·n or fewer in place of p.
+
+    Parameters
+    ----------
+    gradient : Tensor of shape (d, C, P, P)
+        ∂l/∂W_e.
+    batch_size : int
+        B.
+    image_size : (height, width), in pixels
+
+    Returns
+    -------
+    Coordinates or None
+        An orthonormal basis (k, p), k ≤ B·n < p, around zero; None where it restricts nothing.
+
+    Examples
+    --------
+    >>> patches = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+    >>> G = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
+    >>> row_space_of((G @ patches).reshape(24, 3, 4, 4), 1, (8, 8)).basis.shape
+    torch.Size([4, 48])
+    """
+    size = gradient.shape[-1]
+    tokens = batch_size * (image_size[0] // size) * (image_size[1] // size)  # B·n
+    s, Vt = torch.linalg.svd(gradient.double().flatten(1), full_matrices=False)[1:]
+    # Well above rounding: directions of pure rounding noise would differ from run to run.
+    rank = min(tokens, int((s > 100 * torch.finfo(gradient.dtype).eps * s[0]).sum()))
+    if not 0 < rank < gradient[0].numel():
+        return None
+    return Coordinates(torch.zeros_like(Vt[:1]), Vt[:rank], size, image_size)

@@ -33,11 +33,36 @@ def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, eps: 
     below ε^¾ times the largest tensor's norm it is left out. ε is that of the precision in which the gradients were
     *shared* (``eps``), which may be coarser than the dtype they are compared in, the default.
     """
+    weights = relative_weights(targets, eps)
+    return (weights * torch.stack(_squares(gradients, targets))).mean()
+
+
+def balanced_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, eps: float | None = None) -> Tensor:
+    """The mean over tensors of ‖g' − g‖² / ½(‖g'‖² + ‖g‖²): relative L2 that does not favour weak gradients.
+
+    A wrong gradient, orthogonal to g and r times as long, costs 1 + r² in :func:`relative_l2`: a search
+    that is still wrong everywhere does best to make all gradients weak, and stays there. Here it costs 2,
+    whatever r. Near g the two agree to first order. Rounding noise is left out as there.
+
+    Examples
+    --------
+    >>> g, wrong = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    >>> [round(float(balanced_l2([r * wrong], [g])), 3) for r in (0.1, 1, 10)]
+    [2.0, 2.0, 2.0]
+    >>> [round(float(relative_l2([r * wrong], [g])), 3) for r in (0.1, 1, 10)]
+    [1.01, 2.0, 101.0]
+    """
+    weights = relative_weights(targets, eps)
+    strengths = weights * torch.stack([torch.linalg.vector_norm(g).square() for g in gradients])  # (‖g'‖ / ‖g‖)²
+    return (2 * weights * torch.stack(_squares(gradients, targets)) / (1 + strengths)).mean()
+
+
+def relative_weights(targets: Sequence[Tensor], eps: float | None = None) -> Tensor:
+    """1 / ‖g‖² of each tensor, (k,); 0 for those below ε^¾ of the largest norm."""
     norms = torch.stack([t.norm() for t in targets])
     floor = norms.max() * (eps or torch.finfo(norms.dtype).eps) ** 0.75
     tiny = torch.finfo(norms.dtype).tiny
-    weights = torch.where(norms < floor, 0, 1 / norms.square().clamp_min(tiny))
-    return (weights * torch.stack(_squares(gradients, targets))).mean()
+    return torch.where(norms < floor, 0, 1 / norms.square().clamp_min(tiny))
 
 
 def l2_l1(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, l1_weight: float = 0.01) -> Tensor:
@@ -99,5 +124,11 @@ def group_spread(images: Tensor) -> Tensor:
     return (images - images.mean(0)).square().mean()
 
 
-DISTANCES: dict[str, Distance] = {"l2": l2, "relative_l2": relative_l2, "l2_l1": l2_l1, "cosine": cosine}
+DISTANCES: dict[str, Distance] = {
+    "l2": l2,
+    "relative_l2": relative_l2,
+    "balanced_l2": balanced_l2,
+    "l2_l1": l2_l1,
+    "cosine": cosine,
+}
 """Gradient distances by the name :func:`~aprillab.attacks.searches.match.match_gradients` takes."""

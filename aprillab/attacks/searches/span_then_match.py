@@ -9,6 +9,7 @@ longer where more is uncertain: it starts from the span's picture and moves wher
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from ..labels import assumed_batch_size
 from ..result import Reconstruction
 from .coordinates import Coordinates
 from .match import match_gradients
+from .problem import Loss
+from .recipes import APRIL, PositionTerm, Recipe, recipe_of
 
 # In model-input space, where pixels are of the order of 1.
 _LONGEST = 0.5  # as far as a picture may be off
@@ -31,19 +34,30 @@ _SHORTEST = 1e-6
 _KNOWN = 1e-5  # what is known so well is left to the last
 _OPEN = 1e-3  # a direction counts as open where the picture may be wrong by so much
 
+FROM_THE_SPAN = replace(APRIL, distance="relative_l2", position_term=PositionTerm(), restarts=1, patience=None)
+"""APRIL's recipe with one start, the span's picture, and with the distance that data/results/hybrid.md measured."""
+
 
 def span_then_match(
     model: nn.Module,
     update: ClientUpdate,
     *,
+    recipe: str | Recipe = FROM_THE_SPAN,
     labels: Tensor | Literal["recover", "optimize"] | None = None,
     batch_size: int | None = None,
+    start: Reconstruction | None = None,
     seed: int = 0,
+    max_evaluations: int | None = 2000,
+    max_seconds: float | None = None,
+    tolerance: float | None = None,
+    loss: Loss = nn.functional.cross_entropy,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
-    **options: Any,
+    snapshots: int = 0,
+    callback: Callable[[dict[str, Any], Tensor], None] | None = None,
+    progress: bool = True,
 ) -> Reconstruction:
     """Match gradients from the span attack's picture, in the directions that the span left open.
 
@@ -54,18 +68,21 @@ def span_then_match(
     ----------
     model : nn.Module
     update : ClientUpdate
-    labels : int64 Tensor of shape (B,), or "recover" (default) or "optimize"
-        As in ``match_gradients``.
+    recipe : key of :data:`~aprillab.RECIPES`, or :class:`~aprillab.Recipe`
+        Default is APRIL's with one start. The row space is not used: the span's coordinates are.
+    labels : int64 Tensor of shape (B,), or "recover" or "optimize"
+        As in :func:`~aprillab.match_gradients`, and so are all options that are not described here.
     batch_size : int, optional
         B; default is the number of labels, else what the client says, else 1.
+    start : Reconstruction, optional
+        An earlier result of this function to go on from.
     seed : int
         Of the noise that sets the images of a batch apart at the start: the span gives them all the same picture.
+    tolerance : float, optional
+        Stop when ‖g' − g‖ / ‖g‖ falls below; default is the update's ε.
     dtype : torch.dtype, optional
-        To match in; default is the update's own precision, float32 at least. Float64 costs about twice the time.
-    device, anatomy, preprocessing
-        As in :func:`~aprillab.attacks.closed_forms.patch_embedding.embedding_closed_form`.
-    **options
-        Of :func:`~aprillab.attacks.searches.match.match_gradients`: budgets, priors, progress, callback, …
+        To match in; default is the update's own precision, float32 at least. Float64 costs about twice
+        the time.
 
     Returns
     -------
@@ -80,42 +97,42 @@ def span_then_match(
     UpdateError, ValueError
         As ``match_gradients``.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
+    recipe = recipe_of(recipe)
+    # What the span knows, and where it left something open (7.9)
     anatomy = anatomy or dissect(model)
     batch_size = assumed_batch_size(update, labels, batch_size)
     solution = solve_span(model, update, anatomy=anatomy, batch_size=batch_size, strict=False, device=device)
     coordinates, opened = open_coordinates(solution)
-    images = solution.images.expand(batch_size, -1, -1, -1)
-    if batch_size > 1:
-        generator = torch.Generator().manual_seed(seed)
-        shape = (batch_size, solution.patches.shape[1], len(coordinates.basis))
-        z = torch.randn(shape, generator=generator, dtype=torch.float64).to(coordinates.basis)
-        images = coordinates.images_of(z)
-    spent = time.perf_counter() - start
+    images = _first_pictures(solution, coordinates, batch_size, seed)
+    spent = time.perf_counter() - began
+    # The search there
     if dtype is None:
         dtype = torch.float64 if update.dtype == torch.float64 else torch.float32
     result = match_gradients(
-        model,
-        update,
-        labels=labels,
-        batch_size=batch_size,
-        coordinates=coordinates,
-        init=images,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        anatomy=anatomy,
-        preprocessing=preprocessing,
-        **{"tolerance": torch.finfo(update.dtype).eps, "restarts": 1, **options},
-    )
+        model, update, recipe=recipe, labels=labels, batch_size=batch_size, coordinates=coordinates,
+        start=images if start is None else start, seed=seed, max_evaluations=max_evaluations, max_seconds=max_seconds,
+        tolerance=torch.finfo(update.dtype).eps if tolerance is None else tolerance, loss=loss, dtype=dtype,
+        device=device, anatomy=anatomy, preprocessing=preprocessing, snapshots=snapshots, callback=callback,
+        progress=progress,
+    )  # fmt: skip
     p = len(coordinates.basis)
     return replace(
         result,
         attack="span_then_match",
         reason=f"the span left {opened} of {p} directions a patch open, and the search went on; {result.reason}",
         diagnostics={**result.diagnostics, "span": solution.numbers, "open_directions": opened},
-        seconds=spent + result.seconds,  # of an earlier search too, where this one resumed it
+        seconds=spent + result.seconds,  # of an earlier search too, where this one goes on from it
     )
+
+
+def _first_pictures(solution: SpanSolution, coordinates: Coordinates, batch_size: int, seed: int) -> Tensor:
+    """The span's picture (1, C, H, W); for a batch as many as there are, apart in the open directions."""
+    if batch_size == 1:
+        return solution.images
+    shape = (batch_size, solution.patches.shape[1], len(coordinates.basis))  # (B, n, k)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return coordinates.images_of(noise.to(coordinates.basis))
 
 
 def open_coordinates(solution: SpanSolution) -> tuple[Coordinates, int]:

@@ -225,8 +225,7 @@ def test_one_level_is_none() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"level": 16}, TypeError, "no option level"),
-        ({"init": "grey"}, TypeError, "no option init"),
+        ({"recipe": "aprill"}, ValueError, "recipe='aprill'"),
         ({"labels": "optimize"}, ValueError, "labels='optimize'"),
         ({"labels": torch.tensor([1.0])}, ValueError, "1 integers"),
         ({"labels": torch.tensor([1, 2]), "batch_size": 1}, ValueError, "batch_size=1"),
