@@ -136,7 +136,12 @@ def lint(path: Path) -> list[str]:
     """What is wrong with a notebook as a reader gets it, in words; empty if nothing is."""
     notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    wrong = [*_lint_outputs(code), *_lint_exercises(notebook, path), *_lint_links(notebook, path)]
+    wrong = [
+        *_lint_outputs(code),
+        *_lint_exercises(notebook, path),
+        *_lint_links(notebook, path),
+        *_lint_names(notebook, path),
+    ]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             wrong += lint_mathematics(cell.source)
@@ -211,6 +216,21 @@ def _lint_links(notebook: NotebookNode, path: Path) -> list[str]:
                 wrong.append(f"a link to {target}, which does not exist")
             elif anchor and anchor.lower() not in anchors(there):
                 wrong.append(f"a link to {target}, but {there.name} has no such heading")
+    return wrong
+
+
+def _lint_names(notebook: NotebookNode, path: Path) -> list[str]:
+    """Of each "`name` in [file](../file.py)": the name is still defined in that file."""
+    wrong = []
+    named = r"((?:`[\w.]+`(?:, | and )?)+),? in \[[^]]+\]\(([^)\s]+\.py)\)"
+    for cell in notebook.cells:
+        for names, target in re.findall(named, cell.source) if cell.cell_type == "markdown" else ():
+            if not (path.parent / target).exists():
+                continue  # _lint_links says so
+            code = (path.parent / target).read_text(encoding="utf-8")
+            for name in re.findall(r"(\w+)`", names):
+                if not re.search(rf"^ *(def|class) {name}\b|^{name}\b.* =", code, re.M):
+                    wrong.append(f"{name} is not defined in {target}")
     return wrong
 
 

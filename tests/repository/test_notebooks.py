@@ -121,6 +121,22 @@ def test_the_lint_finds(sound: Callable[..., Path], change: Callable[[NotebookNo
 
 
 @pytest.mark.parametrize(
+    ("sentence", "wrong"),
+    [
+        ("`solve` and `Grid.near`, in [a.py](a.py); it adds the refusals", []),
+        ("`solve`, `NAMES` and `gone` in [a.py](a.py)", ["gone is not defined in a.py"]),
+        ("`al.solved` in [a.py](a.py)", ["solved is not defined in a.py"]),
+    ],
+)
+def test_a_function_that_left_its_file_is_found(sound: Callable[..., Path], sentence: str, wrong: list[str]) -> None:
+    path = sound(append(sentence))
+    (path.parent / "a.py").write_text(
+        "NAMES: list[str] = []\ndef solve(): ...\nclass Grid:\n    def near(self): ...\n"
+    )
+    assert tools.lint(path) == wrong
+
+
+@pytest.mark.parametrize(
     ("tex", "word"),
     [
         (r"$\partiall l$", r"\partiall is no macro"),
