@@ -195,6 +195,7 @@ def _report(attack: str, update: ClientUpdate, search: Search, stopped: str) -> 
     labels = problem.labels
     if labels is None and best.logits is not None:
         labels = best.logits[best.chosen].argmax(-1)
+    seconds = spent.seconds
     return Reconstruction(
         attack=attack,
         images=images,
@@ -202,20 +203,20 @@ def _report(attack: str, update: ClientUpdate, search: Search, stopped: str) -> 
         labels=labels,
         exact=False,
         reason=_reason(problem, update, residual, stopped),
-        diagnostics={"stopped": stopped, "residual": residual, **_numbers(search, best, update)},
-        seconds=spent.seconds,
+        diagnostics={"stopped": stopped, "residual": residual, **_numbers(search, best, update, seconds)},
+        seconds=seconds,
         history=search.log.history,
     )
 
 
-def _numbers(search: Search, best: Best, update: ClientUpdate) -> dict[str, Any]:
+def _numbers(search: Search, best: Best, update: ClientUpdate, seconds: float) -> dict[str, Any]:
     """How the search went, for ``diagnostics``."""
     problem, spent = search.problem, search.counters
     return {
         "loss": best.loss,
         "terms": best.terms,
         "evaluations": spent.evaluations,
-        "evaluations_per_second": spent.evaluations / spent.seconds,
+        "evaluations_per_second": spent.evaluations / seconds,
         "best_evaluation": best.evaluation,
         "best_restart": best.restart + best.chosen,
         "restarts": search.log.restarts,
