@@ -167,7 +167,7 @@ def verdict(conditions: Sequence[Condition], predicted_psnr: float) -> tuple[boo
     trust = f"predicted PSNR {predicted_psnr:.1f} dB"
     if failed:
         return False, "; ".join([*failed, trust])
-    if predicted_psnr < EXACT_TO_8_BITS_DB:
+    if not predicted_psnr >= EXACT_TO_8_BITS_DB:  # nor where it is not a number
         return False, (
             f"all conditions hold, but the gradient's precision limits the picture: {trust}, "
             f"below the {EXACT_TO_8_BITS_DB:.1f} dB of an 8-bit rounding"

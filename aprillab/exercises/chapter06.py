@@ -277,6 +277,9 @@ _T_ONE = {3: 2.9199856, 5: 2.1318468, 12: 1.7958848}
 def _pair(answer: Any) -> tuple[float, float]:
     if not (isinstance(answer, tuple | list) and len(answer) == 2):
         stop(f"Return two numbers, (mean, half width), not {type(answer).__name__}.")
+    for part, what in zip(answer, ("mean", "half width"), strict=True):
+        if not hasattr(part, "__float__"):
+            stop(f"Return two numbers, (mean, half width): the {what} is a {type(part).__name__}.")
     return float(answer[0]), float(answer[1])
 
 

@@ -1,20 +1,13 @@
-"""Checks of chapters 00 and 01 against the notebooks' own stubs and solutions, and common mistakes; widgets."""
+"""Checks of chapter 01 against the notebook's own stubs and solutions, and common mistakes; widgets."""
 
-import notebook_tools as tools
 import pytest
 import torch
+from exercise_tests import exercise_tests
 from matplotlib.figure import Figure
 
 import aprillab as al
 from aprillab import viz, widgets
-from aprillab.exercises import chapter00, chapter01
-
-CHECKS = {"00": chapter00, "01": chapter01}
-EXERCISES = {
-    exercise.check: (exercise, CHECKS[chapter])
-    for chapter in CHECKS
-    for exercise in tools.exercises(tools.read(chapter))
-}
+from aprillab.exercises import chapter01
 
 LABEL_BODY = (
     "negative = (bias_gradient < 0).nonzero().flatten()\n    return int(negative[0]) if len(negative) == 1 else None"
@@ -23,16 +16,7 @@ UNMIX_RETURN = "torch.stack(images) if images else ratios[:0]"
 RATIO = "weight_gradient[j] / bias_gradient[j]"
 WEIGHT_BODY = "return int(r.argmin()) if (r < 0).sum() == 1 else int(r.argmax())"
 
-#: check, what to replace in the solution, by what, and words of the message that should come
 MUTANTS = [
-    ("check_psnr", "-10 *", "10 *", "wrong sign"),
-    ("check_psnr", "-10 *", "-20 *", "twice too large"),
-    ("check_psnr", "-10 *", "-1 *", "factor is 10"),
-    ("check_psnr", "torch.log10", "torch.log", "natural logarithm"),
-    ("check_psnr", ".square().mean()", ".square().sum()", "sum of the squares"),
-    ("check_psnr", ".square().mean()", ".abs().mean()", "mean absolute error"),
-    ("check_psnr", "-10 * torch.log10(mean_square).item()", "mean_square.item()", "not yet its logarithm"),
-    ("check_psnr", "-10 * torch.log10(mean_square).item()", "(reconstruction - original) ** 2", "mean missing"),
     ("check_outer_product", "delta.T @ x", "x.T @ delta", "transpose"),
     ("check_outer_product", "delta.T @ x", "-delta.T @ x", "wrong sign"),
     ("check_outer_product", "delta.T @ x", "delta.T @ x / len(x)", "Divided by the batch size"),
@@ -108,68 +92,15 @@ MUTANTS = [
     ("check_unmix_relu", "torch.stack(images) if", "images if", "Return a tensor of shape"),
     ("check_unmix_relu", "/ bias_gradient[alive, None]", "* 1", "nothing found"),
 ]  # fmt: skip
+#: Other right ways: the check, and the body of a function.
+RIGHT = [
+    ("check_label_from_weight", "return int(weight_gradient.norm(dim=1).argmax())"),
+    ("check_label_from_bias", "if (bias_gradient < 0).sum() == 1:\n        return bias_gradient.argmin()"),
+    ("check_count_images", "return int(torch.linalg.matrix_rank(weight_gradient))"),
+    ("check_invert_noisy", "return torch.linalg.lstsq(bias_gradient[:, None], weight_gradient).solution[0]"),
+]  # fmt: skip
 
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_stub_is_called_a_stub(check: str) -> None:
-    exercise, checks = EXERCISES[check]
-    answer = tools.feedback(exercise, checks, exercise.stub)
-    assert not answer.passed
-    assert "stub" in answer.message
-
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_solution_passes(check: str) -> None:
-    exercise, checks = EXERCISES[check]
-    answer = tools.feedback(exercise, checks, exercise.solution)
-    assert answer.passed, answer.message
-
-
-@pytest.mark.parametrize(("check", "old", "new", "words"), MUTANTS)
-def test_a_mistake_is_named(check: str, old: str, new: str, words: str) -> None:
-    exercise, checks = EXERCISES[check]
-    answer = tools.feedback(exercise, checks, tools.mutate(exercise.solution, old, new))
-    assert not answer.passed
-    assert words in answer.message, answer.message
-
-
-def test_every_exercise_has_three_mutants() -> None:
-    named = [mutant[0] for mutant in MUTANTS]
-    assert all(named.count(check) >= 3 for check in EXERCISES)
-    assert len(EXERCISES) == 9
-
-
-@pytest.mark.parametrize(
-    ("check", "body"),
-    [
-        ("check_label_from_weight", "return int(weight_gradient.norm(dim=1).argmax())"),
-        ("check_label_from_bias", "if (bias_gradient < 0).sum() == 1:\n        return bias_gradient.argmin()"),
-        ("check_count_images", "return int(torch.linalg.matrix_rank(weight_gradient))"),
-        ("check_invert_noisy", "return torch.linalg.lstsq(bias_gradient[:, None], weight_gradient).solution[0]"),
-        ("check_psnr", "return 20 * torch.log10(1 / (reconstruction - original).square().mean().sqrt())"),
-    ],
-)  # fmt: skip
-def test_another_right_way_passes_too(check: str, body: str) -> None:
-    exercise, checks = EXERCISES[check]
-    head = exercise.solution[: exercise.solution.index(":\n") + 2]
-    answer = tools.feedback(exercise, checks, f"{head}    {body}\n")
-    assert answer.passed, answer.message
-
-
-@pytest.mark.parametrize("check", EXERCISES)
-@pytest.mark.parametrize("returned", ["None", "torch.full((3,), torch.nan)", "'text'", "(None, None)"])
-def test_nonsense_fails_in_words(check: str, returned: str) -> None:
-    exercise, checks = EXERCISES[check]
-    answer = tools.feedback(exercise, checks, f"def {exercise.name}(*_):\n    return {returned}\n")
-    assert not answer.passed
-    assert "Your code raised" not in answer.message
-    assert len(answer.message) > 20
-
-
-@pytest.mark.parametrize("chapter", CHECKS)
-def test_the_notebook_is_fit_to_be_read(chapter: str) -> None:
-    (path,) = tools.NOTEBOOKS.glob(f"{chapter}*.ipynb")
-    assert tools.lint(path) == []
+TestExercises = exercise_tests(chapter01, MUTANTS, RIGHT)
 
 
 # --- Widgets ----------------------------------------------------------------------------------------------------

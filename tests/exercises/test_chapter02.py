@@ -1,13 +1,9 @@
 """Chapter 02's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
 
-import notebook_tools as tools
-import pytest
+from exercise_tests import exercise_tests
 
 from aprillab.exercises import chapter02
 
-EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("02"))}
-
-#: check, what to replace in the solution, by what, and a word of the message that should come
 MUTANTS = [
     ("check_projection_gradient", "dQ.T @ Z", "Z.T @ dQ", "transpose"),
     ("check_projection_gradient", "dQ.T @ Z", "-dQ.T @ Z", "wrong sign"),
@@ -62,28 +58,4 @@ MUTANTS = [
     ),
 ]
 
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_stub_is_called_a_stub(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter02, EXERCISES[check].stub)
-    assert not answer.passed
-    assert "stub" in answer.message
-
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_solution_passes(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter02, EXERCISES[check].solution)
-    assert answer.passed, answer.message
-
-
-@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
-def test_a_mistake_is_named(check: str, old: str, new: str, word: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter02, tools.mutate(EXERCISES[check].solution, old, new))
-    assert not answer.passed
-    assert word in answer.message, answer.message
-
-
-def test_every_exercise_has_three_mutants() -> None:
-    checks = [mutant[0] for mutant in MUTANTS]
-    assert all(checks.count(check) >= 3 for check in EXERCISES)
-    assert len(EXERCISES) >= 4
+TestExercises = exercise_tests(chapter02, MUTANTS)

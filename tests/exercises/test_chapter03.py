@@ -5,13 +5,11 @@ from typing import Any
 import notebook_tools as tools
 import pytest
 import torch
+from exercise_tests import exercise_tests
 
 import aprillab as al
 from aprillab.exercises import chapter03
 
-EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("03"))}
-
-#: check, what to replace in the solution, by what, and a word of the message that should come
 MUTANTS = [
     ("check_conditions", "n + 1 <= width", "n <= width", "class token"),
     ("check_conditions", "n + 1 <= width", "n + 1 < width", "Equality"),
@@ -90,31 +88,7 @@ MUTANTS = [
     ("check_attack", 'weights.get("patch_embedding.bias", 0.0)', 'weights["patch_embedding.bias"]', "KeyError"),
 ]
 
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_stub_is_called_a_stub(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter03, EXERCISES[check].stub)
-    assert not answer.passed
-    assert "stub" in answer.message
-
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_solution_passes(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter03, EXERCISES[check].solution)
-    assert answer.passed, answer.message
-
-
-@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
-def test_a_mistake_is_named(check: str, old: str, new: str, word: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter03, tools.mutate(EXERCISES[check].solution, old, new))
-    assert not answer.passed
-    assert word in answer.message, answer.message
-
-
-def test_every_exercise_has_three_mutants() -> None:
-    checks = [mutant[0] for mutant in MUTANTS]
-    assert all(checks.count(check) >= 3 for check in EXERCISES)
-    assert len(EXERCISES) >= 4
+TestExercises = exercise_tests(chapter03, MUTANTS)
 
 
 # --- The chapter's own functions, where its cells do not go ------------------------------------------------------

@@ -1,15 +1,12 @@
 """Chapter 04's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
 
-import notebook_tools as tools
-import pytest
+from exercise_tests import exercise_tests
 
 from aprillab.exercises import chapter04
 
-EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("04"))}
-
 SOLVE = "torch.linalg.lstsq(G.T, dW).solution "
 CUT = "[anatomy.position_prefix :]"
-#: check, what to replace in the solution, by what, and a word of the message that should come
+UNPATCHIFY = "al.unpatchify(X[None], weight.shape[-1], anatomy.image_size)"
 MUTANTS = [
     ("check_patch_gradient", "G.T @ X", "X.T @ G", "transpose"),
     ("check_patch_gradient", "G.T @ X", "-G.T @ X", "wrong sign"),
@@ -34,7 +31,7 @@ MUTANTS = [
     ("check_solve_patches", SOLVE, "2 * " + SOLVE, "factor of 2"),
     ("check_attack", "X[None]", "-X[None]", "wrong sign"),
     ("check_attack", "X[None]", "X.roll(1, 0)[None]", "one place off"),
-    ("check_attack", "return al.unpatchify(", "return al.HALF.to_pixels(al.unpatchify(", "model-input space"),
+    ("check_attack", UNPATCHIFY, f"al.HALF.to_pixels({UNPATCHIFY})", "model-input space"),
     ("check_attack", "anatomy.image_size)", "anatomy.image_size).mT", "swapped"),
     ("check_attack", "X[None]", "X.reshape(n, -1, 3).transpose(1, 2).reshape(1, n, -1)", "channel, y, x"),
     ("check_attack", CUT, "[1:]", "Error"),
@@ -51,30 +48,4 @@ MUTANTS = [
     ("check_predicted_mse", "return float(", "return None and float(", "Nothing was returned"),
 ]  # fmt: skip
 
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_stub_is_called_a_stub(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter04, EXERCISES[check].stub)
-    assert not answer.passed
-    assert answer.message.startswith("Still a stub")
-
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_notebooks_own_solution_passes(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter04, EXERCISES[check].solution)
-    assert answer.passed, answer.message
-
-
-@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
-def test_a_mistake_fails_and_is_named(check: str, old: str, new: str, word: str) -> None:
-    code = tools.mutate(EXERCISES[check].solution, old, new)
-    if "to_pixels(" in new:
-        code = code.replace("anatomy.image_size)", "anatomy.image_size))")
-    answer = tools.feedback(EXERCISES[check], chapter04, code)
-    assert not answer.passed
-    assert word in answer.message, answer.message
-
-
-def test_every_exercise_has_three_mutants_at_least() -> None:
-    for check in EXERCISES:
-        assert sum(mutant[0] == check for mutant in MUTANTS) >= 3, check
+TestExercises = exercise_tests(chapter04, MUTANTS)

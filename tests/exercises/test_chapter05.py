@@ -3,8 +3,8 @@
 import csv
 
 import notebook_tools as tools
-import pytest
 import torch
+from exercise_tests import exercise_tests
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -13,11 +13,9 @@ from aprillab import viz
 from aprillab.exercises import chapter05
 
 NOTEBOOK = tools.read("05")
-EXERCISES = {exercise.check: exercise for exercise in tools.exercises(NOTEBOOK)}
 RESULTS = tools.ROOT / "data" / "results"
 
 TERM, COS, TV = "(g - t).square().sum()", "1 - a @ b / (a.norm() * b.norm())", "down + right"
-#: check, what to replace in the solution, by what, and a word of the message that should come
 MUTANTS = [
     ("check_squared_distance", TERM, "(g - t).abs().sum()", "absolute values"),
     ("check_squared_distance", TERM, "(g - t).square().mean()", "means"),
@@ -73,30 +71,7 @@ MUTANTS = [
      "    return (images - step * slope).detach()", "two things"),
 ]  # fmt: skip
 
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_stub_is_called_a_stub(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter05, EXERCISES[check].stub)
-    assert not answer.passed
-    assert answer.message.startswith("Still a stub")
-
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_notebooks_own_solution_passes(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter05, EXERCISES[check].solution)
-    assert answer.passed, answer.message
-
-
-@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
-def test_a_mistake_fails_and_is_named(check: str, old: str, new: str, word: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter05, tools.mutate(EXERCISES[check].solution, old, new))
-    assert not answer.passed
-    assert word in answer.message, answer.message
-
-
-def test_every_exercise_has_three_mutants_at_least() -> None:
-    for check in EXERCISES:
-        assert sum(mutant[0] == check for mutant in MUTANTS) >= 3, check
+TestExercises = exercise_tests(chapter05, MUTANTS)
 
 
 # --- The recordings and the interactive figure ----------------------------------------------------------------

@@ -1,11 +1,8 @@
 """Chapter 06's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
 
-import notebook_tools as tools
-import pytest
+from exercise_tests import exercise_tests
 
 from aprillab.exercises import chapter06
-
-EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("06"))}
 
 ONE_FLAG = "dict(model.named_parameters())[name].requires_grad_(False)"
 CLIPPED = "factor * g + multiplier * norm * torch.randn(g.shape, generator=generator, dtype=g.dtype)"
@@ -14,7 +11,6 @@ MEAN = "torch.stack([u.gradients[name].double() for u in updates]).mean(0)"
 RESULT = "al.ClientUpdate(gradients, withheld=first.withheld, batch_size=first.batch_size)"
 HALF = "float(stats.t.ppf(0.975, len(gaps) - 1)) * error"
 
-#: check, what to replace in the solution, by what, and a word of the message that should come
 MUTANTS = [
     ("check_freeze", ONE_FLAG, "pass", "Nothing is frozen"),
     ("check_freeze", ONE_FLAG, "model.requires_grad_(False)", "Everything is frozen"),
@@ -83,25 +79,4 @@ MUTANTS = [
     ("check_average", RESULT, "gradients", "al.ClientUpdate"),
 ]
 
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_stub_is_called_a_stub_and_the_solution_passes(check: str) -> None:
-    exercise = EXERCISES[check]
-    stub = tools.feedback(exercise, chapter06, exercise.stub)
-    assert not stub.passed
-    assert "Still a stub" in stub.message
-    solution = tools.feedback(exercise, chapter06, exercise.solution)
-    assert solution.passed, solution.message
-
-
-@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
-def test_a_mistake_is_named(check: str, old: str, new: str, word: str) -> None:
-    exercise = EXERCISES[check]
-    answer = tools.feedback(exercise, chapter06, tools.mutate(exercise.solution, old, new))
-    assert not answer.passed
-    assert word in answer.message, answer.message
-
-
-def test_every_exercise_has_three_mutants_at_least() -> None:
-    counts = {check: sum(check == m[0] for m in MUTANTS) for check in EXERCISES}
-    assert min(counts.values()) >= 3, counts
+TestExercises = exercise_tests(chapter06, MUTANTS)

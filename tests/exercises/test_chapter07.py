@@ -2,6 +2,7 @@
 
 import notebook_tools as tools
 import pytest
+from exercise_tests import exercise_tests
 
 from aprillab.exercises import chapter07
 
@@ -14,7 +15,6 @@ BACKWARD = "range(len(y) - 1, -1, -1)"
 ROWS = f"{BACKWARD}:\n        later = S[k, k + 1 :] @ z[k + 1 :]"
 ROWS_OF_THE_TRANSPOSE = "range(len(y)):\n        later = S[:k, k] @ z[:k]"
 ROUNDED = "((y[k] - later) / S[k, k]).round()"
-#: check, what to replace in the solution, by what, and a word of the message that should come
 MUTANTS = [
     ("check_outside", "torch.eye(D.shape[1]).to(D) - Vh.T @ Vh", "Vh.T @ Vh", "onto the span"),
     ("check_outside", "[:k] ", "[: k + 1] ", "too many"),
@@ -60,18 +60,7 @@ MUTANTS = [
     ("check_nearest_plane", "return z", "return z[:, None]", "shape (1,), not (1, 1)"),
 ]  # fmt: skip
 
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_stub_is_called_a_stub(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter07, EXERCISES[check].stub)
-    assert not answer.passed
-    assert answer.message.startswith("Still a stub")
-
-
-@pytest.mark.parametrize("check", EXERCISES)
-def test_the_notebooks_own_solution_passes(check: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter07, EXERCISES[check].solution)
-    assert answer.passed, answer.message
+TestExercises = exercise_tests(chapter07, MUTANTS)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +76,3 @@ def test_a_mistake_that_also_overwrites_what_it_gets_is_named() -> None:
     exercise = EXERCISES["check_nearest_plane"]
     code = tools.mutate(tools.mutate(exercise.solution, ZEROS, "z = y"), "y[k] - later", "y[k] + later")
     assert "were added" in tools.feedback(exercise, chapter07, code).message
-
-
-@pytest.mark.parametrize(("check", "old", "new", "word"), MUTANTS)
-def test_a_mistake_fails_and_is_named(check: str, old: str, new: str, word: str) -> None:
-    answer = tools.feedback(EXERCISES[check], chapter07, tools.mutate(EXERCISES[check].solution, old, new))
-    assert not answer.passed
-    assert word in answer.message, answer.message
-
-
-def test_every_exercise_has_three_mutants_at_least() -> None:
-    for check in EXERCISES:
-        assert sum(mutant[0] == check for mutant in MUTANTS) >= 3, check

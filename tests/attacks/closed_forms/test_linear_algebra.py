@@ -1,0 +1,58 @@
+"""The linear algebra that the closed forms share, against torch's own."""
+
+import math
+
+import pytest
+import torch
+
+from aprillab.attacks.closed_forms.linear_algebra import (
+    condition_number,
+    numerical_rank,
+    orthonormal,
+    row_space_basis,
+    thin_svd,
+)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 4)])
+def test_thin_svd_is_an_svd(shape):
+    A = normal(*shape)
+    U, s, Vt = thin_svd(A)
+    assert (U.shape, s.shape, Vt.shape) == (shape, (4,), (4, 4))
+    torch.testing.assert_close(U @ s.diag() @ Vt, A)
+    torch.testing.assert_close(U.T @ U, torch.eye(4).double())
+    torch.testing.assert_close(s, torch.linalg.svdvals(A))
+
+
+def test_thin_svd_sees_small_singular_values():
+    """A Gram matrix would end at 1e-8."""
+    A = thin_svd(normal(9, 4))[0] * torch.tensor([1.0, 1e-4, 1e-8, 1e-12], dtype=torch.float64)
+    torch.testing.assert_close(thin_svd(A)[1], A.norm(dim=0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_rank_and_condition(rank):
+    s = torch.linalg.svdvals(normal(9, rank) @ normal(rank, 5, seed=1))
+    assert numerical_rank(s, 1e-12) == rank
+    assert condition_number(s) > 1e12 or rank == 5
+    assert condition_number(torch.tensor([2.0, 0.5])) == 4.0
+    assert condition_number(torch.tensor([2.0, 0.0])) == math.inf
+
+
+def test_the_row_space_holds_the_rows_and_no_rounding():
+    A = normal(9, 3) @ normal(3, 7, seed=1)
+    basis = row_space_basis(A, 5, 1e-12)
+    assert basis.shape == (7, 3)
+    torch.testing.assert_close(A @ basis @ basis.T, A)
+    assert row_space_basis(A, 2, 1e-12).shape == (7, 2)
+
+
+def test_orthonormal_columns_span_the_same():
+    A = normal(9, 4)
+    Q = orthonormal(A)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(4).double())
+    torch.testing.assert_close(Q @ (Q.T @ A), A)

@@ -1,0 +1,197 @@
+"""The span attack: without a position gradient, with any LayerNorm, at the least width."""
+
+import math
+
+import pytest
+import torch
+from attacked import attack, db, make, private
+
+import aprillab as al
+from aprillab.attacks.closed_forms import span
+from aprillab.attacks.closed_forms.span import smallest, token_equations, width_needed
+
+
+@pytest.mark.parametrize("block", ["prenorm", "april"])
+@pytest.mark.parametrize("position", ["learned", "frozen", "sinusoidal"])
+def test_span_needs_no_position_gradient(block, position):
+    model = make(block, position)
+    pixels = private(model)
+    withhold = ["position_embedding"] if position == "learned" else []
+    result = attack(model, pixels, "span", withhold=withhold)
+    assert db(result, pixels) > 90
+    assert result.exact, result.reason
+
+
+def test_span_with_a_shifted_and_scaled_layernorm():
+    """γ of either sign and β ≠ 0: β/γ joins the span, in the place of the mean's direction."""
+    model = make("prenorm", "frozen")
+    generator = torch.Generator().manual_seed(1)
+    norm = model.blocks[0].attention_norm
+    with torch.no_grad():
+        size = 0.1 + torch.rand(96, generator=generator, dtype=torch.float64)
+        norm.weight.copy_(size * torch.randn(96, generator=generator, dtype=torch.float64).sign())
+        norm.bias.copy_(torch.randn(96, generator=generator, dtype=torch.float64))
+    pixels = private(model)
+    result = attack(model, pixels, "span")
+    assert result.diagnostics["width_needed"] == 16 + 17 + 1
+    assert result.diagnostics["usable_width"] == 96
+    assert db(result, pixels) > 110
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_span_at_the_least_width(beta):
+    """n = 16 patches, 17 tokens: d = 34 suffices and d = 33 is refused, with a β or without."""
+    for width in (33, 34):
+        model = make("prenorm", "frozen", width=width, heads=1)
+        generator = torch.Generator().manual_seed(1)
+        torch.nn.init.normal_(model.blocks[0].attention_norm.bias, std=beta, generator=generator)
+        pixels = private(model)
+        if width == 33:
+            with pytest.raises(al.AttackNotApplicable, match="34 > 33"):
+                attack(model, pixels, "span")
+        else:
+            assert db(attack(model, pixels, "span"), pixels) > 90
+
+
+def test_span_with_dead_features():
+    """γ = 0 hides a feature from the attention: it is left out, and the others suffice."""
+    model = make("prenorm", "frozen")
+    with torch.no_grad():
+        model.blocks[0].attention_norm.weight[:5] = 0
+    pixels = private(model)
+    result = attack(model, pixels, "span")
+    assert result.diagnostics["usable_width"] == 91
+    assert db(result, pixels) > 110
+
+
+def test_span_with_more_pixels_than_width():
+    model = make("prenorm", "frozen", image_size=32, patch_size=8)  # p = 192 > d = 96, n = 16
+    pixels = private(model)
+    assert db(attack(model, pixels, "span"), pixels) > 90
+
+
+def test_span_counts_its_equations():
+    model = make("prenorm", "frozen", image_size=32, patch_size=4)  # n = 64: min(48, 64) + 65 + 1 > 96
+    with pytest.raises(al.AttackNotApplicable, match="114 > 96"):
+        attack(model, private(model), "span")
+    marked = attack(model, private(model), "span", strict=False)
+    assert not marked.exact
+    assert "enough width fails" in marked.reason
+
+
+def test_span_refuses_what_it_cannot_read():
+    model = make("prenorm", "none")
+    with pytest.raises(al.AttackNotApplicable, match="position embedding"):
+        attack(model, private(model), "span")
+    model = make("prenorm")
+    with pytest.raises(al.AttackNotApplicable, match="query"):
+        attack(model, private(model), "span", withhold=["blocks.0.attention.query.weight"])
+
+
+# --- Its steps: tensors in, tensors out -----------------------------------------------------------
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def outside_span(vectors, rows):
+    """How much of each vector (w, n) lies outside the span of ``rows`` (m, w), relative to its length."""
+    U, s, _ = torch.linalg.svd(rows.T, full_matrices=False)
+    basis = U[:, s > 1e-10 * s[0]]
+    return (vectors - basis @ (basis.T @ vectors)).norm(dim=0) / vectors.norm(dim=0)
+
+
+@pytest.mark.parametrize("norm", ["none", "plain", "gamma", "gamma and beta", "dead features", "dead, with beta"])
+def test_tokens_lie_in_the_span(norm):
+    """(7.3) and (7.4): A x_i + e_i is a combination of the rows of D, whatever the LayerNorm."""
+    n, d, p = 4, 20, 6
+    W_e, places, X = normal(d, p), normal(n, d, seed=1), normal(n, p, seed=2)
+    z = X @ W_e.T + places  # (n, d)
+    gamma = None if norm == "none" else torch.ones(d).double()
+    beta = normal(d, seed=4) if "beta" in norm else None
+    if norm.startswith("gamma"):
+        gamma = 0.2 + normal(d, seed=3).abs()
+        gamma[::2] *= -1
+    if norm.startswith("dead"):
+        gamma[[2, 7, 11]] = 0.0
+    read = z
+    if gamma is not None:
+        read = torch.nn.functional.layer_norm(z, (d,), gamma, beta)
+    D = normal(3 * d, n, seed=5) @ read  # a sum over tokens of (something) uᵀ
+    equations = token_equations(D, W_e, places, gamma, beta)
+    tokens = equations.A @ X.T + equations.e  # (w, n)
+    assert float(outside_span(tokens, equations.D).max()) < 1e-9
+    other = equations.A @ normal(p, n, seed=6) + equations.e  # and another picture's do not
+    assert float(outside_span(other, equations.D).min()) > 0.05
+    alive = d - 3 * norm.startswith("dead")
+    assert equations.usable == alive
+    assert equations.D.shape == (3 * d, alive - (beta is not None))
+
+
+def patch_is_determined(n, p, d, layernorm, seed=0):
+    """Whether random tokens of width d have one solution only: no other x has its token in their span.
+
+    The patch is looked for in the span of all patches, as ∂l/∂W_e gives it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    W_e, places, X, first = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(d, p), (n, d), (n, p), (1, d)]
+    )
+    z = torch.cat([first, X @ W_e.T + places])  # n + 1 tokens
+    if layernorm:
+        z, W_e = z - z.mean(1, keepdim=True), W_e - W_e.mean(0)
+    patches = torch.linalg.svd(X, full_matrices=False)[2].T  # (p, min(n, p))
+    columns = torch.cat([W_e @ patches, z.T], 1)
+    return int(torch.linalg.matrix_rank(columns, rtol=1e-10)) == columns.shape[1]
+
+
+@pytest.mark.parametrize("layernorm", [False, True])
+@pytest.mark.parametrize(("n", "p"), [(3, 8), (6, 4), (5, 5)])
+def test_the_width_needed_is_the_least_that_works(n, p, layernorm):
+    """By brute force: one solution at d = needed, more than one at d − 1."""
+    needed = width_needed(n, p, 1, layernorm)
+    for seed in range(3):
+        assert patch_is_determined(n, p, needed, layernorm, seed)
+        assert not patch_is_determined(n, p, needed - 1, layernorm, seed)
+
+
+def test_smallest_is_the_least_squares_solution_and_says_its_costs():
+    T, t, R, ratio = normal(15, 6), normal(15, 4, seed=1), normal(8, 6, seed=2), 0.7
+    found = smallest(T, t, R, ratio, (T.T @ T, R.T @ R))
+    stacked = torch.cat([T, ratio * R])
+    right = torch.cat([-t, torch.zeros(8, 4).double()])
+    torch.testing.assert_close(found.patches, torch.linalg.lstsq(stacked, right).solution)
+    torch.testing.assert_close(found.token_cost, (T @ found.patches + t).square().sum(0))
+    torch.testing.assert_close(found.pixel_cost, (R @ found.patches).square().sum(0))
+    torch.testing.assert_close(found.root.T @ found.root, stacked.T @ stacked)
+
+
+@pytest.fixture
+def qr_calls(monkeypatch):
+    """The shapes of the matrices that QR was asked for."""
+    shapes, qr = [], torch.linalg.qr
+
+    def counted(matrix, *arguments, **options):
+        shapes.append(tuple(matrix.shape))
+        return qr(matrix, *arguments, **options)
+
+    monkeypatch.setattr(torch.linalg, "qr", counted)
+    return shapes
+
+
+@pytest.mark.parametrize(("least", "by_qr"), [(1e-2, False), (1e-3, False), (1e-6, True), (1e-9, True)])
+def test_ill_conditioned_equations_go_to_qr_and_both_ways_agree(least, by_qr, qr_calls, monkeypatch):
+    """Condition 1e4 squared is where the ways part; both solve as well as QR on either side."""
+    columns = torch.logspace(0, math.log10(least), 6, dtype=torch.float64)
+    T, X = normal(15, 6) * columns, normal(6, 4, seed=1)
+    R = 1e-3 * least * normal(8, 6, seed=2)
+    arguments = T, -T @ X, R, 1.0, (T.T @ T, R.T @ R)
+    found = smallest(*arguments)
+    assert qr_calls == ([(23, 6)] if by_qr else [])
+    monkeypatch.setattr(span, "_MOST_SQUARED", 0.0)
+    by_triangle = smallest(*arguments)
+    assert qr_calls[-1] == (23, 6)
+    # The squared way with one refinement loses nothing that a condition of 1/least leaves.
+    torch.testing.assert_close(found.patches, by_triangle.patches, rtol=0, atol=1e-13 / least)
+    assert (found.patches - X).abs().max() < 1e-5

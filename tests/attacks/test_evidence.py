@@ -1,0 +1,67 @@
+"""What an update proves of the number of its images."""
+
+import pytest
+import torch
+from attacked import make, private
+
+import aprillab as al
+from aprillab.attacks.evidence import is_batch, one_image, one_image_residual
+
+
+def test_one_image_residual_tells_one_from_two():
+    model = make("prenorm")
+    for labels in ([3], [3, 3], [3, 5]):
+        update = al.client_update(model, al.HALF.to_input(private(model, len(labels))), torch.tensor(labels))
+        residual = one_image_residual(update.gradients["head.weight"])
+        assert (residual < 1e-12) == (len(labels) == 1)
+
+
+def gradient_of(rows, features):
+    """A head's weight gradient for a batch with these r (B, classes) and features (B, d)."""
+    return rows.T @ features / len(rows)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_rounded_outer_product_misses_rank_one_by_its_rounding(dtype):
+    gradient = gradient_of(normal(1, 7), normal(1, 20, seed=1)).to(dtype)
+    assert one_image_residual(gradient) < torch.finfo(dtype).eps
+    assert one_image_residual(gradient_of(normal(2, 7), normal(2, 20, seed=1)).to(dtype)) > 0.1
+
+
+def test_no_gradient_misses_nothing():
+    assert one_image_residual(torch.zeros(7, 20)) == 0.0
+
+
+def test_the_evidence_says_what_it_rests_on():
+    """Each way to know of a batch, in the order in which they are looked for, and one that knows nothing."""
+    model = make("prenorm")
+    anatomy = al.dissect(model)
+    images = al.HALF.to_input(private(model, 2))
+    two = al.client_update(model, images, torch.tensor([3, 5]))
+    alike = al.client_update(model, images, torch.tensor([3, 3]))
+    said = one_image(anatomy, two)
+    assert not said.holds
+    assert said.numbers == {"batch_size": 2}
+    signs = one_image(anatomy, al.ClientUpdate(two.gradients))
+    assert not signs.holds
+    assert signs.numbers == {"negative": 2}
+    rank = one_image(anatomy, al.ClientUpdate(alike.gradients))
+    assert not rank.holds
+    assert rank.numbers["residual"] > rank.numbers["limit"]
+    headless = al.ClientUpdate({k: g for k, g in two.gradients.items() if not k.startswith("head")})
+    nothing = one_image(anatomy, headless)
+    assert nothing.holds
+    assert "not checked" in nothing.text
+    for update, condition in ((two, said), (alike, one_image(anatomy, alike))):
+        assert is_batch(anatomy, update) == (not condition.holds, condition.text)
+
+
+def test_the_same_picture_twice_cannot_be_told_from_one():
+    model = make("prenorm")
+    images = al.HALF.to_input(private(model)).expand(2, -1, -1, -1)
+    update = al.client_update(model, images, torch.tensor([3, 3]))
+    assert one_image(al.dissect(model), al.ClientUpdate(update.gradients)).holds
