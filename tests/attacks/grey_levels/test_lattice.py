@@ -44,15 +44,11 @@ def test_the_nearest_are_those_of_brute_force(seed: int) -> None:
         assert torch.equal(found, expected[:2])
 
 
-@pytest.mark.parametrize(
-    ("width", "slack"), [(1, torch.inf), (7, torch.inf), (40, torch.inf), (200, 5.0), (500, 96.0)]
-)
+@pytest.mark.parametrize(("width", "slack"), [(1, 1e9), (7, 1e9), (60, 1e9), (100, 5.0), (100, 96.0)])
 def test_many_points_at_once_are_as_each_by_itself(width: int, slack: float) -> None:
     """The reference, one point at a time and written to be read, finds the same whole vectors."""
-    lattice, centres = (
-        reduced_lattice(torch.cat([skewed(12), torch.eye(12).double() / 60])),
-        100 * randn(12, 5, seed=2),
-    )
+    lattice = reduced_lattice(torch.cat([skewed(12), torch.eye(12).double() / 60]))
+    centres = 100 * randn(12, 4, seed=2)
     points, distances = lattice.nearest(centres, count=9, width=width, slack=slack)
     for centre, found, squares in zip(centres.T, points, distances, strict=True):
         target = lattice.rotation.T @ lattice.root @ centre
