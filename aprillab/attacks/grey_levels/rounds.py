@@ -217,15 +217,20 @@ class Replay:
         return replay(self.client, self.grid.images(patches), labels, loss=self.loss)
 
     def residual(self, patches: Tensor, labels: Tensor | None) -> float | None:
-        """‖g' − g‖ / ‖g‖ of all gradients or of the patch embedding's, whichever is larger.
+        """‖g' − g‖ / ‖g‖ of all gradients, or of the worst pixel's, whichever is larger.
 
-        One wrong level is lost in the whole gradient, and not in that of the patch embedding.
+        A pixel of the patches, such as the first one's green, has a column of the patch embedding's
+        gradient to itself. One wrong level in one patch shows there, and is lost in the whole
+        gradient. A column is compared with the columns' r.m.s., for its own may be zero.
         None where the labels are not known.
         """
         if labels is None:
             return None
-        mine = self.gradients(patches, labels)
-        return max(residual_of(mine, self.update), residual_of(mine, self.update, self.patch_weight))
+        mine, shared = self.gradients(patches, labels), self.update.gradients[self.patch_weight]
+        columns = shared.to(self.grid.centres).flatten(1)  # (d, p)
+        off = (mine[self.patch_weight].to(columns).flatten(1) - columns).square().sum(0)  # (p,)
+        worst = float((off.max() / columns.square().sum(0).mean().clamp_min(1e-300)).sqrt())
+        return max(residual_of(mine, self.update), worst)
 
     def mismatch(self, labels: Tensor) -> Callable[[Tensor], float]:
         """The distance that gradient matching minimizes, as a function of patches (B, n, p)."""

@@ -119,7 +119,7 @@ def span_then_round(
     Reconstruction
         ``exact`` is True only if all three ``conditions`` hold: every patch is settled; the
         client's gradient, computed again from the pictures, is the update to rounding, as a whole
-        and in the patch embedding; and the update is in float32 or better. ``diagnostics``:
+        and for each pixel's weights of the patch embedding; and the update is in float32 or better. ``diagnostics``:
         ``settled`` (B, n) of bool, ``settled_by_span`` (how many before any search),
         ``open_directions``, ``residual`` (the larger of the two), ``evaluations``, ``trials``
         (gradients spent on whole-level patches), ``span``, and ``stopped``: "settled",

@@ -24,6 +24,7 @@ from aprillab.attacks.grey_levels.rounds import (
     settle,
     verify,
 )
+from aprillab.attacks.replay import residual_of
 from aprillab.attacks.result import Reconstruction
 from aprillab.attacks.searches.coordinates import Coordinates
 from aprillab.models import VisionTransformer, patchify, sinusoidal_2d
@@ -148,6 +149,22 @@ def test_the_truth_is_verified_and_one_wrong_level_is_not(setting: Setting) -> N
     assert right < replay.rounding == 30 * torch.finfo(torch.float32).eps < wrong
     distance = replay.mismatch(torch.tensor([1]))
     assert distance(truth) < distance(rounds.patches)
+
+
+def test_one_wrong_level_shows_in_a_large_picture_too() -> None:
+    """784 patches of 8×8: in the patch embedding's gradient as a whole it would pass for rounding."""
+    model, pixels = vit(image_size=224, patch_size=8, width=48, depth=1, heads=2), photographs("coffee", size=224)
+    update, truth = client(model, pixels), (255 * patchify(pixels, 8)).round()
+    full = torch.full((192,), 127.5, dtype=torch.float64)
+    grid = Grid(truth[0].T, torch.eye(192).double(), full, full, full, 256, 8, (224, 224))
+    replay = Replay(model, update, grid, "patch_embedding.weight", nn.functional.cross_entropy)
+    label = torch.tensor([1])
+    assert replay.residual(truth, label) == pytest.approx(0, abs=replay.rounding)
+    wrong = truth.clone()
+    wrong[0, 400, 100] += 1
+    name = replay.patch_weight
+    whole = residual_of({name: replay.gradients(wrong, label)[name]}, update, name)
+    assert whole < replay.rounding < (replay.residual(wrong, label) or 0)
 
 
 def test_without_labels_there_is_nothing_to_replay(setting: Setting) -> None:
