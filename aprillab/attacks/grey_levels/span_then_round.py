@@ -166,29 +166,15 @@ def span_then_round(
     if batch_size == 1:
         settle(rounds, grid.smooth, grid.smooth_centres(), ratio=RATIO_ALONE)
     numbers = {"settled_by_span": int(rounds.settled.sum()), "span": solution.numbers}
-    replay = Replay(
-        client=as_shared(model, update),
-        update=update,
-        grid=grid,
-        patch_weight=anatomy.patch_weight,
-        loss=options.get("loss", nn.functional.cross_entropy),
-    )
+    loss = options.get("loss", nn.functional.cross_entropy)
+    replay = Replay(as_shared(model, update), update, grid, anatomy.patch_weight, loss)
     coordinates, numbers["open_directions"] = open_coordinates(solution)
     dtype = dtype or (torch.float64 if update.dtype == torch.float64 else torch.float32)
     match = partial(
-        match_gradients,
-        model,
-        update,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        anatomy=anatomy,
-        preprocessing=preprocessing,
-        progress=False,
-        callback=counting_callback(rounds, callback, start),
+        match_gradients, model, update, batch_size=batch_size, seed=seed, dtype=dtype, device=device, anatomy=anatomy,
+        preprocessing=preprocessing, progress=False, callback=counting_callback(rounds, callback, start),
         **{"tolerance": replay.eps, "restarts": 1, **options},
-    )
+    )  # fmt: skip
     with tqdm(total=rounds.settled.numel(), desc="settled patches", unit=" patch", disable=not progress) as bar:
         deadline = Deadline.after(max_seconds, start)
         numbers["stopped"] = _alternate(rounds, replay, match, coordinates, max_evaluations, deadline, bar)
