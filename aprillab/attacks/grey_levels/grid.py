@@ -1,15 +1,17 @@
-"""What the span attack knows of patches, in grey levels: the lattice in which whole levels are looked for.
+"""What the span attack knows of patches, in grey levels: the lattice of the patches that it allows.
 
-The error of a patch has a known covariance. Divided by its deviations it is a set of rows W, and the whole levels
-that the span finds most probable minimize ‖W (g − ĝ)‖. With rows of a prior, patches near a guess or smooth ones,
-this is the lattice that lattice.py reduces. Chapter 07, equations (7.10) to (7.12).
+The error of a patch has a known covariance. Divided by its deviations it is a set of rows W, and
+the whole levels that the span finds most probable minimize ‖W (g − ĝ)‖. With the rows of a prior,
+patches near a guess or smooth ones, this is the lattice that lattice.py reduces. Chapter 07,
+equations (7.10) to (7.12).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
@@ -19,105 +21,134 @@ from ...preprocessing import Preprocessing
 from ..closed_forms.span_solution import SpanSolution
 from .lattice import ReducedLattice, reduced_lattice
 
-# In grey levels. What the span is less sure of than _SURE it is too sure of, by up to 18 times where we measured it.
 _SURE, _TOO_SURE, _SAFETY, _LEAST = 1e-3, 20.0, 3.0, 1e-5
-_BLIND = 30.0  # what is known no better than this is not known
-_ROUGHNESS, _CONTRAST = 15.0, 60.0  # between neighbours, and around the middle, standard deviations of a picture
-_LISTED = 12  # whole-level patches that are listed for a place
+_UNKNOWN_ABOVE = 30.0
+_ROUGHNESS, _CONTRAST = 15.0, 60.0
+_LISTED = 12
+_COUNTED, _WIDE, _WIDE_SLACK = 400, 2000, 30.0
+_STEPS = (1e-3, 255.0)
+_TOLERANCE, _STEPS_OF_CG = 1e-2, 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
-    """The span attack's patches and their errors, in levels; patches are columns."""
+    """The span attack's patches and their errors, in levels; patches are columns.
 
-    centres: Tensor  # (p, n)
-    directions: Tensor  # (p, p), in rows
-    deviations: Tensor  # (p,), of the error in each, with a margin
-    scale: Tensor  # (p,), levels for one unit of model input
-    offset: Tensor  # (p,)
+    Attributes
+    ----------
+    centres : Tensor (p, n)
+        ĝ, the span's patches.
+    directions : Tensor (p, p)
+        Orthonormal directions of a patch, in rows; the same for all patches.
+    deviations : Tensor (p,)
+        The standard deviation of the error in each, in levels, with a margin.
+    scale, offset : Tensor (p,)
+        A patch g in levels is scale · x + offset, x in model-input space.
+    levels : int
+    patch_size, image_size : in pixels
+    """
+
+    centres: Tensor
+    directions: Tensor
+    deviations: Tensor
+    scale: Tensor
+    offset: Tensor
     levels: int
     patch_size: int
     image_size: tuple[int, int]
-    reduced: dict[float, ReducedLattice] = field(default_factory=dict)  # by the distance the search may be off
-    listed: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, solution: SpanSolution, preprocessing: Preprocessing, levels: int) -> Grid:
-        p = len(solution.patches)
-        ones = torch.ones(1, p // solution.patch_size**2, solution.patch_size, solution.patch_size)
-        ones = ones.to(solution.patches)
-        zero = preprocessing.to_pixels(0 * ones, clamp=False)
-        offset = (levels - 1) * patchify(zero, solution.patch_size).flatten()
-        scale = (levels - 1) * patchify(preprocessing.to_pixels(ones, clamp=False), solution.patch_size).flatten()
-        scale = scale - offset
-        s, directions = torch.linalg.svd(solution.root / scale)[1:]
-        nominal = solution.variance**0.5 / s.clamp_min(torch.finfo(s.dtype).tiny)
-        deviations = torch.where(nominal > _SURE, _TOO_SURE * nominal, _SAFETY * nominal).clamp_min(_LEAST)
+        """What the span says, put into levels, its deviations made honest."""
+        side = solution.patch_size
+        blank = torch.zeros(1, len(solution.patches) // side**2, side, side).to(
+            solution.patches
+        )  # (1, C, side, side)
+        # Level = (levels − 1) · pixel, and the pixel is linear in the model's input, channel by channel.
+        offset = (levels - 1) * patchify(preprocessing.to_pixels(blank, clamp=False), side).flatten()  # (p,)
+        scale = (levels - 1) * patchify(preprocessing.to_pixels(blank + 1, clamp=False), side).flatten() - offset
+        directions, nominal = _directions(solution, scale)
         centres = scale[:, None] * solution.patches + offset[:, None]
-        return cls(centres, directions, deviations, scale, offset, levels, solution.patch_size, solution.image_size)
+        return cls(centres, directions, calibrated(nominal), scale, offset, levels, side, solution.image_size)
 
-    @property
+    # --- What is known ----------------------------------------------------------------------------
+
+    @cached_property
     def known(self) -> Tensor:
         """W (q, p): what the span knows, each row divided by its standard deviation."""
-        sure = self.deviations < _BLIND
+        sure = self.deviations < _UNKNOWN_ABOVE
         return self.directions[sure] / self.deviations[sure, None]
 
     def misfit(self, patches: Tensor, places: Tensor) -> Tensor:
-        """How far patches (p, m) at their places (m,) are from what the span knows: mean squares in deviations."""
+        """How far patches (p, m) at their places (m,) are from what the span knows.
+
+        Mean squares in deviations, (m,).
+        """
         return (self.known @ (patches - self.centres[:, places])).square().mean(0)
 
+    # --- Patches near a guess ---------------------------------------------------------------------
+
     def near(self, distance: float) -> ReducedLattice:
-        """The lattice of patches that the span allows, a given distance from a guess."""
-        if distance not in self.reduced:
-            self.reduced[distance] = reduced_lattice(
-                self._with(torch.eye(len(self.centres)).to(self.centres) / distance)
-            )
-        return self.reduced[distance]
+        """The lattice of patches that the span allows, some levels (r.m.s.) from a guess.
+
+        Takes up to 10 s to reduce for 192 pixels a patch.
+        """
+        return reduced_lattice(self._with_prior_rows(torch.eye(len(self.centres)).to(self.centres) / distance))
 
     def near_centres(self, distance: float, guesses: Tensor) -> Tensor:
-        """The most probable patches (p, m) near guesses (p, n), before rounding."""
-        return self._solve(torch.eye(len(guesses)).to(guesses) / distance, guesses / distance)
+        """The most probable patches near guesses, both (p, B·n), before rounding."""
+        return self._most_probable(torch.eye(len(guesses)).to(guesses) / distance, guesses / distance)
 
-    @property
+    # --- Smooth patches ---------------------------------------------------------------------------
+
+    @cached_property
     def smooth(self) -> ReducedLattice:
         """The lattice of patches that the span allows, the smooth ones shorter."""
-        if 0.0 not in self.reduced:
-            self.reduced[0.0] = reduced_lattice(self._with(self._prior()[0]))
-        return self.reduced[0.0]
+        return reduced_lattice(self._with_prior_rows(self._smoothness()[0]))
 
+    @cached_property
     def candidates(self) -> list[Tensor]:
-        """For each place the smoothest whole-level patches (_LISTED, p) that the span allows."""
-        if not self.listed:
-            slack = 30.0 * len(self.centres)
-            points, distances = self.smooth.nearest(self.smooth_centres(), count=400, width=2000, slack=slack)
-            inside = ((points >= 0) & (points < self.levels)).all(2) & distances.isfinite()
-            self.listed.extend(p[i][:_LISTED] for p, i in zip(points, inside, strict=True))
-        return self.listed
+        """For each place the smoothest whole-level patches (≤ 12, p) that the span allows."""
+        points, distances = self.smooth.nearest(
+            self.smooth_centres(), count=_COUNTED, width=_WIDE, slack=_WIDE_SLACK * len(self.centres)
+        )
+        inside = ((points >= 0) & (points < self.levels)).all(2) & distances.isfinite()  # (n, count)
+        return [point[ok][:_LISTED] for point, ok in zip(points, inside, strict=True)]
 
     def smooth_centres(self) -> Tensor:
-        prior, wanted = self._prior()
-        return self._solve(prior, wanted[:, None].expand(-1, self.centres.shape[1]))
+        """The most probable patches (p, n) where smooth ones are more probable, before rounding."""
+        prior, wanted = self._smoothness()
+        return self._most_probable(prior, wanted[:, None].expand(-1, self.centres.shape[1]))
 
-    def _prior(self) -> tuple[Tensor, Tensor]:
-        """Rows that say that neighbours resemble each other and no level is far from the middle; their values."""
+    def _smoothness(self) -> tuple[Tensor, Tensor]:
+        """Rows that say: neighbours resemble each other, no level is far from the middle.
+
+        Also the values that the rows should have, (rows,).
+        """
         p, side = len(self.centres), self.patch_size
-        number = torch.arange(p).reshape(-1, side, side)
+        number = torch.arange(p).reshape(-1, side, side)  # of each pixel, (C, side, side)
         eye = torch.eye(p).to(self.centres)
-        steps = [eye[number[:, 1:].flatten()] - eye[number[:, :-1].flatten()]]
-        steps += [eye[number[:, :, 1:].flatten()] - eye[number[:, :, :-1].flatten()]]
-        unit = (self.levels - 1) / 255
-        rows = torch.cat([*steps, eye * (_ROUGHNESS / _CONTRAST)]) / (_ROUGHNESS * unit)
+        down = eye[number[:, 1:].flatten()] - eye[number[:, :-1].flatten()]
+        right = eye[number[:, :, 1:].flatten()] - eye[number[:, :, :-1].flatten()]
+        rows = torch.cat([down, right, eye * (_ROUGHNESS / _CONTRAST)]) / self._roughness
         return rows, rows @ torch.full((p,), (self.levels - 1) / 2).to(rows)
 
-    def _with(self, prior: Tensor) -> Tensor:
+    @property
+    def _roughness(self) -> float:
+        """The standard deviation of the step from a pixel to its neighbour, in levels."""
+        return _ROUGHNESS * ((self.levels - 1) / 255)
+
+    def _with_prior_rows(self, prior: Tensor) -> Tensor:
         return torch.cat([self.known, prior])
 
-    def _solve(self, prior: Tensor, wanted: Tensor) -> Tensor:
-        known = self.known
+    def _most_probable(self, prior: Tensor, wanted: Tensor) -> Tensor:
+        """Least squares: W g = W ĝ and prior · g = wanted (rows, B·n), patch by patch."""
         batch = wanted.shape[1] // self.centres.shape[1]
-        right = torch.cat([(known @ self.centres).repeat(1, batch), wanted])
-        Q, R = torch.linalg.qr(torch.cat([known, prior]))
+        right = torch.cat([(self.known @ self.centres).repeat(1, batch), wanted])
+        Q, R = torch.linalg.qr(self._with_prior_rows(prior))
         return torch.linalg.solve_triangular(R, Q.T @ right, upper=True)
+
+    # --- Pictures ---------------------------------------------------------------------------------
 
     def images(self, patches: Tensor) -> Tensor:
         """(B, C, H, W) in model-input space, of patches (B, n, p) in levels."""
@@ -128,21 +159,67 @@ class Grid:
         return patchify(images.to(self.centres), self.patch_size) * self.scale + self.offset
 
     def smoothest(self, patches: Tensor, free: Tensor) -> Tensor:
-        """The smoothest picture (n, p) whose free patches are what the span allows and whose others are given."""
-        rows = self.directions * self.deviations.clamp(1e-3, 255.0)[:, None]
-        origin = torch.where(free[:, None], self.centres.T, patches)
-        shape = (len(free), len(rows))
+        """The smoothest picture whose free patches are what the span allows.
 
-        def slope(flat: Any) -> Any:
-            with torch.enable_grad():
-                c = torch.as_tensor(flat).to(origin).reshape(shape).requires_grad_()
-                moved = origin + (c * free[:, None]) @ rows
-                image = unpatchify(moved[None], self.patch_size, self.image_size)
-                steps = image.diff(dim=-1).square().sum() + image.diff(dim=-2).square().sum()
-                energy = steps / (_ROUGHNESS * (self.levels - 1) / 255) ** 2 + c.square().sum()
-            return (torch.autograd.grad(energy, c)[0] / 2).flatten().cpu().numpy()
+        A free patch is ĝ + Σ_k c_k τ_k v_k, with v_k the directions, τ_k their deviations and
+        coefficients c_k of deviation 1; the others stay as they are. What is minimized is quadratic,
 
-        still = slope(torch.zeros(shape).flatten())
-        hessian = LinearOperator((still.size,) * 2, matvec=lambda v: slope(v) - still, dtype=still.dtype)
-        c, _ = cg(hessian, -still, rtol=1e-2, maxiter=200)
-        return origin + (torch.as_tensor(c).to(origin).reshape(shape) * free[:, None]) @ rows
+            Σ (step from a pixel to its neighbour)² / roughness²  +  Σ c²,
+
+        so the best c solves one linear system, (Aᵀ L A + I) c = −Aᵀ L g₀, with A from coefficients
+        to pixels, L the Laplacian of the grid of pixels over the roughness², and g₀ the picture of
+        c = 0. Conjugate gradients solve it.
+
+        Parameters
+        ----------
+        patches : Tensor (n, p), in levels
+        free : Tensor (n,) of bool
+
+        Returns
+        -------
+        Tensor (n, p)
+        """
+        rows = self.directions * self.deviations.clamp(*_STEPS)[:, None]  # τ_k v_k
+        start = torch.where(free[:, None], self.centres.T, patches)  # g₀
+        shape = start.shape  # of c, too: there are p directions
+
+        def to_patches(c: Tensor) -> Tensor:  # A
+            return (c * free[:, None]) @ rows
+
+        def pull(patches: Tensor) -> Tensor:  # Aᵀ L
+            images = unpatchify(patches[None], self.patch_size, self.image_size)
+            return (patchify(laplacian(images), self.patch_size)[0] / self._roughness**2) @ rows.T * free[:, None]
+
+        def normal(flat: np.ndarray) -> np.ndarray:  # Aᵀ L A + I
+            c = torch.as_tensor(flat).to(start).reshape(shape)
+            return (pull(to_patches(c)) + c).flatten().cpu().numpy()
+
+        right = -pull(start).flatten().cpu().numpy()
+        system = LinearOperator((right.size, right.size), matvec=normal, dtype=right.dtype)
+        c, _ = cg(system, right, rtol=_TOLERANCE, maxiter=_STEPS_OF_CG)
+        return start + to_patches(torch.as_tensor(c).to(start).reshape(shape))
+
+
+def calibrated(nominal: Tensor) -> Tensor:
+    """The deviations that the span's errors really have, for those that it predicts; in levels."""
+    return torch.where(nominal > _SURE, _TOO_SURE * nominal, _SAFETY * nominal).clamp_min(_LEAST)
+
+
+def _directions(solution: SpanSolution, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions of a patch in levels (p, p), and the deviation the span predicts for each (p,)."""
+    s, directions = torch.linalg.svd(solution.root / scale)[1:]
+    return directions, solution.variance**0.5 / s.clamp_min(torch.finfo(s.dtype).tiny)
+
+
+def laplacian(images: Tensor) -> Tensor:
+    """Σ over a pixel's neighbours of its difference to them; half the gradient of Σ (steps)².
+
+    >>> laplacian(torch.tensor([[0.0, 1.0, 3.0]]))
+    tensor([[-1., -1.,  2.]])
+    """
+    total = torch.zeros_like(images)
+    for axis in (-1, -2):
+        edge = torch.zeros_like(images.narrow(axis, 0, 1))
+        # A pixel's step to the next, minus the step that led to it; the edge has no step.
+        total -= images.diff(dim=axis).diff(dim=axis, prepend=edge, append=edge)
+    return total

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from aprillab.attacks.grey_levels.lattice import ReducedLattice, reduced_lattice
+from aprillab.attacks.grey_levels.lattice import ReducedLattice, k_best, reduced_lattice
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -41,6 +42,32 @@ def test_the_nearest_are_those_of_brute_force(seed: int) -> None:
         expected, least = brute_force(rows, centre, 12)
         torch.testing.assert_close(squares, least[:2])
         assert torch.equal(found, expected[:2])
+
+
+@pytest.mark.parametrize(("width", "slack"), [(1, 1e9), (7, 1e9), (60, 1e9), (100, 5.0), (100, 96.0)])
+def test_many_points_at_once_are_as_each_by_itself(width: int, slack: float) -> None:
+    """The reference, one point at a time and written to be read, finds the same whole vectors."""
+    lattice = reduced_lattice(torch.cat([skewed(12), torch.eye(12).double() / 60]))
+    centres = 100 * randn(12, 4, seed=2)
+    points, distances = lattice.nearest(centres, count=9, width=width, slack=slack)
+    for centre, found, squares in zip(centres.T, points, distances, strict=True):
+        target = lattice.rotation.T @ lattice.root @ centre
+        expected = k_best(lattice.triangle, target, width=width, slack=slack)[:9]
+        assert len(expected) == int(squares.isfinite().sum())
+        for (distance, z), point, square in zip(expected, found, squares, strict=False):
+            assert torch.equal(lattice.basis @ z, point)
+            assert float(square) == pytest.approx(distance)
+
+
+def test_the_reference_with_width_one_is_the_nearest_plane() -> None:
+    """Exercise 7.6, as its solution writes it."""
+    S, y = skewed(8).triu() + torch.eye(8).double(), 10 * randn(8, seed=5)
+    z = torch.zeros_like(y)
+    for k in range(7, -1, -1):
+        z[k] = ((y[k] - S[k, k + 1 :] @ z[k + 1 :]) / S[k, k]).round()
+    ((distance, found),) = k_best(S, y)
+    assert torch.equal(found, z)
+    assert distance == pytest.approx(float((S @ z - y).square().sum()))
 
 
 def test_what_is_returned_are_whole_vectors_and_their_distances() -> None:
@@ -101,3 +128,9 @@ def test_a_lattice_of_float32_rows_is_solved_in_float64() -> None:
     lattice = reduced_lattice(skewed(3).float())
     assert isinstance(lattice, ReducedLattice)
     assert {part.dtype for part in (lattice.root, lattice.basis, lattice.triangle)} == {torch.float64}
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flint", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install python-flint"):
+        reduced_lattice(torch.eye(3))

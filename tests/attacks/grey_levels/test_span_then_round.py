@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from grey_pictures import client, photographs, vit
 from torch import Tensor, nn
 
 import aprillab as al
-from aprillab.anatomy import dissect
-from aprillab.attacks.closed_forms.span import solve_span
-from aprillab.attacks.grey_levels import span_then_round as rounding
-from aprillab.attacks.grey_levels.grid import Grid
-from aprillab.attacks.grey_levels.span_then_round import _State, span_then_round
+from aprillab.attacks.grey_levels import rounds
+from aprillab.attacks.grey_levels import span_then_round as attack
+from aprillab.attacks.grey_levels.rounds import Rounds
+from aprillab.attacks.grey_levels.span_then_round import span_then_round
 from aprillab.attacks.result import AttackNotApplicable, Reconstruction
-from aprillab.attacks.searches.coordinates import Coordinates
-from aprillab.defenses import gaussian_noise, to_precision
+from aprillab.defenses import gaussian_noise, to_precision, withhold
 from aprillab.metrics import match_batch
-from aprillab.models import VisionTransformer, patchify, sinusoidal_2d
-from aprillab.preprocessing import HALF, IMAGENET, Preprocessing
-from aprillab.update import ClientUpdate, client_update
-
-
-def vit(**options: Any) -> VisionTransformer:
-    sizes = {
-        "image_size": 16, "patch_size": 4, "channels": 3, "width": 64, "depth": 2, "heads": 4, "classes": 6,
-        "mlp_ratio": 2.0, "position": "sinusoidal", "seed": 1,
-    }  # fmt: skip
-    return VisionTransformer(**{**sizes, **options})
-
-
-def photographs(*names: str, size: int = 16, channels: int = 3) -> Tensor:
-    return torch.stack([al.load_victim(name, size, channels=channels, dtype=torch.float64) for name in names])
-
-
-def client(model: nn.Module, pixels: Tensor, preprocessing: Preprocessing = HALF) -> ClientUpdate:
-    images = preprocessing.to_input(pixels).to(next(model.parameters()).dtype)
-    return client_update(model, images, torch.arange(len(pixels)) + 1)
+from aprillab.models import sinusoidal_2d
+from aprillab.preprocessing import HALF, IMAGENET
+from aprillab.update import client_update
 
 
 def quietly(*arguments: Any, **options: Any) -> Reconstruction:
     return span_then_round(*arguments, progress=False, **options)
 
 
-def grid_of(model: nn.Module, update: ClientUpdate, batch: int = 1, preprocessing: Preprocessing = HALF) -> Grid:
-    solution = solve_span(model, update, anatomy=dissect(model), batch_size=batch, strict=False)
-    return Grid.of(solution, preprocessing, 256)
+def settling(patch: pytest.MonkeyPatch, spoil: Callable[[Rounds], None]) -> None:
+    """Let something be done to the patches each time some were settled."""
+    settle = rounds.settle
+
+    def spoilt(state: Rounds, *arguments: Any, **options: Any) -> int:
+        taken = settle(state, *arguments, **options)
+        spoil(state)
+        return taken
+
+    patch.setattr(rounds, "settle", spoilt)
+    patch.setattr(attack, "settle", spoilt)
 
 
 # --- From the span alone ------------------------------------------------------------------------------------------
@@ -86,10 +77,6 @@ def test_channels_may_have_scales_of_their_own() -> None:
     result = quietly(model, update, preprocessing=IMAGENET, max_evaluations=0)
     assert result.exact
     assert torch.equal((255 * result.pixels).round(), (255 * pixels).round())
-    grid = grid_of(model, update, preprocessing=IMAGENET)
-    images = IMAGENET.to_input(pixels)
-    torch.testing.assert_close(grid.patches(images), 255 * patchify(pixels, 4))
-    torch.testing.assert_close(grid.images(grid.patches(images)), images)
 
 
 def test_other_numbers_of_levels() -> None:
@@ -114,6 +101,7 @@ def test_a_coarse_gradient_verifies_nothing() -> None:
     coarse = to_precision(client(model, pixels), torch.bfloat16)
     result = quietly(model, coarse, max_evaluations=0)
     assert not result.exact
+    assert not {c.name: c.holds for c in result.conditions}["precision verifies a picture"]
     assert "verifies no picture" in result.reason
 
 
@@ -170,10 +158,28 @@ def test_ctrl_c_returns_the_best_so_far() -> None:
         if len(seen) == 5:
             raise KeyboardInterrupt
 
-    result = quietly(model, client(model, photographs("coffee")), callback=press)
+    near: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds.Grid, "near", lambda self, distance: near.append(distance))
+        result = quietly(model, client(model, photographs("coffee")), callback=press)
     assert result.diagnostics["stopped"] == "interrupted"
+    assert not near  # no lattice is waited for
     assert len(seen) == len(result.history) == 5
     assert result.images.isfinite().all()
+    assert not result.exact
+
+
+def test_ctrl_c_between_two_searches_returns_the_best_so_far() -> None:
+    model = vit(position_values=sinusoidal_2d((4, 4), 64))
+
+    def press(self: rounds.Grid, distance: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds.Grid, "near", press)
+        result = quietly(model, client(model, photographs("coffee")))
+    assert result.diagnostics["stopped"] == "interrupted"
+    assert result.diagnostics["evaluations"] == len(result.history) > 0
     assert not result.exact
 
 
@@ -189,7 +195,7 @@ def test_the_time_is_limited() -> None:
         raise AttackNotApplicable("match_gradients", "no picture with a finite loss was found")
 
     with pytest.MonkeyPatch.context() as patch:  # the time is over before the search has seen anything
-        patch.setattr(rounding, "match_gradients", slow)
+        patch.setattr(attack, "match_gradients", slow)
         assert quietly(model, update, max_seconds=0.3).diagnostics["stopped"] == "seconds"
         with pytest.raises(AttackNotApplicable, match="finite loss"):
             quietly(model, update)
@@ -205,6 +211,48 @@ def test_the_callers_model_and_generator_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(one.images, quietly(model, update, max_evaluations=30, seed=1).images)
+
+
+# --- The verdict --------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_is_made_of_conditions() -> None:
+    model, pixels = vit(image_size=8), photographs("coffee", size=8)
+    update = client(model, pixels)
+    result = quietly(model, update, max_evaluations=0)
+    assert [condition.name for condition in result.conditions] == [
+        "every patch settled",
+        "replayed gradient is the update",
+        "precision verifies a picture",
+    ]
+    assert result.conditions_hold
+    assert result.exact
+    settled, replayed, precision = (condition.numbers for condition in result.conditions)
+    assert (settled["settled"], settled["patches"], settled["directions"]) == (4, 4, 48)
+    assert replayed["residual"] == result.diagnostics["residual"] < replayed["rounding"]
+    assert precision["precision"] == "float32"
+    off = pixels + 0.4 / 255  # no level is whole
+    failed = quietly(model, client(model, off), max_evaluations=0)
+    assert not failed.conditions[0].holds
+    assert "every patch settled fails: 0 of 4" in failed.reason
+    assert not failed.exact
+
+
+def test_a_verdict_without_labels_says_what_was_not_replayed() -> None:
+    model, pixels = vit(image_size=8), photographs("coffee", size=8)
+    update = client(model, pixels)
+    result = quietly(model, withhold(update, ["head.weight", "head.bias"]), max_evaluations=0)
+    assert result.labels is None
+    assert result.diagnostics["settled"].all()
+    assert [condition.holds for condition in result.conditions] == [True, False, True]
+    assert "not replayed, for the labels are not known" in result.reason
+    assert not result.exact
+
+
+def test_train_mode_is_mentioned() -> None:
+    model, pixels = vit(image_size=8), photographs("coffee", size=8)
+    result = quietly(model.train(), client(model, pixels), max_evaluations=0)
+    assert "train mode" in result.reason
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------
@@ -260,15 +308,12 @@ def test_one_wrong_level_cannot_hide_in_the_whole_gradient() -> None:
     model, pixels = vit(image_size=8), photographs("coffee", size=8)
     update = client(model, pixels)
     right = quietly(model, update, max_evaluations=0)
-    settle = _State.settle
 
-    def wrong(self: _State, *arguments: Any, **options: Any) -> int:
-        taken = settle(self, *arguments, **options)
-        self.patches[0, 1, 7] += 1
-        return taken
+    def wrong(state: Rounds) -> None:
+        state.patches[0, 1, 7] += 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding._State, "settle", wrong)
+        settling(patch, wrong)
         once = quietly(model, update, max_evaluations=0)
     assert right.exact
     assert not once.exact
@@ -276,45 +321,7 @@ def test_one_wrong_level_cannot_hide_in_the_whole_gradient() -> None:
     assert once.diagnostics["residual"] > 100 * right.diagnostics["residual"]
 
 
-# --- What it is made of -------------------------------------------------------------------------------------------
-
-
-def settled_state(grid: Grid, settled: Tensor, patches: Tensor) -> _State:
-    return _State(settled=settled, patches=patches.clone(), generator=torch.Generator().manual_seed(0))
-
-
-def test_the_smoothest_picture_keeps_what_is_settled_and_what_the_span_knows() -> None:
-    model, pixels = vit(), photographs("chelsea")
-    grid = grid_of(model, client(model, pixels))
-    truth = 255 * patchify(pixels, 4)[0]
-    free = torch.arange(16) % 3 > 0
-    picture = grid.smoothest(torch.where(free[:, None], grid.centres.T, truth), free)
-    assert torch.equal(picture[~free], truth[~free])
-    known = grid.deviations < 1e-2
-    assert known.any()
-    off = (picture[free] - grid.centres.T[free]) @ grid.directions[known].T
-    assert off.abs().max() < 0.1
-
-    def roughness(patches: Tensor) -> float:
-        image = HALF.to_pixels(grid.images(patches[None]), clamp=False)
-        return float(image.diff(dim=-1).square().sum() + image.diff(dim=-2).square().sum())
-
-    start = torch.where(free[:, None], grid.centres.T, truth)
-    assert roughness(picture) < roughness(start)
-
-
-def test_settled_patches_stay_where_they_are_in_the_search() -> None:
-    basis = torch.eye(12, dtype=torch.float64)
-    free = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
-    origin = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    known = Coordinates(origin, basis, 2, (4, 4), free).to(basis)
-    coefficients = torch.ones(1, 2, 4, 12, dtype=torch.float64)
-    moved = patchify(known.images_of(coefficients)[0], 2) - origin
-    torch.testing.assert_close(moved, free[..., None].double().expand(-1, -1, 12))
-    pictures = known.images_of(coefficients)
-    torch.testing.assert_close(known.coefficients_of(pictures)[0], free[..., None].double().expand(-1, -1, 12))
-    noise = torch.ones(2, 3, 4, 4, dtype=torch.float64)
-    assert not known.coefficients_of_noise(noise)[free == 0].any()
+# --- Doubt ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_patch_is_doubted_again() -> None:
@@ -323,17 +330,14 @@ def test_a_wrong_patch_is_doubted_again() -> None:
     update = client(model, pixels)
 
     calls = []
-    settle = _State.settle
 
-    def wrong_at_first(self: _State, grid: Grid, *arguments: Any, **options: Any) -> int:
-        taken = settle(self, grid, *arguments, **options)
+    def wrong_at_first(state: Rounds) -> None:
         if not calls:
-            self.patches[0, 2, 5] += 1
-        calls.append(taken)
-        return taken
+            state.patches[0, 2, 5] += 1
+        calls.append(1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding._State, "settle", wrong_at_first)
+        settling(patch, wrong_at_first)
         once = quietly(model, update, max_evaluations=0)
         assert not once.exact
         assert once.diagnostics["residual"] > 1e-5
@@ -341,35 +345,6 @@ def test_a_wrong_patch_is_doubted_again() -> None:
         again = quietly(model, update, max_evaluations=600)
     assert again.exact
     assert torch.equal((255 * again.pixels).round(), (255 * pixels).round())
-
-
-def test_what_lies_far_off_is_not_settled() -> None:
-    model, pixels = vit(position_values=sinusoidal_2d((4, 4), 64)), photographs("coffee")
-    grid = grid_of(model, client(model, pixels))
-    truth = (255 * patchify(pixels, 4)).round()
-    for offset, expected in ((0.5, 16), (100.0, 0)):
-        state = settled_state(grid, torch.zeros(1, 16, dtype=torch.bool), torch.zeros_like(truth))
-        guesses = truth[0].T + offset
-        taken = state.settle(grid, grid.near(2.0), grid.near_centres(2.0, guesses), guesses=guesses, far=1.5 * 2.0)
-        assert taken == expected
-        assert int(state.settled.sum()) == expected
-        if expected:
-            assert torch.equal(state.patches, truth)
-
-
-def test_candidates_are_whole_inside_and_hold_the_truth() -> None:
-    model = vit(image_size=16, patch_size=8, width=64, position="frozen")
-    pixels = photographs("chelsea", "coffee")
-    grid = grid_of(model, client(model, pixels), 2)
-    truth = 255 * patchify(pixels, 8)
-    lists = grid.candidates()
-    assert len(lists) == 4
-    for place, listed in enumerate(lists):
-        assert torch.equal(listed, listed.round())
-        assert listed.min() >= 0
-        assert listed.max() <= 255
-        for image in truth:
-            assert (listed == image[place].round()).all(1).any()
 
 
 def test_doubt_ends_where_the_gradient_itself_is_off() -> None:
