@@ -1,9 +1,10 @@
-"""Where gradient matching looks for the pictures: not among all pixels, but in coordinates that suit what is known.
+"""Where gradient matching looks for the pictures: in coordinates that suit what is known of them.
 
-A patch is origin + coefficients @ basis. With a basis of few rows, what is known to be impossible is never tried;
-with rows as long as the patch is uncertain in their direction, the search takes long steps where it must find
-something and short ones where the picture is known already: a preconditioner. The row space of the patch embedding's
-gradient is of the first kind (chapter 05), what the span attack leaves open of the second (chapter 07).
+A patch is origin + coefficients @ basis. With a basis of few rows, what is known to be impossible
+is never tried; with rows as long as the patch is uncertain in their direction, the search takes
+long steps where it must find something and short ones where the picture is known already: a
+preconditioner. The row space of the patch embedding's gradient is of the first kind (chapter 05),
+what the span attack leaves open of the second (chapter 07).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Coordinates:
         return images.unflatten(0, coefficients.shape[:-2])
 
     def coefficients_of(self, images: Tensor) -> Tensor:
-        """Coefficients (…, n, k) of the pictures nearest to ``images`` (…, C, H, W), by least squares."""
+        """Coefficients (…, n, k) of the pictures nearest to images (…, C, H, W): least squares."""
         patches = patchify(images.flatten(0, -4), self.patch_size).unflatten(0, images.shape[:-3])  # (…, n, p)
         patches = patches - self.origin
         # In float64 and for rows of length 1: they may differ by far more than float32 can take.
@@ -59,9 +60,10 @@ class Coordinates:
         return self._freely((patches.double() @ torch.linalg.pinv(rows) / lengths).to(images))
 
     def coefficients_of_noise(self, images: Tensor) -> Tensor:
-        """Coefficients (…, n, k) as large as the noise (…, C, H, W), whatever the length of the rows.
+        """Coefficients (…, n, k) as large as the noise (…, C, H, W), however long the rows are.
 
-        Where the rows are fewer than the pixels and of length 1, they have the energy of the whole noise.
+        Where the rows are fewer than the pixels and of length 1, they have the energy of the whole
+        noise.
         """
         k, p = self.basis.shape
         rows = self.basis / torch.linalg.vector_norm(self.basis, dim=1, keepdim=True)
@@ -73,7 +75,7 @@ class Coordinates:
 
 
 def row_space_of(gradient: Tensor, batch_size: int, image_size: tuple[int, int]) -> Coordinates | None:
-    """Coordinates in the row space of ∂l/∂W_e, which holds the patches (3.9): B·n or fewer in place of p.
+    """Coordinates in the row space of ∂l/∂W_e, which holds the patches, equation (3.9).
 
     Parameters
     ----------

@@ -2,9 +2,9 @@
 
     minimize over x'    D(∇w(x'), ∇w)  +  α·(1 − cos(∇E'_pos, ∇E_pos))  +  priors(x')
 
-Chapter 05 builds it part by part. What is minimized, and how, is a :class:`Recipe` (recipes.py); the loss
-stands in problem.py, the search in search.py. A small loss is no proof: other pictures can have almost the
-same gradient (twin data), so no result is ever marked exact.
+Chapter 05 builds it part by part. What is minimized, and how, is a :class:`Recipe` (recipes.py);
+the loss stands in problem.py, the search in search.py. A small loss is no proof: other pictures can
+have almost the same gradient (twin data), so no result is ever marked exact.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def match_gradients(
 ) -> Reconstruction:
     """Search for pictures whose gradient matches the update's.
 
-    Works for any model that classifies images; gradients that are not in the update are not matched.
+    Works for any model that classifies images; gradients that are not in the update are not
+    matched.
 
     Parameters
     ----------
@@ -65,7 +66,8 @@ def match_gradients(
         Copied; the caller's is left as it is. Train or eval mode as the client had it.
     update : ClientUpdate
     recipe : key of :data:`~aprillab.RECIPES`, or :class:`~aprillab.Recipe`
-        What is minimized, and how. ``replace(al.RECIPES["april"], row_space=False)`` changes one part.
+        What is minimized, and how. ``replace(al.RECIPES["april"], row_space=False)`` changes one
+        part.
     labels : int64 Tensor of shape (B,), or "recover" or "optimize"
         Known to the attacker; read off the head's gradient (:func:`~aprillab.recover_labels`); or
         unknowns of their own, as in DLG. Default is the recipe's. Where "recover" finds no head
@@ -79,10 +81,11 @@ def match_gradients(
     start : "noise", "grey", Tensor of shape (B, C, H, W), or Reconstruction
         Noise: normal, of standard deviation 1/4 in pixels, around mid-grey. Grey: mid-grey, with a
         thousandth of that noise (equal patches would stay equal). A tensor: pictures in model-input
-        space, from which the first restart begins; the others begin a hundredth of the noise away. The
-        result of a closed form: its images, likewise. The result of an earlier search with the same
-        recipe: the search goes on, and evaluations, seconds and ``history`` go on counting, so budgets
-        are those of both together (for a new search from its pictures, give its ``images``).
+        space, from which the first restart begins; the others begin a hundredth of the noise away.
+        The result of a closed form: its images, likewise. The result of an earlier search with the
+        same recipe: the search goes on, and evaluations, seconds and ``history`` go on counting, so
+        budgets are those of both together (for a new search from its pictures, give its
+        ``images``).
     seed : int
         The same seed gives the same result on one machine, unless ``max_seconds`` ends the run.
     max_evaluations, max_seconds : budget over all restarts; None for no limit
@@ -105,14 +108,15 @@ def match_gradients(
     -------
     Reconstruction
         The pictures of lowest loss seen. ``history`` has for every evaluation: ``evaluation``,
-        ``restart``, ``loss``, ``terms`` (before weights), ``seconds``, and ``images`` where a snapshot was
-        taken. ``exact`` is always False. ``diagnostics["stopped"]`` is "evaluations", "seconds",
-        "tolerance", "stalled", "diverged" or "interrupted".
+        ``restart``, ``loss``, ``terms`` (before weights), ``seconds``, and ``images`` where a
+        snapshot was taken. ``exact`` is always False. ``diagnostics["stopped"]`` is "evaluations",
+        "seconds", "tolerance", "stalled", "diverged" or "interrupted".
 
     Raises
     ------
     ValueError
-        If an option is unknown or makes no sense, or the search to go on from has used up the budget.
+        If an option is unknown or makes no sense, or the search to go on from has used up the
+        budget.
     AttackNotApplicable
         If the image shape cannot be known, or the search yields no finite loss.
     UpdateError
@@ -122,8 +126,8 @@ def match_gradients(
     --------
     >>> from aprillab.models import VisionTransformer
     >>> from aprillab.update import client_update
-    >>> sizes = {"image_size": 4, "patch_size": 2, "channels": 1, "width": 16, "depth": 1, "heads": 2}
-    >>> model = VisionTransformer(**sizes, classes=4, seed=1).double()
+    >>> sizes = {"image_size": 4, "patch_size": 2, "channels": 1, "classes": 4}
+    >>> model = VisionTransformer(**sizes, width=16, depth=1, heads=2, seed=1).double()
     >>> private = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
     >>> update = client_update(model, private, torch.tensor([2]))
     >>> found = match_gradients(model, update, max_evaluations=60, progress=False)

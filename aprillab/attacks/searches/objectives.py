@@ -1,7 +1,7 @@
-"""What gradient matching minimizes: distances between gradients, the position-embedding term, priors on pictures.
+"""What gradient matching minimizes: distances of gradients, the position term, priors on pictures.
 
-Every function is differentiable and returns a scalar tensor. ``gradients`` are those of the picture on trial and
-``targets`` the shared ones, in the same order, one tensor a parameter.
+Every function is differentiable and returns a scalar tensor. ``gradients`` are those of the picture
+on trial and ``targets`` the shared ones, in the same order, one tensor a parameter.
 """
 
 from __future__ import annotations
@@ -17,21 +17,26 @@ Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 def _squares(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
-    """‖g' − g‖² of each tensor; through the norm, which backpropagates without a copy of the squares."""
+    """‖g' − g‖² of each tensor; through the norm, whose derivative needs no copy of the squares."""
     return [torch.linalg.vector_norm(g - t).square() for g, t in zip(gradients, targets, strict=True)]
 
 
 def l2(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Σ ‖g' − g‖² over all tensors, as in DLG (Zhu et al., NeurIPS 2019)."""
+    """Σ ‖g' − g‖² over all tensors, as in DLG (Zhu et al., NeurIPS 2019).
+
+    >>> l2([torch.tensor([3.0, 5.0])], [torch.tensor([3.0, 4.0])])
+    tensor(1.)
+    """
     return torch.stack(_squares(gradients, targets)).sum()
 
 
 def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, eps: float | None = None) -> Tensor:
-    """The mean over tensors of ‖g' − g‖² / ‖g‖²: every tensor has a say, however small its gradient.
+    """The mean over tensors of ‖g' − g‖² / ‖g‖²: each has a say, however small its gradient.
 
-    A tensor whose gradient is only rounding noise (a key bias: softmax does not see it) would drown the others:
-    below ε^¾ times the largest tensor's norm it is left out. ε is that of the precision in which the gradients were
-    *shared* (``eps``), which may be coarser than the dtype they are compared in, the default.
+    A tensor whose gradient is only rounding noise (a key bias: softmax does not see it) would drown
+    the others: below ε^¾ times the largest tensor's norm it is left out. ε is that of the precision
+    in which the gradients were *shared* (``eps``), which may be coarser than the dtype they are
+    compared in, the default.
     """
     weights = relative_weights(targets, eps)
     return (weights * torch.stack(_squares(gradients, targets))).mean()
@@ -66,13 +71,23 @@ def relative_weights(targets: Sequence[Tensor], eps: float | None = None) -> Ten
 
 
 def l2_l1(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, l1_weight: float = 0.01) -> Tensor:
-    """Σ ‖g' − g‖² + w‖g' − g‖₁ over all tensors, as in TAG (Deng et al., 2021), whose w varies with the layer."""
+    """Σ ‖g' − g‖² + w‖g' − g‖₁ over all tensors, as in TAG (Deng et al., 2021).
+
+    TAG's w falls with the depth of the layer; this one does not.
+
+    >>> l2_l1([torch.tensor([3.0, 2.0])], [torch.tensor([3.0, 4.0])], l1_weight=0.5)
+    tensor(5.)
+    """
     differences = [g - t for g, t in zip(gradients, targets, strict=True)]
     return torch.stack([d.square().sum() + l1_weight * d.abs().sum() for d in differences]).sum()
 
 
 def cosine(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """1 − cos of all tensors taken as one vector, as in Inverting Gradients (Geiping et al., NeurIPS 2020)."""
+    """1 − cos of all tensors as one vector, as in Inverting Gradients (Geiping et al., 2020).
+
+    >>> cosine([torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 2.0])])
+    tensor(1.)
+    """
     dot = torch.stack([(g * t).sum() for g, t in zip(gradients, targets, strict=True)]).sum()
     square = torch.stack([g.square().sum() for g in gradients]).sum()
     square_target = torch.stack([t.square().sum() for t in targets]).sum()
@@ -80,11 +95,12 @@ def cosine(gradients: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 def position_cosine(gradient: Tensor, target: Tensor, *, per_token: bool = True) -> Tensor:
-    """1 − cos of the position-embedding gradients: the term APRIL (Lu et al., CVPR 2022) adds, weighted by α.
+    """1 − cos of the position embedding's gradients: APRIL's term (Lu et al., CVPR 2022).
 
-    It ties each patch to its place: the same patches in another order have nearly the same gradient everywhere but
-    here. Taken over the whole embedding, as the paper has it, the class token's row outweighs those of the patches
-    by far where the head reads the class token. ``per_token=True`` takes the mean of the tokens' own 1 − cos.
+    It ties each patch to its place: the same patches in another order have nearly the same gradient
+    everywhere but here. Taken over the whole embedding, as the paper has it, the class token's row
+    outweighs those of the patches by far where the head reads the class token. ``per_token=True``
+    takes the mean of the tokens' own 1 − cos.
 
     Parameters
     ----------
@@ -98,7 +114,11 @@ def position_cosine(gradient: Tensor, target: Tensor, *, per_token: bool = True)
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours, along rows plus along columns. Images (B, C, H, W)."""
+    """Mean absolute difference of neighbours in images (B, C, H, W), along rows plus along columns.
+
+    >>> total_variation(torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]]))
+    tensor(1.)
+    """
     vertical = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
     horizontal = (images[..., :, 1:] - images[..., :, :-1]).abs().mean()
     return vertical + horizontal
@@ -116,10 +136,10 @@ def outside_box(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def group_spread(images: Tensor) -> Tensor:
-    """Mean square deviation of restarts (R, B, C, H, W) from their mean, as in GradInversion (Yin et al., CVPR 2021).
+    """Mean square deviation of restarts (R, B, C, H, W) from their mean (Yin et al., CVPR 2021).
 
-    GradInversion first registers the pictures to one another; here the mean is taken as they lie, since a ViT's
-    patches do not shift.
+    GradInversion first registers the pictures to one another; here the mean is taken as they lie,
+    since a ViT's patches do not shift.
     """
     return (images - images.mean(0)).square().mean()
 

@@ -1,4 +1,7 @@
-"""The optimizers of gradient matching: each calls ``search.evaluate`` until it raises or nothing moves any more."""
+"""The optimizers of gradient matching.
+
+Each calls ``search.evaluate`` until it raises or nothing moves any more.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What stays fixed during gradient matching: the loss of pictures on trial, and its slope.
 
-:func:`pose` makes a :class:`Problem` of model, update and recipe. The optimizers see nothing of them but
-``problem.evaluate``.
+:func:`pose` makes a :class:`Problem` of model, update and recipe. The optimizers see nothing of
+them but ``problem.evaluate``.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Problem:
         return Evaluation(images.detach(), loss, tuple(slopes), values, distances, residuals, token_gradients)
 
     def _restart(self, images: Tensor, logits: Tensor | None) -> _Restart:
-        """One restart's pictures (B, C, H, W) and label logits (B, classes): the chain rule link by link."""
+        """One restart of pictures (B, C, H, W) and logits (B, classes), link by link."""
         leaves = [leaf.detach().requires_grad_() for leaf in (images, logits) if leaf is not None]
         # g' = ∇w(x'), still a function of x' (5.1)
         gradients = self.gradients(leaves[0], None if logits is None else leaves[1])
@@ -256,4 +256,5 @@ def _seed(seed: int, device: torch.device) -> None:
     """As torch.manual_seed, which takes half a millisecond where CUDA is there and unused."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

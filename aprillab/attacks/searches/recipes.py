@@ -1,10 +1,11 @@
-"""Recipes of gradient matching: what is compared, what is known of pictures, how the loss is minimized.
+"""Recipes of gradient matching: what is compared, what pictures are like, how to minimize.
 
     minimize over x'    D(∇w(x'), ∇w)  +  α·(1 − cos(∇E'_pos, ∇E_pos))  +  priors(x')
 
-A :class:`Recipe` holds D, the position term, the priors and the optimizer with its own settings. The
-published attacks stand below, each with its paper and with what was left out of it. To change one part
-of a recipe: ``dataclasses.replace(APRIL, row_space=False)``. Chapter 05 takes APRIL's apart.
+A :class:`Recipe` holds D, the position term, the priors and the optimizer with its own settings.
+The published attacks stand below, each with its paper and with what was left out of it. To change
+one part of a recipe: ``dataclasses.replace(APRIL, row_space=False)``. Chapter 05 takes APRIL's
+apart.
 """
 
 from __future__ import annotations
@@ -162,12 +163,12 @@ class Recipe:
         where that gradient is not shared. Not for gradients with noise added, whose row space is
         another.
     restarts : int ≥ 1
-        Runs from different noise; the one with the lowest loss is returned. The budget is shared out
-        equally.
+        Runs from different noise; the one with the lowest loss is returned. The budget is shared
+        out equally.
     patience : int ≥ 1 or None
-        Give a restart up when its loss has not halved in so many evaluations, and spend what is left
-        of the budget on the next, in the end on the best of them. Without effect for one restart or
-        with group consistency.
+        Give a restart up when its loss has not halved in so many evaluations, and spend what is
+        left of the budget on the next, in the end on the best of them. Without effect for one
+        restart or with group consistency.
     labels : {"recover", "optimize"}
         What becomes of labels that nobody hands over: read off the head's gradient, or optimized
         along with the pictures. It is all that iDLG changed in DLG.
@@ -175,7 +176,8 @@ class Recipe:
     Raises
     ------
     ValueError
-        If a field is unknown or out of range, or ``row_space`` meets an optimizer that clamps pixels.
+        If a field is unknown or out of range, or ``row_space`` meets an optimizer that clamps
+        pixels.
 
     Examples
     --------
@@ -238,13 +240,13 @@ class Recipe:
 # --- The published attacks ----------------------------------------------------------------------------------------
 
 DLG = Recipe(distance="l2", labels="optimize")
-"""Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019: squared distance, L-BFGS, labels unknown.
+"""Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019: L2, L-BFGS, labels unknown.
 
 Published: 300 steps of torch's L-BFGS without a line search; here with one.
 """
 
 IDLG = Recipe(distance="l2")
-"""Zhao et al., "iDLG", 2020: DLG with the label read off the head first (from its bias: chapter 01)."""
+"""Zhao et al., "iDLG", 2020: DLG with the label read off the head first (chapter 01)."""
 
 INVERTING_GRADIENTS = Recipe(
     distance="cosine",
@@ -259,8 +261,8 @@ Published: 4 800 to 24 000 steps and several restarts; set ``max_evaluations`` a
 TAG = Recipe(distance="l2_l1", optimizer=Adam(learning_rate=0.1, schedule=True))
 """Deng et al., "TAG", Findings of EMNLP 2021: squared plus absolute distance.
 
-Left out: a weight for the absolute part that decays with depth, and AdamW or BERT's token space, which
-have no counterpart for pixels.
+Left out: a weight for the absolute part that decays with depth, and AdamW or BERT's token space,
+which have no counterpart for pixels.
 """
 
 GRADINVERSION = Recipe(
@@ -269,7 +271,7 @@ GRADINVERSION = Recipe(
     optimizer=Adam(learning_rate=0.1, schedule=True),
     restarts=3,
 )
-"""Yin et al., "See through Gradients" (GradInversion), CVPR 2021: L2, priors, agreement of several runs.
+"""Yin et al., GradInversion, CVPR 2021: L2, priors, agreement of several runs.
 
 Left out: the term on BatchNorm statistics, its strongest prior, since a ViT has no BatchNorm; the
 registration of the runs' pictures; the noise added at each step.

@@ -1,7 +1,8 @@
 """The search of gradient matching: budgets, restarts, the best so far.
 
-A :class:`Search` counts and remembers; an optimizer (optimizers.py) calls ``search.evaluate`` until it raises. How
-restarts share the budget is one function a policy: :func:`together`, :func:`equal_shares`, :func:`with_patience`.
+A :class:`Search` counts and remembers; an optimizer (optimizers.py) calls ``search.evaluate`` until
+it raises. How restarts share the budget is one function a policy: :func:`together`,
+:func:`equal_shares`, :func:`with_patience`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Log:
     restarts: list[dict[str, Any]] = field(default_factory=list)
 
     def enter(self, entry: dict[str, Any], pictures: Tensor, lowest: float) -> None:
-        """One evaluation, the best pictures (B, C, H, W) of its restart, and the lowest loss of all."""
+        """One evaluation, the best pictures (B, C, H, W) of its restart, the lowest loss of all."""
         if self.snapshots and len(self.history) % self.snapshots == 0:
             entry["images"] = pictures.float().cpu().clone()
         self.history.append(entry)
@@ -224,7 +225,7 @@ class Search:
         return best_here, best
 
     def _check_progress(self, loss: float, residual: float) -> None:
-        """End the restart where the gradient is matched, or the loss has not halved for too long."""
+        """End the restart where the gradient is matched or the loss has not halved for too long."""
         if residual <= self.tolerance:
             raise Stop("tolerance")
         if loss < self.milestone[0] / 2:
@@ -289,7 +290,7 @@ def equal_shares(search: Search) -> str:
 
 
 def with_patience(search: Search) -> str:
-    """Each restart until its loss no longer halves; in the end the best of them has what is left."""
+    """Each restart until its loss no longer halves; in the end the best one has what is left."""
     recipe = search.problem.recipe
     search.patience = math.inf if recipe.patience is None else recipe.patience
     ended = "stalled"

@@ -1,9 +1,10 @@
-"""Span first, matching after: the search begins where linear algebra ends, and only where that left something open.
+"""Span first, matching after: the search begins where linear algebra ends, in what that left open.
 
-The span attack says of every direction in a patch how uncertain it is. For a frozen embedding nothing is left to ask.
-For sinusoids in float32, or for more than one image, most directions are known to rounding and a few are open; a
-search over all pixels would spend its time on what is known. So gradient matching runs in coordinates whose rows are
-longer where more is uncertain: it starts from the span's picture and moves where the span could not see. Chapter 07.
+The span attack says of every direction in a patch how uncertain it is. For a frozen embedding
+nothing is left to ask. For sinusoids in float32, or for more than one image, most directions are
+known to rounding and a few are open; a search over all pixels would spend its time on what is
+known. So gradient matching runs in coordinates whose rows are longer where more is uncertain: it
+starts from the span's picture and moves where the span could not see. Chapter 07.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ def span_then_match(
 ) -> Reconstruction:
     """Match gradients from the span attack's picture, in the directions that the span left open.
 
-    For updates without the position embedding's gradient from which :func:`span_closed_form` alone gets no sharp
-    picture: fixed sinusoids in float32, and batches. The position embedding's values are public.
+    For updates without the position embedding's gradient from which :func:`span_closed_form` alone
+    gets no sharp picture: fixed sinusoids in float32, and batches. The position embedding's values
+    are public.
 
     Parameters
     ----------
@@ -77,23 +79,25 @@ def span_then_match(
     start : Reconstruction, optional
         An earlier result of this function to go on from.
     seed : int
-        Of the noise that sets the images of a batch apart at the start: the span gives them all the same picture.
+        Of the noise that sets the images of a batch apart at the start: the span gives them all the
+        same picture.
     tolerance : float, optional
         Stop when ‖g' − g‖ / ‖g‖ falls below; default is the update's ε.
     dtype : torch.dtype, optional
-        To match in; default is the update's own precision, float32 at least. Float64 costs about twice
-        the time.
+        To match in; default is the update's own precision, float32 at least. Float64 costs about
+        twice the time.
 
     Returns
     -------
     Reconstruction
-        As of ``match_gradients``, ``exact`` always False. ``diagnostics["span"]`` has the numbers of the span attack,
-        ``["open_directions"]`` how many of a patch's p directions it left open.
+        As of ``match_gradients``, ``exact`` always False. ``diagnostics["span"]`` has the numbers
+        of the span attack, ``["open_directions"]`` how many of a patch's p directions it left open.
 
     Raises
     ------
     AttackNotApplicable
-        Where the span attack does not apply (the width does not matter here), or the search finds nothing finite.
+        Where the span attack does not apply (the width does not matter here), or the search finds
+        nothing finite.
     UpdateError, ValueError
         As ``match_gradients``.
     """
@@ -127,7 +131,7 @@ def span_then_match(
 
 
 def _first_pictures(solution: SpanSolution, coordinates: Coordinates, batch_size: int, seed: int) -> Tensor:
-    """The span's picture (1, C, H, W); for a batch as many as there are, apart in the open directions."""
+    """The span's picture (1, C, H, W); for a batch, B of them, apart in the open directions."""
     if batch_size == 1:
         return solution.images
     shape = (batch_size, solution.patches.shape[1], len(coordinates.basis))  # (B, n, k)
@@ -138,9 +142,10 @@ def _first_pictures(solution: SpanSolution, coordinates: Coordinates, batch_size
 def open_coordinates(solution: SpanSolution) -> tuple[Coordinates, int]:
     """Coordinates around the span's patches, and how many of their directions are open.
 
-    A row is √(τ/2) long, τ the error to be expected in its direction. Rows of length τ, the preconditioner that
-    suggests itself, make the search blind where the span was too sure of itself; rows of equal length make it start
-    blind everywhere. Measured between them: data/results/hybrid.md.
+    A row is √(τ/2) long, τ the error to be expected in its direction. Rows of length τ, the
+    preconditioner that suggests itself, make the search blind where the span was too sure of
+    itself; rows of equal length make it start blind everywhere. Measured between them:
+    data/results/hybrid.md.
     """
     directions, deviations = solution.directions()
     lengths = (_LONGEST * deviations).sqrt().clamp_max(_LONGEST)

@@ -45,7 +45,7 @@ def checked_start(start: Start, shape: tuple[int, ...]) -> str | Tensor:
 
 
 def first_guess(problem: Problem, start: str | Tensor, first: int, count: int) -> Variables:
-    """Unknowns and label logits of ``count`` restarts, drawn from the seed and their numbers from ``first``."""
+    """Unknowns and logits of restarts ``first`` to ``first + count − 1``, drawn from the seed."""
     drawn = [_draw(problem, start, number) for number in range(first, first + count)]
     logits = [row for _, row in drawn if row is not None]
     return torch.stack([unknowns for unknowns, _ in drawn]), torch.stack(logits) if logits else None
@@ -72,7 +72,7 @@ def _draw(problem: Problem, start: str | Tensor, number: int) -> Variables:
 
 
 def last_guess(problem: Problem, earlier: Reconstruction) -> Variables:
-    """Where an earlier search ended. Its logits are not kept, but its labels are: logits of 10 for them, 0 else."""
+    """Where an earlier search ended; of its logits, 10 for its labels and 0 for the others."""
     like, logits = problem.targets[0], None
     if problem.classes is not None and earlier.labels is not None:
         logits = 10 * nn.functional.one_hot(earlier.labels, problem.classes)[None].to(like)

@@ -13,10 +13,12 @@ from torch import nn
 
 from aprillab.attacks.result import AttackNotApplicable
 from aprillab.attacks.searches import objectives
+from aprillab.attacks.searches.pose import pose, undisturbed
+from aprillab.attacks.searches.problem import Problem
 from aprillab.attacks.searches.recipes import APRIL, Adam, PositionTerm, Priors, Recipe
 from aprillab.metrics import psnr
 from aprillab.preprocessing import HALF, UNIT
-from aprillab.update import client_update
+from aprillab.update import ClientUpdate, client_update
 
 
 def test_the_whole_loss_and_its_gradient() -> None:
@@ -202,3 +204,51 @@ def test_dlg_takes_labels_that_are_handed_over() -> None:
     result = quietly(model, update, recipe="dlg", labels=torch.tensor([3]), max_evaluations=3)
     assert result.labels.tolist() == [3]
     assert result.diagnostics["labels"] == "known to the attacker"
+
+
+# --- The copy that is searched on -------------------------------------------------------------------------------
+
+
+def posed(model: nn.Module, update: ClientUpdate, **options: object) -> Problem:
+    settings = {
+        "labels": None, "batch_size": None, "image_shape": None, "coordinates": None, "device": None, "anatomy": None,
+        "loss": nn.functional.cross_entropy, "dtype": torch.float64, "preprocessing": None, "seed": 0,
+    }  # fmt: skip
+    return pose(model, update, Recipe(), **{**settings, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_patch_embedding_is_a_linear_layer_with_the_convolutions_gradients(channels: int) -> None:
+    model = small_vit(image_size=8, patch_size=4, channels=channels)
+    pixels, update = attacked(model, size=8, channels=channels)
+    problem = posed(model, update)
+    assert type(problem.model.patch_embedding) is not type(model.patch_embedding) is nn.Conv2d
+    gradients = problem.gradients(HALF.to_input(pixels), None)
+    for mine, shared in zip(gradients, update.gradients.values(), strict=True):
+        torch.testing.assert_close(mine.detach(), shared)
+    odd = torch.zeros(1, channels, 9, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="images must be"):  # the model's own check still stands
+        problem.model(odd)
+
+
+def test_only_what_is_matched_requires_a_gradient() -> None:
+    model = small_vit()
+    _, update = attacked(model)
+    problem = posed(model, update.without(["position_embedding"]))
+    wanted = {name for name, p in problem.model.named_parameters() if p.requires_grad}
+    assert wanted == set(update.gradients) - {"position_embedding"}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_dropout_draws_the_same_mask_at_every_evaluation() -> None:
+    model = nn.Sequential(small_vit(), nn.Dropout(0.5)).train()
+    pixels, labels = victim()
+    update = client_update(model, HALF.to_input(pixels), labels)
+    problem = posed(model, update, labels=labels)
+    state = torch.get_rng_state()
+    with undisturbed(problem.device):
+        one, two = (problem.evaluate(HALF.to_input(pixels)[None], None) for _ in range(2))
+        other = replace(problem, seed=1).evaluate(HALF.to_input(pixels)[None], None)
+    assert torch.equal(one.loss, two.loss)
+    assert not torch.equal(one.loss, other.loss)
+    assert torch.equal(state, torch.get_rng_state())
