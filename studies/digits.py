@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -49,8 +49,7 @@ MATCHED, BASIN = 1e-7, 1e-4  # relative residual at which a search ends: some 12
 # --- What is measured ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One search: the digit's index among the test digits (100 a class), and the seeds of weights and of noise."""
 
     part: str
@@ -152,7 +151,7 @@ def search(sizes: dict[str, int], budget: int, one_start: int, case: Case) -> li
     if numbers["stopped"] == "interrupted":  # match_gradients returns its best at Ctrl-C
         raise KeyboardInterrupt
     row = Row(
-        **vars(case), digit=int(label), psnr=float(al.psnr(result.pixels[0], pixels)),
+        **case._asdict(), digit=int(label), psnr=float(al.psnr(result.pixels[0], pixels)),
         psnr_rearranged=float(al.psnr(rearranged(result.pixels[0], pixels), pixels)),
         strength=strength(model, update, result), residual=numbers["residual"], evaluations=numbers["evaluations"],
         evaluations_to_100=reached[0] if reached else None, cpu_seconds=seconds, restarts=len(numbers["restarts"]),
@@ -167,11 +166,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         todo = [case for case in todo if case.index in (0, 90) or (case.index == 700 and case.noise == 0)]
         settings = {"width": 32, "depth": 1, "budget": 40, "one_start": 20}
     sizes = {name: settings[name] for name in ("width", "depth")}
-    fill(
-        folder / "digits.csv", Row, {tuple(vars(case).values()): case for case in todo},
-        partial(search, sizes, settings["budget"], settings["one_start"]),
-        key=("part", "index", "seed", "noise", "distance", "rearrange"), settings=settings,
-    )  # fmt: skip
+    search_one = partial(search, sizes, settings["budget"], settings["one_start"])
+    fill(folder / "digits.csv", Row, todo, search_one, key=Case._fields, settings=settings)
 
 
 # --- What is reported ---------------------------------------------------------------------------------------------
@@ -264,7 +260,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = study_parser(__doc__).parse_args(argv)
+    options = study_parser("digits", __doc__).parse_args(argv)
     run_study("digits", options, measure=measure, describe=describe)
 
 
