@@ -29,14 +29,21 @@ from ..searches.objectives import relative_l2
 from .grid import Grid
 from .lattice import ReducedLattice
 
-_NEAR = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
-_FAR = 1.5
-_MISFIT = 100.0
-RATIO = 0.5
-RATIO_ALONE = RATIO / 2
+# Measured in data/results/calibration.md, by `python -m studies.calibration`, unless said otherwise.
+# R.m.s. levels by which the search may be off. 32 and 64 would settle a tenth more.
+NEAR = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
+FAR = 1.5  # times that a patch may be off: up to 2 none settles wrongly, without a limit 76 of 1 483 do
+# Deviations², mean over what the span knows. The truth has up to 2 231, a dithered picture's nearest
+# whole patches 470 000 and more: the hardest patches of the truth are lost, and none for sure wrong.
+MISFIT = 100.0
+RATIO = 0.5  # of the next one's squared distance: near a guess none was wrong, at 0.75 one of 1 120
+RATIO_ALONE = RATIO / 2  # without a search: 5 of 317 were wrong, at 0.5 nine of 345
+ROUNDING = 30  # ε: rounding leaves up to 14 of a replay, one wrong level 75 at 224×224
+# Evaluations before the first rounding, for each image, and between two: budgets, not measured.
 _FIRST, _ROUND = 150, 60
-_LEAST_SECONDS = 0.1
-_ROUNDING = 30
+_LEAST_SECONDS = 0.1  # that a search is given, so that it sees at least one picture: not measured
+# A search is stuck that settles less than one of 20 open patches and does not halve its loss, which
+# is what match_gradients' patience asks for: not measured.
 _HARDLY_ANY, _HARDLY_NEARER = 20, 2
 
 
@@ -181,7 +188,7 @@ def settle(
     if guesses is not None:
         clear &= (best - guesses.T[places]).square().mean(1) < far**2
     # … agrees with what the span knows, …
-    clear &= grid.misfit(best.T, places % grid.centres.shape[1]) < _MISFIT
+    clear &= grid.misfit(best.T, places % grid.centres.shape[1]) < MISFIT
     # … and consists of levels that there are.
     clear &= ((best >= 0) & (best < grid.levels)).all(1)
     rounds.patches.flatten(0, 1)[places[clear]] = best[clear]
@@ -210,7 +217,7 @@ class Replay:
     @property
     def rounding(self) -> float:
         """What rounding alone may leave of :meth:`residual`."""
-        return _ROUNDING * self.eps
+        return ROUNDING * self.eps
 
     def gradients(self, patches: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What the client would share, had it these patches (B, n, p), in levels, and labels."""
@@ -357,10 +364,10 @@ def round_result(rounds: Rounds, result: Reconstruction, deadline: Deadline) -> 
     found = torch.where(rounds.settled[..., None], rounds.patches, rounds.grid.patches(result.images))
     rounds.patches = found
     guesses, taken = found.flatten(0, 1).T, 0  # (p, B·n)
-    for distance in _NEAR:
+    for distance in NEAR:
         if rounds.unsettled and not deadline.passed:
             centres = rounds.grid.near_centres(distance, guesses)
-            taken += settle(rounds, rounds.near(distance), centres, guesses=guesses, far=_FAR * distance)
+            taken += settle(rounds, rounds.near(distance), centres, guesses=guesses, far=FAR * distance)
     if not taken and loss > rounds.best_loss:
         rounds.patches = guess
     else:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .rounds import Deadline, Rounds
 
-_FEW = 4
-_TRIALS = 300
-_BETTER = 0.999
+# Budgets and a tolerance by reasoning, not measured.
+_FEW = 4  # patches left for which all places are tried, settled ones too: 12 candidates each
+_TRIALS = 300  # gradients between two rounds: two passes over 12 places of 12 candidates
+_BETTER = 0.999  # a change below a thousandth is no reason to go on from elsewhere
 
 
 class Attempt(NamedTuple):

@@ -29,11 +29,12 @@ from .match import match_gradients
 from .problem import Loss
 from .recipes import APRIL, PositionTerm, Recipe, recipe_of
 
-# In model-input space, where pixels are of the order of 1.
-_LONGEST = 0.5  # as far as a picture may be off
-_SHORTEST = 1e-6
-_KNOWN = 1e-5  # what is known so well is left to the last
-_OPEN = 1e-3  # a direction counts as open where the picture may be wrong by so much
+# In model-input space, where pixels are of the order of 1. Lengths τ do worst in
+# data/results/calibration.md (`python -m studies.calibration`), and equal ones best under 1-D sinusoids.
+LONGEST = 0.5  # half of the way from grey to white: 0.1 does worse, 2 the same
+SHORTEST = 1e-6  # as good as fixed: a hundredth of an 8-bit level would be 8e-5
+KNOWN = 1e-5  # τ, a thousandth of a level: from 1e-7 to 1e-3 the search comes to the same
+OPEN = 1e-3  # τ, an eighth of a level: only counted, nothing depends on it
 
 FROM_THE_SPAN = replace(APRIL, distance="relative_l2", position_term=PositionTerm(), restarts=1, patience=None)
 """APRIL's recipe with one start, the span's picture, and with the distance that data/results/hybrid.md measured."""
@@ -148,9 +149,9 @@ def open_coordinates(solution: SpanSolution) -> tuple[Coordinates, int]:
     data/results/hybrid.md.
     """
     directions, deviations = solution.directions()
-    lengths = (_LONGEST * deviations).sqrt().clamp_max(_LONGEST)
-    lengths = torch.where(deviations > _KNOWN, lengths, _SHORTEST)
+    lengths = (LONGEST * deviations).sqrt().clamp_max(LONGEST)
+    lengths = torch.where(deviations > KNOWN, lengths, SHORTEST)
     coordinates = Coordinates(
         solution.patches.T, lengths[:, None] * directions, solution.patch_size, solution.image_size
     )
-    return coordinates, int((deviations > _OPEN).sum())
+    return coordinates, int((deviations > OPEN).sum())
