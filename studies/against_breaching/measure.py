@@ -25,7 +25,7 @@ from torch import Tensor
 
 import aprillab as al
 
-from .._rows import fill, read
+from .._rows import fill
 from .worker import MODEL
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,8 +101,8 @@ class Arena:
             self.private[digit] = write_case(path, digit, torch.float64)
         return path
 
-    def play(self, place: Place, seconds: float, iterations: int) -> list[Run]:
-        """One run; of one that fails, the error's last line."""
+    def play(self, place: Place, seconds: float, iterations: int | None) -> list[Run]:
+        """One run; of one that fails, the error's last line. None is each package's own budget."""
         out = self.folder / "diary.npz"
         out.unlink(missing_ok=True)
         job = {
@@ -164,13 +164,5 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         arena = Arena(options.python, Path(nowhere))
         rates = [Place("rate", number, 5, *key) for number, key in itertools.product(range(options.rounds), RATES)]
         filled(rates, lambda place: arena.play(place, options.rate_seconds, ENDLESS))
-        known = read(path, Run).groupby(["side", "attack", "dtype"]).cpu_rate.median()
-
-        def raced(place: Place) -> list[Run]:
-            """breaching's schedule ends a little before the time does, at the measured rate."""
-            rate = known.get((place.side, place.attack, place.dtype), math.nan)
-            scheduled = place.side == "breaching" and not math.isnan(rate)
-            return arena.play(place, options.seconds, int(0.9 * options.seconds * rate) if scheduled else ENDLESS)
-
         races = [Place("race", 0, digit, *key) for digit, key in itertools.product(options.digits, RACES)]
-        filled(races, raced)
+        filled(races, lambda place: arena.play(place, options.seconds, None))

@@ -82,19 +82,25 @@ def read_case(folder: Path) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     )
 
 
-def attack_with_ours(folder: Path, name: str, dtype: str, seconds: float, iterations: int) -> tuple[Diary, Tensor]:
+def attack_with_ours(
+    folder: Path, name: str, dtype: str, seconds: float, iterations: int | None
+) -> tuple[Diary, Tensor]:
+    """Ours, for so many evaluations; None is the function's own default."""
     model, gradients, labels = read_case(folder)
     update = al.ClientUpdate(gradients=gradients)
     al.dissect(model)  # imports the model libraries it knows; breaching's imports are not counted either
     diary = Diary(seconds)
     found = al.match_gradients(
-        model, update, recipe=OURS[name], labels=labels, dtype=getattr(torch, dtype), max_evaluations=iterations,
-        progress=False, callback=lambda _, images: diary.enter(images),
+        model, update, recipe=OURS[name], labels=labels, dtype=getattr(torch, dtype), progress=False,
+        callback=lambda _, images: diary.enter(images), **({"max_evaluations": iterations} if iterations else {}),
     )  # fmt: skip
     return diary, found.images
 
 
-def attack_with_theirs(folder: Path, name: str, dtype: str, seconds: float, iterations: int) -> tuple[Diary, Tensor]:
+def attack_with_theirs(
+    folder: Path, name: str, dtype: str, seconds: float, iterations: int | None
+) -> tuple[Diary, Tensor]:
+    """breaching's, for so many iterations; None is the preset's own number."""
     import breaching
     from omegaconf import OmegaConf
 
@@ -102,9 +108,8 @@ def attack_with_theirs(folder: Path, name: str, dtype: str, seconds: float, iter
     model = model.to(getattr(torch, dtype)).eval()
     preset, changes = THEIRS[name]
     short = {"float32": "float", "float64": "double"}[dtype]
-    config = breaching.get_attack_config(
-        preset, overrides=[*changes, f"impl.dtype={short}", f"optim.max_iterations={iterations}"]
-    )
+    budget = [f"optim.max_iterations={iterations}"] if iterations else []
+    config = breaching.get_attack_config(preset, overrides=[*changes, f"impl.dtype={short}", *budget])
     attacker = breaching.attacks.prepare_attack(
         model, nn.CrossEntropyLoss(), config, {"device": torch.device("cpu"), "dtype": getattr(torch, dtype)}
     )
@@ -134,7 +139,7 @@ def attack_with_theirs(folder: Path, name: str, dtype: str, seconds: float, iter
     return diary, found["data"]
 
 
-SIDES: dict[str, Callable[[Path, str, str, float, int], tuple[Diary, Tensor]]] = {
+SIDES: dict[str, Callable[[Path, str, str, float, int | None], tuple[Diary, Tensor]]] = {
     "aprillab": attack_with_ours,
     "breaching": attack_with_theirs,
 }
