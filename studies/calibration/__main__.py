@@ -5,7 +5,7 @@ patches are known, no gradient of the position embedding, labels known. No attac
 each part measures what one or a few constants of `span_then_round` and `span_then_match` claim, and
 what other values would change.
 
-    python -m studies.calibration            # seven minutes on one thread
+    python -m studies.calibration            # six minutes of one thread
     python -m studies.calibration --quick    # the smallest study that has every part
 """
 

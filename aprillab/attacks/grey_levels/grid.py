@@ -21,7 +21,7 @@ from ...preprocessing import Preprocessing
 from ..closed_forms.span_solution import SpanSolution
 from .lattice import ReducedLattice, reduced_lattice
 
-# Measured in data/results/calibration.md, by `python -m studies.calibration`, unless said otherwise.
+# Measured in data/results/calibration.md (`python -m studies.calibration`), unless said otherwise.
 # Predicted deviations, in levels, are multiplied by _SAFETY up to SURE and by TOO_SURE above. The
 # true error is larger by factors that differ from direction to direction, in the median up to 56
 # and at most 163 above SURE: these are typical factors and no bounds. What is settled near a
@@ -32,9 +32,10 @@ _UNKNOWN_ABOVE = 30.0  # levels, half of _CONTRAST: worth less than the prior. 3
 # Standard deviations in levels, between neighbours and around the middle. Photographs of 16 to 64
 # pixels have 23 to 27 and 60 to 62 in the median: this prior takes pictures to be smoother.
 _ROUGHNESS, _CONTRAST = 15.0, 60.0
-# Whole-level patches for a place: COUNTED are looked for, LISTED are tried, a gradient each. The first
-# 12 hold 83 to 100 % of the truth, 400 hold 90 to 100 %. To find as many the search is wider than
-# for two (_WIDE beginnings, _WIDE_SLACK p deviations² behind the best): a choice, not measured.
+# Whole-level patches for a place: COUNTED are looked for, LISTED are tried, a gradient each. The
+# first 12 hold 83 to 100 % of the truth, 400 hold 90 to 100 %. To find as many the search is
+# wider than for two: _WIDE beginnings, _WIDE_SLACK p deviations² behind the best, a choice that was
+# not measured.
 COUNTED, LISTED = 400, 12
 _WIDE, _WIDE_SLACK = 2000, 30.0
 # Of the smoothest picture, which a search starts from, so two digits will do: not measured.
@@ -79,7 +80,7 @@ class Grid:
         blank = torch.zeros(1, len(solution.patches) // side**2, side, side).to(
             solution.patches
         )  # (1, C, side, side)
-        # Level = (levels − 1) · pixel, and the pixel is linear in the model's input, channel by channel.
+        # Level = (levels − 1) · pixel, and a pixel is linear in the model's input.
         offset = (levels - 1) * patchify(preprocessing.to_pixels(blank, clamp=False), side).flatten()  # (p,)
         scale = (levels - 1) * patchify(preprocessing.to_pixels(blank + 1, clamp=False), side).flatten() - offset
         directions, nominal = nominal_deviations(solution, scale)
@@ -132,7 +133,7 @@ class Grid:
         return [patches[:LISTED] for patches in self.smooth_patches()]
 
     def smooth_patches(self) -> list[Tensor]:
-        """For each place whole-level patches (≤ 400, p) that the span allows, the smoothest first."""
+        """For each place whole-level patches (≤ 400, p) that the span allows, smooth ones first."""
         points, distances = self.smooth.nearest(
             self.smooth_centres(), count=COUNTED, width=_WIDE, slack=_WIDE_SLACK * len(self.centres)
         )
@@ -186,7 +187,7 @@ class Grid:
         """The smoothest picture whose free patches are what the span allows.
 
         A free patch is ĝ + Σ_k c_k τ_k v_k, with v_k the directions, τ_k their deviations and
-        coefficients c_k of deviation 1; the others stay as they are. What is minimized is quadratic,
+        coefficients c_k of deviation 1; the others stay. What is minimized is quadratic,
 
             Σ (step from a pixel to its neighbour)² / roughness²  +  Σ c²,
 

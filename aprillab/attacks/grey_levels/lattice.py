@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Measured in data/results/calibration.md, by `python -m studies.calibration`, unless said otherwise.
-# FLINT takes whole numbers: R is rounded to 2⁻¹³ of the shortest step of its diagonal. From 6 bits on
-# the shortest step of the reduced basis differs by no more than a fifth, up or down.
+# Measured in data/results/calibration.md (`python -m studies.calibration`), unless said otherwise.
+# FLINT takes whole numbers: R is rounded to 2⁻¹³ of the shortest step of its diagonal. From 6 bits
+# on the shortest step of the reduced basis differs by no more than a fifth, up or down.
 BITS = 12
 _REACH = 3  # whole numbers tried on either side: 99 % of the truth's coordinates and more lie within
 _SLACK = 8.0  # p deviations² behind the best a beginning is dropped: from 0.5 to 32 nothing changes
@@ -145,7 +145,8 @@ def _continued(
     """One step of :meth:`ReducedLattice.nearest`: coordinate k put before those behind it.
 
     Takes and returns the beginnings z (m, w, coordinates) of all points and their distances²
-    (m, w), the nearest first. ``target`` (m,) is y_k, ``row`` (p − k,) is row k of S from its diagonal on.
+    (m, w), the nearest first. ``target`` (m,) is y_k, ``row`` (p − k,) is row k of S from its
+    diagonal on.
     """
     z, distances = beginnings  # (m, w, p − 1 − k), (m, w)
     steps = torch.arange(-_REACH, _REACH + 1).to(z)  # (7,)
@@ -210,7 +211,7 @@ def _reduced_basis(whole: Tensor) -> Tensor:
         raise ModuleNotFoundError(
             "reducing a lattice needs python-flint, which is not installed here: `pip install python-flint`"
         ) from missing
-    # FLINT reduces rows, so it is given the columns as rows, and the transform comes back transposed.
+    # FLINT reduces rows: it is given the columns as rows, and the transform comes back transposed.
     columns = [[int(number) for number in column] for column in whole.T.tolist()]
     _, transform = flint.fmpz_mat(columns).lll(True)
     rows = [[float(int(number)) for number in row] for row in transform.tolist()]

@@ -29,15 +29,20 @@ from ..searches.objectives import relative_l2
 from .grid import Grid
 from .lattice import ReducedLattice
 
-# Measured in data/results/calibration.md, by `python -m studies.calibration`, unless said otherwise.
-# R.m.s. levels by which the search may be off. 32 and 64 would settle a tenth more.
+# Measured in data/results/calibration.md (`python -m studies.calibration`), unless said otherwise.
+# R.m.s. levels by which the search may be off; 32 and 64 as well would settle a fifth more.
 NEAR = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
-FAR = 1.5  # times that a patch may be off: up to 2 none settles wrongly, without a limit 76 of 1 483 do
-# Deviations², mean over what the span knows. The truth has up to 2 231, a dithered picture's nearest
-# whole patches 470 000 and more: the hardest patches of the truth are lost, and none for sure wrong.
+# Times a distance that a patch may be off: up to 2 none is settled wrongly, at 3 six of 1 309 are,
+# and without a limit 81 of 1 495.
+FAR = 1.5
+# Deviations², the mean over what the span knows. A dithered picture's nearest whole patches have
+# 466 000 and more. The truth has up to 2 231 in the hardest settings, so that right patches can be
+# refused there; of those that the other conditions let pass none was.
 MISFIT = 100.0
-RATIO = 0.5  # of the next one's squared distance: near a guess none was wrong, at 0.75 one of 1 120
-RATIO_ALONE = RATIO / 2  # without a search: 5 of 317 were wrong, at 0.5 nine of 345
+# Of the next one's squared distance. Near a guess none of 1 112 was wrong, at 0.75 one of 1 132.
+# Where 12 pixels a patch leave many whole patches as probable, 29 of 1 024 were, and at 0.25 none.
+RATIO = 0.5
+RATIO_ALONE = RATIO / 2  # without a search: 5 of 270 were wrong, at 0.5 nine of 307
 ROUNDING = 30  # ε: rounding leaves up to 14 of a replay, one wrong level 75 at 224×224
 # Evaluations before the first rounding, for each image, and between two: budgets, not measured.
 _FIRST, _ROUND = 150, 60

@@ -9,8 +9,8 @@ kept, which helps the search with the rest (rounds.py). Chapter 07.
 We know of no publication that uses the pixels' own grid. Lattices have met gradients before: Li et
 al. (2024, arXiv 2409.14260) invert a batch through a fully connected layer as a hidden subset sum
 (Nguyen and Stern, CRYPTO 1999), where the whole numbers are the zeros and ones that a ReLU lets
-through. SPEAR (Dimitrov et al., NeurIPS 2024, arXiv 2403.03945) separates a batch by the sparsity of
-the same zeros.
+through. SPEAR (Dimitrov et al., NeurIPS 2024, arXiv 2403.03945) separates a batch by the sparsity
+of the same zeros.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def span_then_round(
     """Find pictures of whole grey levels in what the span attack leaves open.
 
     For updates without the position embedding's gradient (its values are public) from which
-    :func:`span_closed_form` alone gets no sharp picture: fixed sinusoids, and batches. What it knows
-    besides: that the client's pixels were whole levels when they were normalized. That is so after
-    decoding, cropping, flipping, or resizing to 8 bits, and not after resizing or blending in
+    :func:`span_closed_form` alone gets no sharp picture: fixed sinusoids, and batches. What it
+    knows besides: that the client's pixels were whole levels when they were normalized. That is so
+    after decoding, cropping, flipping, or resizing to 8 bits, and not after resizing or blending in
     floating point.
 
     A patch is settled when the nearest whole levels agree with the span, and explain it at least
@@ -124,7 +124,8 @@ def span_then_round(
     Reconstruction
         ``exact`` is True only if all three ``conditions`` hold: every patch is settled; the
         client's gradient, computed again from the pictures, is the update to rounding, as a whole
-        and for each pixel's weights of the patch embedding; and the update is in float32 or better. ``diagnostics``:
+        and for each pixel's weights of the patch embedding; and the update is in float32 or
+        better. ``diagnostics``:
         ``settled`` (B, n) of bool, ``settled_by_span`` (how many before any search),
         ``open_directions``, ``residual`` (the larger of the two), ``evaluations``, ``trials``
         (gradients spent on whole-level patches), ``span``, and ``stopped``: "settled",
@@ -146,8 +147,8 @@ def span_then_round(
     A picture under a fixed sinusoidal embedding, from a float32 gradient, without any search:
 
     >>> import aprillab as al
-    >>> model = al.VisionTransformer(image_size=16, patch_size=4, width=64, depth=2, heads=4, classes=6,
-    ...                              position="sinusoidal")
+    >>> sizes = {"image_size": 16, "patch_size": 4, "width": 64, "depth": 2, "heads": 4}
+    >>> model = al.VisionTransformer(**sizes, classes=6, position="sinusoidal")
     >>> pixels = al.load_victim("coffee", 16)[None]
     >>> update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([1]))
     >>> result = al.span_then_round(model, update, max_evaluations=0, progress=False)
@@ -207,7 +208,7 @@ def _alternate(
             # 2. If they have not, a patch was settled wrongly, or the gradient is not what it was.
             if not rounds.unsettled:
                 doubt_half(rounds)
-            # 3. In a batch, or where few are left, a search that is stuck goes on from whole patches.
+            # 3. In a batch, or where few are left, a stuck search goes on from whole patches.
             elif worth_trying(rounds) and rounds.labels is not None:  # a search has found them
                 try_whole_patches(rounds, replay.mismatch(rounds.labels), deadline)
             # 4. Where in the open directions the picture is, the gradient says.
@@ -254,7 +255,7 @@ def _check_patch_size(solution: SpanSolution) -> None:
 def _known_labels(
     model: nn.Module, update: ClientUpdate, anatomy: Anatomy, labels: Tensor | str | None, batch_size: int
 ) -> tuple[Tensor | None, str]:
-    """Labels known before any search, and where they come from; those of a batch the search finds."""
+    """Labels known before any search, and their source; those of a batch the search finds."""
     given = labels if isinstance(labels, Tensor) else None
     known, known_from = labels_or_none(model, update, anatomy, given)
     return (None if batch_size > 1 and given is None else known), known_from

@@ -30,7 +30,8 @@ from .problem import Loss
 from .recipes import APRIL, PositionTerm, Recipe, recipe_of
 
 # In model-input space, where pixels are of the order of 1. Lengths τ do worst in
-# data/results/calibration.md (`python -m studies.calibration`), and equal ones best under 1-D sinusoids.
+# data/results/calibration.md (`python -m studies.calibration`); equal ones do best under 1-D
+# sinusoids, and these under 2-D ones.
 LONGEST = 0.5  # half of the way from grey to white: 0.1 does worse, 2 the same
 SHORTEST = 1e-6  # as good as fixed: a hundredth of an 8-bit level would be 8e-5
 KNOWN = 1e-5  # τ, a thousandth of a level: from 1e-7 to 1e-3 the search comes to the same
