@@ -23,7 +23,7 @@ Systems = Literal["attention", "row_space", "both"]
 
 @dataclass(frozen=True)
 class System:
-    """What the attack reads: M (d, d), G (t, d), E (t, d) with all that is added, W_e (d, p), float64.
+    """What the attack reads: M (d, d), G (t, d), E (t, d) with what is added, W_e (d, p), float64.
 
     The first ``prefix`` of the t tokens are no patches. ``channels`` and ``patch_size`` (pixels)
     give p = C·P².

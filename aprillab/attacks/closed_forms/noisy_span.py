@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .linear_algebra import orthonormal
 
-# Directions that the iteration carries along beyond the tokens: so many that one round is enough. Every
-# victim's picture comes out within 0.15 dB of the full decomposition's (data/results/closed_forms.md).
+# Directions that the iteration carries along beyond the tokens: so many that one round is enough.
+# tests/attacks/closed_forms/test_noisy_span.py holds the result against the full decomposition.
 _OVERSAMPLING = 24
 _SEED = 7  # of the directions that it begins with: any will do, if it is always the same
 
@@ -110,10 +110,10 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
 def strongest_directions(D: Tensor, k: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The k strongest singular values (k,) and right singular vectors V (w, k) of D (m, w), and D V.
 
-    By one round of subspace iteration, from random mixtures of the rows (Halko, Martinsson and Tropp,
-    SIAM Review 2011) or from a ``start`` (m, k) whose columns nearly span those of D V. Nothing is
-    squared, so all that float64 can hold is seen. Where k is no small part of the width, the whole
-    decomposition is as cheap.
+    By one round of subspace iteration, from random mixtures of the rows (Halko, Martinsson and
+    Tropp, SIAM Review 2011) or from a ``start`` (m, k) whose columns nearly span those of D V.
+    Nothing is squared, so all that float64 can hold is seen. Where k is no small part of the width,
+    the whole decomposition is as cheap.
 
     >>> s, V, DV = strongest_directions(torch.diag(torch.tensor([1.0, 1e-9, 1e-12]).double()), 2)
     >>> [f"{value:.0e}" for value in s.tolist()]
@@ -143,5 +143,6 @@ def row_noise(outside: Tensor, spare: int, eps: float) -> tuple[float, Tensor]:
         return 0.0, torch.full_like(outside[:, 0], eps)
     noise = outside.square().sum(1).div(spare).sqrt()
     excess = float(noise.square().mean().sqrt()) * spare**0.5
-    # No row counts as ten times more precise than most, nor as a thousand times more than its format.
+    # No row counts as ten times more precise than most, nor as a thousand times more than its
+    # format.
     return excess, noise.clamp_min(max(0.1 * float(noise.median()), 1e-3 * eps / outside.shape[1] ** 0.5))
