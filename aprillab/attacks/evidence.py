@@ -106,7 +106,7 @@ def _by_system(system: System, noise: float) -> Condition:
 def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
     """The head's gradient: signs of its bias, rank of its weight."""
     bias = update.gradients.get(anatomy.head_bias or "")
-    if bias is not None and len(bias) > 2 and (several := _both_signs(bias)) > 1:
+    if bias is not None and len(bias) > 2 and (several := min(clear_signs(bias, noise))) > 1:
         words = "{several} entries of the head's bias gradient have the sign of a label: at least {several} labels"
         return _said("contradicted", words, several=several)
     weight = update.gradients.get(anatomy.head_weight or "")
@@ -128,9 +128,16 @@ def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
     return _said("shown", words, residual=residual, limit=limit)
 
 
-def _both_signs(bias: Tensor) -> int:
-    """How many entries have the rarer sign: one for one image, also where the update's sign is reversed."""
-    return min(int((bias < 0).sum()), int((bias > 0).sum()))
+def clear_signs(bias: Tensor, noise: float) -> tuple[int, int]:
+    """How many entries are negative, and how many positive, beyond noise relative to their r.m.s.
+
+    One entry has the rarer sign if there is one image, also where the update's sign is reversed.
+
+    >>> clear_signs(torch.tensor([0.1, -0.9, 0.8, -1e-9]), 1e-7)
+    (1, 2)
+    """
+    clear = 4 * noise * float(bias.double().square().mean()) ** 0.5
+    return int((bias < -clear).sum()), int((bias > clear).sum())
 
 
 def one_image_residual(head_gradient: Tensor) -> float:
