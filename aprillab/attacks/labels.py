@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, dissect
 from ..update import ClientUpdate, check_update
 from .evidence import one_image
-from .reading import measured_noise
 from .result import AttackNotApplicable, Condition
 
 
@@ -77,9 +76,7 @@ def recover_labels(
     check_update(model, update, finite={anatomy.head_weight or "", anatomy.head_bias or ""})
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
-    noise = measured_noise(anatomy, update.gradients)
-    one = one_image(anatomy, update, noise=noise and max(noise, torch.finfo(update.dtype).eps))
-    return _labels_of_head(update, anatomy, batch_size or update.batch_size or 1, one)
+    return _labels_of_head(update, anatomy, batch_size or update.batch_size or 1, one_image(anatomy, update))
 
 
 def _labels_of_head(update: ClientUpdate, anatomy: Anatomy, batch_size: int, one: Condition) -> Labels:

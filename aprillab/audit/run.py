@@ -156,9 +156,9 @@ def _trust(result: Reconstruction) -> Trust:
         return "exact"
     if one == "contradicted" and not fits:
         return "mixture" if misses or miss is None else "unverified"
-    if result.determined and misses:
+    if result.determined and misses and predicted >= _CLOSE:
         return "contradicted"
-    if result.determined and predicted >= _CLOSE:
+    if result.determined and predicted >= _CLOSE and not misses:
         return "close" if fits or miss is None else "coarse"
     if fits and predicted >= _COARSE:
         return "likely"
