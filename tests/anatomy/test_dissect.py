@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, int, tuple[str, ...]]] = {
         ("cls_token", "reg_token"),
     ),
     "siglip": (lambda: of_timm("vit_base_patch16_siglip_224"), "prenorm", 0, ()),
-    "clip": (lambda: of_timm("vit_base_patch16_clip_224"), "unknown", 1, ("cls_token",)),
+    "clip": (lambda: of_timm("vit_base_patch16_clip_224"), "two norms", 1, ("cls_token",)),
     "transformers": (of_transformers, "prenorm", 1, ("vit.embeddings.cls_token",)),
     "transformers no qkv bias": (
         lambda: of_transformers(qkv_bias=False),
@@ -298,7 +298,10 @@ def test_blocks_of_timm_that_are_not_prenorm_are_unknown() -> None:
         parallel_layers = timm.create_model("vit_small_patch16_18x2_224", depth=1)
         fused_parallel = timm.create_model("vit_base_patch16_xp_224", depth=1)
         rms = timm.create_model("vit_small_patch16_224", depth=1, norm_layer="rmsnorm")
-    assert {dissect(m).first_block for m in (residual_post_norm, parallel_layers, fused_parallel, rms)} == {"unknown"}
+    assert {dissect(m).first_block for m in (parallel_layers, fused_parallel)} == {"unknown"}
+    assert dissect(residual_post_norm).first_block == "postnorm"
+    assert dissect(residual_post_norm).norm_weight is None
+    assert dissect(rms).first_block == "rmsnorm"
     assert dissect(parallel_layers).query is None
     assert dissect(fused_parallel).query is None
 
@@ -359,7 +362,7 @@ QKV = "blocks.0.attn.qkv.weight"
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"pach_weight": "x"}, "no part is called pach_weight; there are family, first_block"),
+        ({"pach_weight": "x"}, "no part is called pach_weight; there are channels, embedding_norm_bias"),
         ({"position": "pos"}, "has no tensor called pos; its tensors are cls_token"),
         ({"prefix": ("cls_token", "registers")}, "has no tensor called registers"),
         ({"query": "blocks.0.attn.q.weight[0:3]"}, r"has no tensor called blocks.0.attn.q.weight"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, Rows
+from ...anatomy import Anatomy, Rows, position_gradient
 from ...update import ClientUpdate, check_update
 from ..result import AttackNotApplicable
 
@@ -22,6 +22,8 @@ def shared_gradients(
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """The gradients that an attack needs, by their field of :class:`~aprillab.Anatomy`, in float64.
+
+    That of the position embedding is the one at the tokens, (prefix + n, d), interpolation undone.
 
     Parameters
     ----------
@@ -51,5 +53,15 @@ def shared_gradients(
             if part == "position":
                 raise AttackNotApplicable(attack, f"no {words} gradient is shared: {rows} is fixed or withheld")
             raise AttackNotApplicable(attack, f"the gradient of the {words} ({rows}) is not shared")
+        if part == "position":
+            gradient = _at_the_tokens(attack, anatomy, update)
         found[part] = gradient.to(device, torch.float64)
     return found
+
+
+def _at_the_tokens(attack: str, anatomy: Anatomy, update: ClientUpdate) -> Tensor:
+    """∂l/∂E at the size of the picture, or a refusal where that is not determined."""
+    try:
+        return position_gradient(anatomy, update.gradients)
+    except ValueError as error:
+        raise AttackNotApplicable(attack, str(error)) from None

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect
-from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import one_image
@@ -107,7 +106,7 @@ def embedding_closed_form(
     start = time.perf_counter()
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    dW, G, patch_size = _check(model, update, anatomy, device)
+    dW, G = _check(model, update, anatomy, device)
     (d, p), n, eps = dW.shape, len(G), torch.finfo(update.dtype).eps
 
     # The singular values of G tell rank, condition and error too. Below ε they are noise: (4.5).
@@ -134,7 +133,7 @@ def embedding_closed_form(
     )  # fmt: skip
     return report(
         "embedding_closed_form",
-        unpatchify(X[None], patch_size, anatomy.image_size),
+        anatomy.tiling.images(X[None]),
         conditions=conditions,
         predicted_psnr=predicted,
         labels=labels_or_none(model, update, anatomy, labels, one=one),
@@ -150,12 +149,12 @@ def embedding_closed_form(
 
 def _check(
     model: nn.Module, update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None
-) -> tuple[Tensor, Tensor, int]:
-    """∂l/∂W_e (d, p), G (n, d) and the patch size, in pixels, or a refusal."""
+) -> tuple[Tensor, Tensor]:
+    """∂l/∂W_e (d, p) and G (n, d), or a refusal."""
     name = "embedding_closed_form"
     shared = shared_gradients(name, model, update, anatomy, NEEDS, device=device)
     dW = shared["patch_weight"].flatten(1)
-    G = shared["position"].flatten(0, -2)[anatomy.position_prefix :]
+    G = shared["position"][anatomy.position_prefix :]
     if len(G) > len(dW):
         raise AttackNotApplicable(
             name,
@@ -169,4 +168,4 @@ def _check(
             "the position embedding's gradient is zero. A head that is still zero (torchvision initializes it so) "
             "passes no gradient down: such an update carries the label and nothing of the image",
         )
-    return dW, G, shared["patch_weight"].shape[-1]
+    return dW, G
