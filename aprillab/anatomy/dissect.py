@@ -16,7 +16,7 @@ from ..preprocessing import UNIT
 from .checks import check, check_stem, with_patch
 from .readers.known import NO_POSITIONS, READERS
 from .record import ROW_FIELDS, Anatomy, Rows, UnknownModelError, tensors_of
-from .wrappers import choose, last_head, seen_from_outside, vits_in
+from .wrappers import choose, is_in, last_head, seen_from_outside, vits_in
 
 
 def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatomy:
@@ -76,7 +76,7 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
         check_stem(model, anatomy)
         if anatomy.head_weight is None:
             width = len(tensors_of(model)[anatomy.patch_weight])
-            anatomy = replace(anatomy, **last_head(model, width))  # type: ignore[arg-type]
+            anatomy = replace(anatomy, **last_head(model, width))
     else:
         raise UnknownModelError(_what_was_looked_for(model))
     check(model, anatomy)
@@ -106,11 +106,15 @@ def _read(model: nn.Module, vit: str | None, given: dict[str, Any]) -> Anatomy |
         if vit is not None:
             raise UnknownModelError(f"vit={vit!r}: {_what_was_looked_for(model)}")
         return None
-    described = {"patch_weight", "image_size"} <= set(given)
     weight = given.get("patch_weight")
-    if described and vit is None and not any(weight.startswith(f"{v.path}." if v.path else "") for v in vits):
-        return None  # another model of the caller's, beside the known ones
-    found, remark = choose(vits, vit if vit is not None or len(vits) == 1 else weight)
+    if weight is not None and vit is None:
+        if not any(is_in(weight, found.path) for found in vits):
+            return None  # the caller describes another part of the model
+        vit = weight
+    elif vit is not None and vit not in dict(model.named_modules()):
+        at = ", ".join(repr(found.path) for found in vits)
+        raise UnknownModelError(f"vit={vit!r} is no module of this model; its Vision Transformers are at {at}")
+    found, remark = choose(vits, vit)
     anatomy = seen_from_outside(model, found.reader(found.module, given.get("image_size")), found.path, vits)
     return replace(anatomy, remark="; ".join(word for word in (remark, anatomy.remark) if word))
 
@@ -145,10 +149,15 @@ def _what_was_looked_for(model: nn.Module) -> str:
         for path, m in convolutions
         if m.kernel_size == m.stride and max(m.kernel_size) > 1
     ]
-    classes = sorted({reader.rpartition(".")[2] for reader in READERS})
+    known: dict[str, list[str]] = {}
+    for reader in READERS:
+        known.setdefault(reader.partition(".")[0], []).append(reader.rpartition(".")[2])
+    listed = "; ".join(
+        f"{library}'{'s' * (library[-1] != 's')} {', '.join(classes)}" for library, classes in known.items()
+    )
     return (
         f"{name} is not a Vision Transformer known to aprillab. "
-        f"Looked for, in the model and its submodules: {', '.join(classes)}. "
+        f"Looked for, in the model and its submodules: {listed}. "
         f"Convolutions that could be a patch embedding "
         f"(kernel = stride): {'; '.join(kernels[:3]) if kernels else 'none'}. "
         "Name the parts yourself: dissect(model, patch_weight=…, image_size=…, "

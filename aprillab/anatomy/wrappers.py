@@ -59,7 +59,7 @@ def choose(vits: list[Found], wanted: str | None) -> tuple[Found, str]:
     if wanted is not None:
         fitting = [f for f in vits if is_in(f.path, wanted) or is_in(wanted, f.path)]
         if len(fitting) != 1:
-            raise UnknownModelError(f"vit={wanted!r}: the Vision Transformers of this model are at {names}")
+            raise UnknownModelError(f"vit={wanted!r} is not one of them: the Vision Transformers are at {names}")
     elif len(vits) == 1:
         return vits[0], ""
     else:
@@ -90,10 +90,10 @@ def seen_from_outside(model: nn.Module, anatomy: Anatomy, path: str, vits: list[
         return replace(found, root=path)
     common = [a for a, b in zip(path.split("."), (head["head_weight"] or "").split("."), strict=False) if a == b]
     start = path.split(".")[: len(common)]
-    return replace(found, **head, root=".".join(start) if common == start else "")  # type: ignore[arg-type]
+    return replace(found, **head, root=".".join(start) if common == start else "")
 
 
-def last_head(model: nn.Module, width: int) -> dict[str, str | None]:
+def last_head(model: nn.Module, width: int) -> dict[str, Any]:
     """The model's last layer, if it is linear and is no layer of width d: what gives the logits."""
     layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
     if not layers or not isinstance(layers[-1], nn.Linear) or layers[-1].out_features == width:
@@ -110,7 +110,7 @@ def is_in(path: str, module: str) -> bool:
     return not module or path == module or path.startswith(f"{module}.")
 
 
-def _head_outside(model: nn.Module, path: str, vits: list[Found]) -> dict[str, str | None]:
+def _head_outside(model: nn.Module, path: str, vits: list[Found]) -> dict[str, Any]:
     """The last linear layer of the one module beside a headless ViT that has any.
 
     Looked for from the inside out: the wrapper of a student comes before its teacher's.

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import torch
-from vit_families import db, made, of_timm, of_torchvision, of_transformers, picture, shared
 from torch import nn
+from vit_families import db, made, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
 
@@ -59,14 +58,17 @@ FAMILIES: dict[str, tuple[Build, str, int]] = {
     "timm DeiT3": (partial(of_timm, VIT, no_embed_class=True, init_values=1e-1), "prenorm", 1),
     "timm Eva": (partial(of_timm, "eva.Eva", use_rot_pos_emb=True), "prenorm", 1),
     "timm Eva02": (
-        partial(of_timm, "eva.Eva", use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True), "prenorm", 1,
+        partial(of_timm, "eva.Eva", use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True),
+        "prenorm", 1,
     ),
     "timm Eva, norm behind": (partial(of_timm, "eva.Eva", use_post_norm=True), "postnorm", 1),
     "timm Eva, norm in front": (partial(of_timm, "eva.Eva", use_pre_transformer_norm=True), "two norms", 1),
     "timm BEiT": (partial(of_timm, "beit.Beit", use_rel_pos_bias=True, init_values=1e-1), "prenorm", 1),
     "timm CaiT": (partial(of_timm, "cait.Cait", init_values=1e-1), "prenorm", 0),
     "four channels": (partial(of_timm, VIT, in_chans=4), "prenorm", 1),
-    "patches that are no squares": (partial(of_timm, VIT, patch_size=(4, 6), img_size=(12, 18), in_chans=1), "prenorm", 1),
+    "patches that are no squares": (
+        partial(of_timm, VIT, patch_size=(4, 6), img_size=(12, 18), in_chans=1), "prenorm", 1,
+    ),
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ def read_aprillab(model: nn.Module, image_size: tuple[int, int] | None) -> Anato
     if image_size not in (None, size):
         raise wrong_size("aprillab", size, image_size, "it does not interpolate its position embedding")
     attention, bias = "blocks.0.attention", model.patch_embedding.bias is not None
-    parts = {part: Rows(f"{attention}.{part}.weight") for part in PROJECTIONS}
-    biases = {f"{part}_bias": Rows(f"{attention}.{part}.bias") for part in PROJECTIONS if bias}
+    parts: dict[str, Any] = {part: Rows(f"{attention}.{part}.weight") for part in PROJECTIONS}
+    biases: dict[str, Any] = {f"{part}_bias": Rows(f"{attention}.{part}.bias") for part in PROJECTIONS if bias}
     return Anatomy(
         family="aprillab",
         image_size=size,

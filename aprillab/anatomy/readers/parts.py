@@ -13,7 +13,7 @@ from ..record import Rows
 PROJECTIONS = ("query", "key", "value")
 
 
-def fused(name: str, width: int, suffix: str = "") -> dict[str, Rows]:
+def fused(name: str, width: int, suffix: str = "") -> dict[str, Any]:
     """Queries, keys and values stacked in this order in one tensor of 3·width rows.
 
     >>> fused("attn.qkv.weight", 192)["key"]
@@ -41,7 +41,7 @@ def pair(size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def head_of(model: nn.Module, *paths: str) -> dict[str, str | None]:
+def head_of(model: nn.Module, *paths: str) -> dict[str, Any]:
     """Names of the last linear layer in the first of the modules ``paths`` that the model has.
 
     >>> head_of(nn.ModuleDict({"head": nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))}), "head")
@@ -52,7 +52,7 @@ def head_of(model: nn.Module, *paths: str) -> dict[str, str | None]:
     return {} if path is None else last_linear(modules[path], path)
 
 
-def last_linear(module: nn.Module, path: str) -> dict[str, str | None]:
+def last_linear(module: nn.Module, path: str) -> dict[str, Any]:
     """Names of the last linear layer of a module that stands at ``path``; empty where it has none."""
     linear = [(name, m) for name, m in module.named_modules(prefix=path) if isinstance(m, nn.Linear)]
     if not linear:
@@ -62,7 +62,7 @@ def last_linear(module: nn.Module, path: str) -> dict[str, str | None]:
     return {"head_weight": f"{dot}weight", "head_bias": None if layer.bias is None else f"{dot}bias"}
 
 
-def norm_names(names: Mapping[str, Tensor], path: str, field: str = "norm") -> dict[str, str | None]:
+def norm_names(names: Mapping[str, Tensor], path: str, field: str = "norm") -> dict[str, Any]:
     """Weight and bias of a norm at ``path``, under the fields of the anatomy."""
     return {f"{field}_{part}": first_of(names, f"{path}.{part}") for part in ("weight", "bias")}
 

@@ -63,25 +63,24 @@ def _check_stem(m: Any, names: Mapping[str, Tensor]) -> None:
         raise UnknownModelError("this timm model normalizes the embedded patches before it adds their position")
 
 
-def _attention(names: Mapping[str, Tensor]) -> dict[str, Rows]:
+def _attention(names: Mapping[str, Tensor]) -> dict[str, Any]:
     """The first attention's projections: fused, fused with separate biases, or one by one."""
-    attention, found = "blocks.0.attn", {}
+    attention, found = "blocks.0.attn", dict[str, Rows]()
     for tensor, suffix in (("weight", ""), ("bias", "_bias")):
         if (name := f"{attention}.qkv.{tensor}") in names:
             found |= fused(name, len(names[name]) // 3, suffix)
         for part in PROJECTIONS:
-            letter = part[0]
-            name = first_of(names, f"{attention}.{letter}_proj.{tensor}", f"{attention}.{letter}_{tensor}")
-            if name is not None:
-                found[f"{part}{suffix}"] = Rows(name)
+            one = first_of(names, f"{attention}.{part[0]}_proj.{tensor}", f"{attention}.{part[0]}_{tensor}")
+            if one is not None:
+                found[f"{part}{suffix}"] = Rows(one)
     return found
 
 
-def _norms(m: Any, names: Mapping[str, Tensor]) -> dict[str, str | None]:
+def _norms(m: Any, names: Mapping[str, Tensor]) -> dict[str, Any]:
     """What stands between the tokens and the first attention."""
     first, kind = m.blocks[0], type(m.blocks[0]).__name__
     before = getattr(m, "norm_pre", None)
-    found: dict[str, str | None] = {"first_block": "unknown"}
+    found: dict[str, Any] = {"first_block": "unknown"}
     if kind in _POSTNORM and isinstance(before, nn.Identity | None) and hasattr(first, "attn"):
         return {"first_block": "postnorm"}
     if hasattr(first, "norm1"):

@@ -4,6 +4,7 @@ CLIP and SigLIP. The names of their layers changed between versions 4 and 5 of t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613025
 
 #: By the beginning of the class's name.
 _PREPROCESSING = {"DeiT": IMAGENET, "Dinov2": IMAGENET, "ViTMSN": IMAGENET, "CLIP": CLIP}
+_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 _LAYERS = ("layers.0", "encoder.layer.0", "encoder.layers.0")
 _NORMS = ("layernorm_before", "norm1", "layer_norm1")
 _ATTENTIONS = (
@@ -28,48 +30,73 @@ _ATTENTIONS = (
 
 
 def read_transformers(model: nn.Module, image_size: tuple[int, int] | None) -> Anatomy:
-    """A classifier or its backbone; the backbone is the module that holds the embeddings."""
-    m: Any = model
-    names, modules = tensors_of(model), dict(model.named_modules())
-    inside = min((path for path, module in modules.items() if hasattr(module, "embeddings")), key=len, default="")
-    at = f"{inside}." if inside else ""
-    layer = next((f"{at}{path}" for path in _LAYERS if f"{at}{path}" in modules), None)
-    if layer is None:
-        raise UnknownModelError(f"this {type(m).__name__} has none of the layers {', '.join(_LAYERS)}")
-    embeddings = f"{at}embeddings"
-    patches = first_of(modules, f"{embeddings}.patch_embeddings.projection", f"{embeddings}.patch_embedding") or ""
-    tokens = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
-    position = first_of(names, f"{embeddings}.position_embeddings", f"{embeddings}.position_embedding.weight")
-    norm = first_of(modules, *(f"{layer}.{name}" for name in _NORMS)) or ""
-    before = f"{at}pre_layrnorm"  # CLIP's, spelled so
-    config = modules[inside].config
-    config = getattr(config, "vision_config", config)
-    size, patch = pair(config.image_size), pair(config.patch_size)
+    """A classifier or its backbone."""
+    names, at = tensors_of(model), _places(model)
+    size, patch = pair(at.config.image_size), pair(at.config.patch_size)
     count = (size[0] // patch[0]) * (size[1] // patch[1])
+    rows = 0 if at.position is None else names[at.position].numel() // names[at.position].shape[-1]
+    interpolated = image_size is not None and image_size != size and at.position is not None
     return Anatomy(
         family="transformers",
         image_size=image_size or size,
-        patch_weight=f"{patches}.weight",
-        patch_bias=first_of(names, f"{patches}.bias"),
+        patch_weight=f"{at.patches}.weight",
+        patch_bias=first_of(names, f"{at.patches}.bias"),
         **head_of(model, "classifier", "cls_classifier"),
-        position=position,
-        position_prefix=0 if position is None else names[position].numel() // names[position].shape[-1] - count,
-        resizes=hasattr(modules[embeddings], "interpolate_pos_encoding"),
-        resampling=None
-        if image_size in (None, size)
-        else _resampling(modules[embeddings], position, names, image_size),
-        prefix=tuple(f"{embeddings}.{name}" for name in tokens if f"{embeddings}.{name}" in names),
-        **_attention(names, layer),
-        **norm_names(names, norm),
-        **(norm_names(names, before, "embedding_norm") if before in modules else {}),
-        first_block=between(modules.get(before), modules[norm]),
-        heads=config.num_attention_heads,
-        preprocessing=next((p for name, p in _PREPROCESSING.items() if type(m).__name__.startswith(name)), HALF),
-        remark="" if position else "its positions are relative: it has no absolute position embedding",
+        position=at.position,
+        position_prefix=max(rows - count, 0),
+        resizes=hasattr(model.get_submodule(at.embeddings), "interpolate_pos_encoding"),
+        resampling=_resampling(model, at, rows - count, image_size or size) if interpolated else None,
+        prefix=tuple(name for token in _TOKENS if (name := f"{at.embeddings}.{token}") in names),
+        **_attention(names, at.layer),
+        **norm_names(names, at.norm),
+        **(norm_names(names, at.before, "embedding_norm") if at.before else {}),
+        first_block=between(model.get_submodule(at.before) if at.before else None, model.get_submodule(at.norm)),
+        heads=at.config.num_attention_heads,
+        preprocessing=next((p for name, p in _PREPROCESSING.items() if type(model).__name__.startswith(name)), HALF),
+        remark="" if at.position else "its positions are relative: it has no absolute position embedding",
     )
 
 
-def _attention(names: dict[str, Tensor], layer: str) -> dict[str, Rows]:
+@dataclass(frozen=True)
+class _Places:
+    """Paths of the modules, and the name of the position embedding, in this version of the library."""
+
+    embeddings: str
+    patches: str
+    position: str | None
+    layer: str
+    norm: str
+    before: str | None
+    config: Any
+
+
+def _places(model: nn.Module) -> _Places:
+    """Where the parts are; the backbone is the module that holds the embeddings."""
+    modules, names = dict(model.named_modules()), tensors_of(model)
+    inside = min((path for path, module in modules.items() if hasattr(module, "embeddings")), key=len, default="")
+    at = f"{inside}." if inside else ""
+    embeddings = f"{at}embeddings"
+    layer = first_of(modules, *(f"{at}{path}" for path in _LAYERS))
+    patches = first_of(modules, f"{embeddings}.patch_embeddings.projection", f"{embeddings}.patch_embedding")
+    norm = first_of(modules, *(f"{layer}.{name}" for name in _NORMS))
+    if layer is None or patches is None or norm is None:
+        raise UnknownModelError(
+            f"this {type(model).__name__} of transformers has other parts than versions 4.44 to 5 have: name them "
+            "yourself, dissect(model, patch_weight=…, image_size=…, …) on a wrapper of another class"
+        )
+    config = modules[inside].config
+    return _Places(
+        embeddings=embeddings,
+        patches=patches,
+        position=first_of(names, f"{embeddings}.position_embeddings", f"{embeddings}.position_embedding.weight"),
+        layer=layer,
+        norm=norm,
+        before=first_of(modules, f"{at}pre_layrnorm"),  # CLIP's, spelled so
+        config=getattr(config, "vision_config", config),
+    )
+
+
+def _attention(names: dict[str, Tensor], layer: str) -> dict[str, Any]:
     """The first attention's projections, under the names of this version of the library."""
     found = {}
     for attention, parts in _ATTENTIONS:
@@ -92,27 +119,17 @@ class _WithIdentity:
         return getattr(self._embeddings, name)
 
 
-def _resampling(
-    embeddings: Any, position: str | None, names: dict[str, Tensor], image_size: tuple[int, int]
-) -> Tensor | None:
+def _resampling(model: nn.Module, at: _Places, prefix: int, image_size: tuple[int, int]) -> Tensor:
     """R: the library's own interpolation of the identity, whatever its version does."""
-    if position is None:
-        return None
-    stored, patch = names[position], pair(embeddings.patch_size)
+    embeddings, patch = model.get_submodule(at.embeddings), pair(at.config.patch_size)
+    kind = type(embeddings)
+    if not hasattr(kind, "interpolate_pos_encoding"):
+        why = f"{kind.__name__} of this version of transformers does not interpolate"
+        raise wrong_size("transformers", pair(at.config.image_size), image_size, why)
+    stored = tensors_of(model)[at.position or ""]
     rows = stored.numel() // stored.shape[-1]
-    kernel = type(embeddings)
-    if not hasattr(kernel, "interpolate_pos_encoding"):
-        size = pair(embeddings.image_size)
-        raise wrong_size("transformers", size, image_size, f"{kernel.__name__} does not interpolate")
     identity = of_the_identity(rows, stored)
-    prefix = rows - embeddings_count(embeddings)
     tokens = identity.new_zeros(1, prefix + (image_size[0] // patch[0]) * (image_size[1] // patch[1]), rows)
     with torch.no_grad():
-        found = kernel.interpolate_pos_encoding(_WithIdentity(embeddings, identity), tokens, *image_size)
+        found = kind.interpolate_pos_encoding(_WithIdentity(embeddings, identity), tokens, *image_size)
     return found[0].double()
-
-
-def embeddings_count(embeddings: Any) -> int:
-    """Patches of the size the model was made for."""
-    inner = getattr(embeddings, "patch_embeddings", embeddings)
-    return int(inner.num_patches)
