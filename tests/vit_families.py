@@ -59,6 +59,16 @@ def of_torchvision(**options: Any) -> nn.Module:
     return torchvision.models.VisionTransformer(**shape)
 
 
+def of_monai(**options: Any) -> nn.Module:
+    nets = pytest.importorskip("monai.networks.nets")
+    shape = {
+        "in_channels": 1, "img_size": (SIZE, SIZE), "patch_size": (PATCH, PATCH), "hidden_size": WIDTH, "mlp_dim": 64,
+        "num_layers": 2, "num_heads": 3, "classification": True, "num_classes": CLASSES, "spatial_dims": 2,
+        "post_activation": "none", **options,
+    }  # fmt: skip
+    return nets.ViT(**shape)
+
+
 def made(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
     """The model with no zero anywhere, for a test that sees every bias and every token."""
     with torch.random.fork_rng(devices=[]):

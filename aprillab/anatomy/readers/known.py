@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ..record import Anatomy
+from .monai import read_monai
 from .own import read_aprillab, read_torchvision
 from .timm import read_timm
 from .transformers import read_transformers
@@ -30,6 +31,7 @@ _TIMM = ("vision_transformer.VisionTransformer", "eva.Eva", "beit.Beit", "cait.C
 READERS: dict[str, Reader] = {
     "aprillab.models.VisionTransformer": read_aprillab,
     "torchvision.models.vision_transformer.VisionTransformer": read_torchvision,
+    "monai.networks.nets.vit.ViT": read_monai,
     **{f"timm.models.{name}": read_timm for name in _TIMM},
     **{
         f"transformers.models.{folder}.modeling_{folder}.{name}": read_transformers
