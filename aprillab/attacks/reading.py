@@ -21,6 +21,7 @@ from .result import AttackNotApplicable
 # Mean over r.m.s. of |entries|: 1 for signs, 0.80 Gaussian. Measured at 32×32, the mean over patch embedding,
 # queries and head: gradients 0.57 to 0.74, one to twenty steps of Adam 0.83 to 1.00 (batches of one and eight).
 _ONE_SIZE, _EACH = 0.83, 0.79
+CENTRED = ("prenorm", "two norms")  # first blocks of models whose tokens only LayerNorms read
 _ENOUGH = 256  # entries a tensor, to say so
 _CLEAR = 30.0  # a sum that misses by this many times the format's ε is no rounding
 _EXPLAINED = 0.1  # of a sum may be left when weight decay has been taken off
@@ -108,7 +109,7 @@ def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise:
     miss, size = _bias_sum(anatomy, gradients)
     if size:
         found.append(float(miss.norm()) / rows.numel() ** 0.5)
-    if anatomy.first_block == "prenorm":
+    if anatomy.first_block in CENTRED:
         found.append(float(rows.sum(1).norm()) / rows.numel() ** 0.5)
     return max(min(found), eps * float(rows.square().mean().sqrt()))
 
@@ -150,7 +151,7 @@ def _head_sum(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, 
 def _row_sums(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
     """The sum of each row of G, in architecture B."""
     position = tensors.get(anatomy.position or "")
-    if position is None or anatomy.first_block != "prenorm":
+    if position is None or anatomy.first_block not in CENTRED:
         return torch.zeros(1), 0.0
     return position.double().flatten(0, -2).sum(1), float(position.double().norm())
 

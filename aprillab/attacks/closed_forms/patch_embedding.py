@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect
-from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
 from ..labels import labels_or_none
-from ..reading import Reading, read_update
+from ..reading import CENTRED, Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report, shown_if
 from ..verify import verified
-from .inputs import grey_input, pixel_variance, shared_gradients
+from .inputs import grey_patches, pixel_variance, shared_gradients
 from .linear_algebra import condition_number, thin_svd
 
 NEEDS = ("patch_weight", "position")
@@ -109,12 +108,12 @@ class Patches:
 def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tuple[Tensor, float]) -> Patches:
     """Least squares where the update says more than noise, grey where it does not.
 
-    The noise is relative to an entry's r.m.s. in dW, and of size ``entry`` in G. Patches have the mean ``prior[0]`` (p,) and the variance ``prior[1]`` before anything is read, so
+    The noise is relative to an entry's r.m.s. in dW, and of size ``entry`` in G. Patches have the mean ``prior[0]`` (n, p) and the variance ``prior[1]`` before anything is read, so
     a direction with singular value s is divided by s + λ/s, with λ the noise's variance over theirs.
     Where nothing is damped this is (4.3), its error (4.7).
     """
     (n, d), p = G.shape, dW.shape[1]
-    X0, variance = prior[0].expand(n, p), prior[1]
+    X0, variance = prior
     U, s, Vt = thin_svd(G.T)
     rank = int((s > least_singular_value(s, G.shape, noise, entry)).sum())
     s = s.clamp_min(_TINY)
@@ -206,20 +205,20 @@ def embedding_closed_form(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     reading = read_update(model, update, anatomy)
-    dW, G, patch_size = _check(reading, anatomy, strict, device)
+    dW, G = _check(reading, anatomy, strict, device)
     (d, p), n = dW.shape, len(G)
-    grey = grey_input(preprocessing, p // patch_size**2).to(G).repeat_interleave(patch_size**2)
+    grey = grey_patches(anatomy.tiling, preprocessing, (n, p)).to(G)
     found = most_probable(dW, G, reading.noise, reading.noise_of_position, (grey, pixel_variance(preprocessing)))
     relative = float(found.residual.norm() / dW.norm()) if dW.any() else 0.0
     # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
-    of = d - (anatomy.first_block == "prenorm")
+    of = d - (anatomy.first_block in CENTRED)
     one = one_image(
         anatomy, reading.update, noise=reading.noise,
         system=System("∂W_e = GᵀX", relative, max(of - n, 0), of, found.gain),
     )  # fmt: skip
     result = report(
         "embedding_closed_form",
-        unpatchify(found.X[None], patch_size, anatomy.image_size),
+        anatomy.tiling.images(found.X[None]),
         conditions=(
             Condition(
                 "rank(G) = n", shown_if(found.rank == n), {"rank": found.rank, "n": n, "d": d},
@@ -243,12 +242,12 @@ def embedding_closed_form(
 
 def _check(
     reading: Reading, anatomy: Anatomy, strict: bool, device: torch.device | str | None
-) -> tuple[Tensor, Tensor, int]:
-    """∂l/∂W_e (d, p), G (n, d) and the patch size, in pixels, or a refusal."""
+) -> tuple[Tensor, Tensor]:
+    """∂l/∂W_e (d, p) and G (n, d), or a refusal."""
     name = "embedding_closed_form"
     shared = shared_gradients(name, reading.update, anatomy, NEEDS, device=device)
     dW = shared["patch_weight"].flatten(1)
-    G = shared["position"].flatten(0, -2)[anatomy.position_prefix :]
+    G = shared["position"][anatomy.position_prefix :]
     if len(G) > len(dW) and strict:
         raise AttackNotApplicable(
             name,
@@ -263,4 +262,4 @@ def _check(
             "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
             "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
         )
-    return dW, G, shared["patch_weight"].shape[-1]
+    return dW, G
