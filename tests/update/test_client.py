@@ -11,7 +11,7 @@ import torch
 from conftest import private_batch, tiny_vit
 from torch import Tensor, nn
 
-from aprillab.update import ClientUpdate, UpdateError, check_update, client_update, logits_of
+from aprillab.update import UpdateError, check_update, client_update, logits_of
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -107,3 +107,156 @@ def test_what_a_client_cannot_do(model: nn.Module) -> None:
     model.requires_grad_(False)
     with pytest.raises(UpdateError, match="nothing to share"):
         client_update(model, images, labels)
+
+
+# --- Targets ------------------------------------------------------------------------------------------------------
+
+
+def test_targets_may_be_soft_or_several(model: nn.Module) -> None:
+    images, labels = private_batch(model, 2)
+    hard = client_update(model, images, labels)
+    one_hot = nn.functional.one_hot(labels, 5).double()
+    soft = client_update(model, images, one_hot)
+    for name, g in hard.gradients.items():
+        torch.testing.assert_close(soft.gradients[name], g, rtol=0, atol=1e-13)
+    findings = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]]).double()
+    bce = client_update(model, images, findings, loss=nn.functional.binary_cross_entropy_with_logits)
+    assert not torch.allclose(bce.gradients["head.bias"], hard.gradients["head.bias"])
+
+    def mixed(logits: Tensor, targets: Any) -> Tensor:
+        first, second, share = targets
+        ce = nn.functional.cross_entropy
+        return share * ce(logits, first) + (1 - share) * ce(logits, second)
+
+    mixup = client_update(model, images, (labels, labels, 0.3), loss=mixed)  # type: ignore[arg-type]
+    torch.testing.assert_close(mixup.gradients["head.bias"], hard.gradients["head.bias"])
+    ignored = client_update(model, images, torch.tensor([0, -100]))
+    torch.testing.assert_close(
+        ignored.gradients["head.bias"], client_update(model, images[:1], torch.tensor([0])).gradients["head.bias"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], "labels are a list: pass a tensor"),
+        (3, "labels are a int: pass a tensor"),
+        (torch.tensor([0]), r"1 label\(s\) for 2 image\(s\): pass one for each image, shape \(2,\)"),
+        (torch.tensor([0, 1, 2]), r"3 label\(s\) for 2 image\(s\)"),
+        (torch.tensor(0), r"labels of shape \(\) and torch.int64 for logits of shape \(2, 5\)"),
+        (
+            torch.tensor([0.0, 1.0]),
+            r"labels of shape \(2,\) and torch.float32 .* int64 of shape \(2,\)",
+        ),
+        (torch.tensor([[0], [1]]), r"labels of shape \(2, 1\) and torch.int64"),
+        (torch.ones(2, 4), r"labels of shape \(2, 4\) and torch.float32 .* floats of shape \(2, 5\)"),
+        (torch.tensor([0, 5]), "label 5 is no class of the model's: it has 5, from 0"),
+        (torch.tensor([-1, 0]), "label -1 is no class of the model's"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(model: nn.Module, labels: Any, message: str) -> None:
+    images, _ = private_batch(model, 2)
+    with pytest.raises(UpdateError, match=message):
+        client_update(model, images, labels)
+
+
+def test_losses_that_do_not_fit_are_refused(model: nn.Module) -> None:
+    images, labels = private_batch(model, 2)
+    with pytest.raises(UpdateError, match=r"does not take logits of shape \(2, 5\) and torch.float64 with labels of"):
+        client_update(model, images, labels, loss=nn.functional.binary_cross_entropy_with_logits)
+    with pytest.raises(UpdateError, match=r"does not take logits .* with a list of labels"):
+        client_update(model, images, [0, 1], loss=nn.CrossEntropyLoss())  # type: ignore[arg-type]
+    with pytest.raises(UpdateError, match=r"the client's loss is of shape \(2,\): it must be a scalar"):
+        client_update(model, images, labels, loss=nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(UpdateError, match="the client's loss is a float: it must be a scalar"):
+        client_update(model, images, labels, loss=lambda *_: 1.0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(UpdateError, match="depends on no parameter"):
+        client_update(model, images, labels, loss=lambda logits, y: nn.functional.cross_entropy(logits.detach(), y))
+
+
+# --- Outputs ------------------------------------------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """A linear model whose output has another form."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.linear, self.form = nn.Linear(3, 2), form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.linear(x))
+
+
+Output = namedtuple("Output", ["hidden", "logits"])
+
+
+class Dictionary(dict):
+    """As transformers' outputs: a dictionary with fields."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+FORMS = {
+    "tensor": lambda y: y,
+    "object": lambda y: SimpleNamespace(logits=y, hidden=None),
+    "dictionary": lambda y: {"hidden": y * 0, "logits": y},
+    "both": lambda y: Dictionary(logits=y),
+    "tuple with hidden states (MONAI)": lambda y: (y, [y * 0]),
+    "tuple of one (transformers)": lambda y: (y,),
+    "list": lambda y: [y, None],
+    "two heads (timm, distilled)": lambda y: (y, y * 0),
+    "named tuple": lambda y: Output(y * 0, y),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_are_found_in_outputs_of_any_form(form: str) -> None:
+    model = Returns(FORMS[form])
+    x = torch.ones(4, 3)
+    assert torch.equal(logits_of(model, x), model.linear(x))
+    update = client_update(model, x, torch.tensor([0, 1, 1, 0]))
+    assert set(update.gradients) == {"linear.weight", "linear.bias"}
+    assert update.gradients["linear.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            lambda y: SimpleNamespace(last_hidden_state=y),
+            "Returns returns a SimpleNamespace, which has no log",
+        ),
+        (lambda y: SimpleNamespace(logits=None), "which has no logits"),
+        (lambda y: {"out": y, "aux": y}, "a dict without 'logits'; it has 'out', 'aux'"),
+        (lambda y: {}, "a dict without 'logits'; it has nothing"),
+        (lambda y: (None, y), "a tuple whose first element is a NoneType"),
+        (lambda y: [[y]], "a list whose first element is a list"),
+        (lambda y: (), "an empty tuple"),
+        (lambda y: None, "a NoneType, which has no logits"),
+        (lambda y: y.detach().numpy(), "a ndarray, which has no logits"),
+    ],
+)
+def test_outputs_without_logits_are_refused(form: Any, message: str) -> None:
+    with pytest.raises(UpdateError, match=message):
+        logits_of(Returns(form), torch.ones(1, 3))
+
+
+def test_transformers_models_return_their_logits_first() -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.DeiTConfig(**shape, image_size=8, patch_size=4, num_labels=3)
+    model = transformers.DeiTForImageClassificationWithTeacher(config).eval()
+    model.cls_classifier.bias.data += 1
+    images = torch.ones(1, 3, 8, 8)
+
+    class AsTuple(nn.Module):
+        def forward(self, x: Tensor) -> tuple:
+            output = model(x, return_dict=False)
+            assert len(output) == 3
+            return output
+
+    logits = logits_of(model, images)
+    assert torch.equal(logits_of(AsTuple(), images), logits)
+    assert not torch.allclose(logits, model(images).cls_logits), "the mean of two heads, and not the first of them"

@@ -14,7 +14,6 @@ from updated import changed
 
 from aprillab.update import ClientUpdate, UpdateError, client_update
 
-
 # --- Gradients ----------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +88,10 @@ def test_arrays_of_other_libraries_are_taken() -> None:
 @pytest.mark.parametrize(
     ("gradients", "message"),
     [
-        ([torch.ones(2)], r"a list has no names.*dict\(zip\(.*update_from_states\(before, after, names=model.state_d"),
+        (
+            [torch.ones(2)],
+            r"a list has no names.*dict\(zip\(.*update_from_states\(before, after, names=model.state_d",
+        ),
         ((np.ones(2),), "a tuple has no names"),
         (torch.ones(2), "a Tensor is no mapping"),
         (None, "a NoneType is no mapping"),
