@@ -151,9 +151,7 @@ def test_files_that_numpy_wrote_are_read_or_refused_in_a_sentence(tmp_path: Path
 def test_dtypes_that_few_versions_know_are_one_error(tmp_path: Path, dtype: str) -> None:
     """Some versions of safetensors and torch read these, others fail in ways of their own."""
     size = {"F4": 1, "F6_E2M3": 3, "F8_E8M0": 4, "BF17": 8}.get(dtype, 32)
-    header = json.dumps(
-        {"w": {"dtype": dtype, "shape": [size if dtype == "BF17" else 4][:1], "data_offsets": [0, size]}}
-    )
+    header = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, size]}})
     (tmp_path / "u").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(size))
     with pytest.raises(UpdateError, match=str(tmp_path)):
         load_update(tmp_path / "u")

@@ -116,7 +116,7 @@ def test_prefixes_are_stripped_or_added(model: nn.Module, update: ClientUpdate, 
 
 
 def test_wrappers_of_parts_are_stripped(model: nn.Module, update: ClientUpdate) -> None:
-    model.blocks[0] = torch.compile(model.blocks[0])
+    model.blocks[0] = wrapped(model.blocks[0], "_orig_mod.")
     assert any("._orig_mod." in name for name, _ in model.named_parameters())
     found = fitted(model, update)
     assert list(found.gradients) == [name for name, _ in model.named_parameters()]
@@ -204,7 +204,7 @@ def test_unused_parameters_may_be_missing(model: nn.Module, update: ClientUpdate
 def test_only_the_named_tensors_need_be_finite(model: nn.Module, update: ClientUpdate) -> None:
     bad = changed(update, "head.weight", lambda g: g * float("nan"))
     assert fitted(model, bad, finite={"head.bias"}) is bad
-    with pytest.raises(UpdateError, match="head.weight: 120 of 120"):
+    with pytest.raises(UpdateError, match=r"head\.weight: 120 of 120"):
         fitted(model, renamed(bad, lambda name: f"module.{name}"), finite={"head.weight"})
 
 
@@ -225,9 +225,7 @@ def test_weights_are_recognized(model: nn.Module, lr: float, position: str) -> N
             model.class_token.zero_()
     server = copy.deepcopy(model)
     sgd_steps(model, lr, steps=3)
-    with pytest.raises(
-        UpdateError, match=r"weights, not gradients: .* update_from_states\(before, after, learning_ra"
-    ):
+    with pytest.raises(UpdateError, match=r"weights, not gradients: .* update_from_states\(before, after, lea"):
         fitted(server, renamed(weights_of(model), lambda name: f"module.{name}"))
     with pytest.raises(UpdateError, match=f"of 40 tensors are nearly {type(model).__name__}'s own"):
         check_update(server, weights_of(model).to(dtype=torch.float16))
@@ -245,9 +243,8 @@ def test_gradients_are_never_taken_for_weights(model: nn.Module, update: ClientU
     check_update(model, ClientUpdate({n: 1e-2 * w for n, w in weights.items()}))
     small = ("class_token", "position_embedding", "patch_embedding.weight", "head.weight")
     mixed = {n: weights[n] if n in small else g for n, g in update.gradients.items()}
-    assert sum(float(weights[n].norm() ** 2) for n in small) < 0.5 * sum(
-        float(w.norm() ** 2) for w in weights.values()
-    )
+    mass = {n: float(w.norm() ** 2) for n, w in weights.items()}
+    assert sum(mass[n] for n in small) < 0.5 * sum(mass.values())
     check_update(model, ClientUpdate(mixed))
     few = nn.Linear(9, 9, bias=False)  # too few numbers to tell
     check_update(few, weights_of(few))

@@ -1,4 +1,4 @@
-"""What a server holds of one client: gradients by name, from tensors or arrays, and facts that make sense together."""
+"""What a server holds of one client: gradients by name, from tensors or arrays, and facts that agree."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_arrays_of_other_libraries_are_taken() -> None:
     [
         (
             [torch.ones(2)],
-            r"a list has no names.*dict\(zip\(.*update_from_states\(before, after, names=model.state_d",
+            r"a list has no names.*dict\(zip\(.*update_from_states\(before, after, names=model.sta",
         ),
         ((np.ones(2),), "a tuple has no names"),
         (torch.ones(2), "a Tensor is no mapping"),

@@ -210,7 +210,8 @@ def test_lists_take_their_names_from_wherever_they_are(model: nn.Module) -> None
     b, a = arrays(before), arrays(after)
     named = [
         (b, a, {"names": before}), (b, a, {"names": list(before)}), (tuple(b), a, {"names": model}),
-        (b, a, {"names": iter(before)}), (b, after, {}), (before, a, {}), (b, list(after.values()), {"names": before}),
+        (b, a, {"names": iter(before)}), (b, after, {}), (before, a, {}),
+        (b, list(after.values()), {"names": before}),
         (dict(zip(before, b, strict=True)), dict(zip(before, a, strict=True)), {}),
     ]  # fmt: skip
     for first, second, options in named:
@@ -234,7 +235,7 @@ def test_the_two_states_may_be_wrapped_differently(model: nn.Module) -> None:
         (
             lambda b, a: (list(b.values()), list(a.values())),
             {},
-            "before is a list, which has no names: pass model.st",
+            "before is a list, which has no names: pass mod",
         ),
         (lambda b, a: (list(b.values()), a), {"names": "head.bias"}, "before is a list, which has no names"),
         (lambda b, a: (list(b.values()), a), {"names": [1, 2]}, "before is a list, which has no names"),
