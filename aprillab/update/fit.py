@@ -20,7 +20,7 @@ from .tensors import UpdateError, count_not_finite, is_zero
 # Weights sent for an update: after some steps of training they still point where the model's do. A gradient's cosine
 # with the weights is about 1/√(entries), and 0 where a normalization follows: the limits are far from both.
 COSINE, RATIO, SHARE = 0.9, 2.0, 0.5
-FEWEST_ENTRIES, PROBES = 100, 2
+FEWEST, SAMPLE, PROBES = 100, 4096, 3
 
 
 def fitted(
@@ -167,19 +167,17 @@ def _refuse_not_finite(update: ClientUpdate, finite: Collection[str] | None) -> 
 
 
 def _refuse_weights(parameters: Mapping[str, Tensor], update: ClientUpdate, model: str) -> None:
-    """Weights in place of gradients: two small tensors settle it, and all are looked at only where
-    one of them is a weight.
+    """Weights in place of gradients: a few numbers of small matrices settle it, and all tensors are
+    looked at only where those are weights.
     """
 
     def mass(name: str) -> float:
         return _norm(parameters[name]) ** 2
 
-    def settled_by(name: str) -> tuple[bool, int, str]:
-        return parameters[name].ndim < 2, parameters[name].numel(), name
-
-    probes = sorted((n for n in update.gradients if parameters[n].numel() >= FEWEST_ENTRIES), key=settled_by)
-    nonzero = (name for name in probes if not is_zero(parameters[name]))
-    if not any(_alike(parameters[name], update.gradients[name]) for name in islice(nonzero, PROBES)):
+    by_size = sorted(update.gradients, key=lambda name: (parameters[name].ndim < 2, parameters[name].numel(), name))
+    pairs = ((_some(parameters[name]), _some(update.gradients[name])) for name in by_size)
+    probes = (pair for pair in pairs if pair[0].numel() >= FEWEST and not is_zero(pair[0]))
+    if not any(_alike(*pair) for pair in islice(probes, PROBES)):
         return
     alike = [name for name, g in update.gradients.items() if _alike(parameters[name], g)]
     if sum(map(mass, alike)) > SHARE * sum(map(mass, update.gradients)):
@@ -187,6 +185,10 @@ def _refuse_weights(parameters: Mapping[str, Tensor], update: ClientUpdate, mode
             f"these are weights, not gradients: {len(alike)} of {len(update.gradients)} tensors are nearly {model}'s "
             "own. Take the difference that the client made: update_from_states(before, after, learning_rate=…)"
         )
+
+
+def _some(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1)[:SAMPLE]
 
 
 def _alike(weight: Tensor, g: Tensor) -> bool:

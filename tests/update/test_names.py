@@ -15,6 +15,8 @@ NAMES = ["blocks.0.weight", "blocks.0.bias", "head.weight"]
         ("head.weight", "head.weight"),
         ("module.module.head.weight", "head.weight"),
         ("_orig_mod.blocks.0._orig_mod.weight", "blocks.0.weight"),
+        ("_module.head.weight", "head.weight"),
+        ("blocks._fsdp_wrapped_module.0._checkpoint_wrapped_module.weight", "blocks.0.weight"),
         ("model.model.head.weight", "head.weight"),
         ("head.model.weight", "head.model.weight"),
         ("model", "model"),
