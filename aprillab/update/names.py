@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 _WRAPPERS = frozenset({"module", "_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+DEEPEST = 8
 
 
 def bare(name: str) -> str:
@@ -22,9 +23,8 @@ def bare(name: str) -> str:
     'blocks.0.attn.qkv.weight'
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "model":
-        del parts[0]
-    return ".".join(parts) or name
+    first = next((i for i, part in enumerate(parts) if part != "model"), len(parts) - 1)
+    return ".".join(parts[first:]) or name
 
 
 def matched(given: Iterable[str], known: Collection[str], preferred: Collection[str] = ()) -> dict[str, str]:
@@ -62,8 +62,8 @@ def matched(given: Iterable[str], known: Collection[str], preferred: Collection[
     def score(pairs: Mapping[str, str]) -> tuple[int, int]:
         return len(pairs), sum((one in liked) + (other in liked) for one, other in pairs.items())
 
-    found = [pairs for pairs in _shifts(mine, theirs) if pairs]
-    top = max(map(score, found), default=(0, 0))
+    found = _shifts(mine, theirs)
+    top = max(map(score, found))
     best = [pairs for pairs in found if score(pairs) == top]
     if top[0] <= len(as_is) or len(best) > 1:
         return as_is
@@ -76,12 +76,26 @@ def _by_bare(names: Collection[str]) -> dict[str, str]:
     return {bare(name): name for name in names if counts[bare(name)] == 1}
 
 
-def _shifts(mine: Collection[str], theirs: Collection[str]) -> Iterable[dict[str, str]]:
+def _shifts(mine: Collection[str], theirs: Collection[str]) -> list[dict[str, str]]:
     """Every way to make names the same by one first part put in front or taken off, and what then
     matches.
+
+    Names come from a client, in any number: the work grows with that number alone.
     """
-    yield {name: name for name in mine if name in theirs}
-    for first in {one[: -len(other)] for one in mine for other in theirs if one.endswith(f".{other}")}:
-        yield {n: n.removeprefix(first) for n in mine if n.startswith(first) and n.removeprefix(first) in theirs}
-    for first in {other[: -len(one)] for one in mine for other in theirs if other.endswith(f".{one}")}:
-        yield {name: first + name for name in mine if first + name in theirs}
+    taken: dict[str, dict[str, str]] = {}
+    put: dict[str, dict[str, str]] = {}
+    for name in mine:
+        for first, rest in _cut(name):
+            if rest in theirs:
+                taken.setdefault(first, {})[name] = rest
+    for name in theirs:
+        for first, rest in _cut(name):
+            if rest in mine:
+                put.setdefault(first, {})[rest] = name
+    return [{name: name for name in mine if name in theirs}, *taken.values(), *put.values()]
+
+
+def _cut(name: str) -> list[tuple[str, str]]:
+    """First and second part of a name, cut at each of its first dots."""
+    parts = name.split(".", DEEPEST)
+    return [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(1, len(parts))]

@@ -197,7 +197,8 @@ def _pairs(before: State, after: State, names: Any) -> dict[str, tuple[Tensor, T
     if len(first) != len(second) or len(same) != len(first):
         only = sorted(set(first) - set(same.values())) + sorted(set(second) - set(same))
         raise UpdateError(
-            f"the two states differ in {', '.join(only[:5])}{', …' if len(only) > 5 else ''}: pass two of one model"
+            f"the two states differ in {', '.join(only[:5])}{', …' if len(only) > 5 else ''}: pass two of one "
+            "model; what the client kept to itself, leave out of both"
         )
     later = {same[name]: value for name, value in second.items()}
     pairs = {name: (as_tensor(name, value), as_tensor(name, later[name])) for name, value in first.items()}

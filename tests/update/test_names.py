@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from aprillab.update.names import bare, matched
@@ -47,3 +49,14 @@ def test_what_could_stand_for_two_stands_for_none() -> None:
     assert matched(two, NAMES, preferred=["a.head.weight"]) == {f"a.{name}": name for name in NAMES}
     assert matched(["module.x", "_orig_mod.x", "module.y"], ["x", "y"]) == {"module.y": "y"}
     assert matched(["x", "module.x"], ["x", "y"]) == {"x": "x"}
+
+
+def test_names_without_number_or_end_take_no_time() -> None:
+    """They come from a client: no work may grow with their square."""
+    many = [f"part{i}.head.weight" for i in range(20_000)]
+    start = time.perf_counter()
+    assert matched(many, NAMES) == {}
+    assert matched(many, NAMES, preferred=["part7.head.weight"]) == {"part7.head.weight": "head.weight"}
+    for long in ("model." * 100_000 + "head.weight", "x." * 100_000 + "head.weight"):
+        assert matched([long], NAMES) == ({long: "head.weight"} if long.startswith("model") else {})
+    assert time.perf_counter() - start < 30
