@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, tensors_of
-from ..update import ClientUpdate, check_update
+from ..update import ClientUpdate, UpdateError, fitted, logits_of
 from .result import AttackNotApplicable
 
 # Mean over r.m.s. of |entries|: 1 for signs, 0.80 Gaussian. Measured at 32×32, the mean over patch embedding,
@@ -79,7 +79,7 @@ def read_update(
     AttackNotApplicable
         If all entries have one size, as Adam's steps have and signs: no gradient is left in them.
     """
-    check_update(model, update, finite=anatomy.tensor_names() if finite is None else finite)
+    update = fit_update(model, update, anatomy, finite=anatomy.tensor_names() if finite is None else finite)
     _refuse_one_size(update, anatomy)
     noise = measured_noise(anatomy, update.gradients)
     if noise is None or noise < _CLEAR * torch.finfo(update.dtype).eps:
@@ -112,6 +112,47 @@ def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise:
     if anatomy.first_block in CENTRED:
         found.append(float(rows.sum(1).norm()) / rows.numel() ** 0.5)
     return max(min(found), eps * float(rows.square().mean().sqrt()))
+
+
+def fit_update(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, *, finite: Collection[str] | None = None
+) -> ClientUpdate:
+    """The update under the model's names, as :func:`aprillab.update.fitted` has it; parameters that
+    the forward pass never uses may be missing.
+
+    Raises
+    ------
+    UpdateError
+        If the update does not belong to the model, or a tensor in ``finite`` (default: any) is not.
+    """
+    try:
+        return fitted(model, update, finite=finite)
+    except UpdateError:
+        unused = never_used(model, anatomy)
+        if not unused:
+            raise
+        return fitted(model, update, finite=finite, unused=unused)
+
+
+def never_used(model: nn.Module, anatomy: Anatomy) -> set[str]:
+    """Trained parameters that the logits do not depend on, by one forward pass; none where it fails."""
+    kernel = tensors_of(model)[anatomy.patch_weight]
+    patches = torch.zeros(1, anatomy.tiling.count, kernel.flatten(1).shape[1]).to(kernel)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[kernel.device] if kernel.is_cuda else []):
+            logits = logits_of(model.get_submodule(anatomy.root), anatomy.tiling.images(patches))
+    # The model is the user's, and so is whatever its forward pass raises.
+    except Exception:
+        return set()
+    used, nodes, seen = set(), [logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        used.add(id(getattr(node, "variable", None)))
+        nodes += [following for following, _ in node.next_functions]
+    return {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in used}
 
 
 def measured_noise(anatomy: Anatomy, gradients: Mapping[str, Tensor]) -> float | None:

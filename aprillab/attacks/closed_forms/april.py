@@ -356,7 +356,8 @@ def _evidence(
             "rank {rank} of {tokens} ≤ d = {d}" if tokens <= d else "rank {rank} of {tokens} > d = {d}",
         ),
         Condition(
-            "pixels determined", shown_if(determined), {"rank": rank_e, "unknowns": solution.unknowns, "p": p, "d": d},
+            "pixels determined", shown_if(determined),
+            {"rank": rank_e, "unknowns": solution.unknowns, "p": p, "d": d},
             "rank {rank} for {unknowns} unknowns a patch (p = {p}, d = {d})",
         ),
     )  # fmt: skip

@@ -108,12 +108,12 @@ class Patches:
 def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tuple[Tensor, float]) -> Patches:
     """Least squares where the update says more than noise, grey where it does not.
 
-    The noise is relative to an entry's r.m.s. in dW, and of size ``entry`` in G. Patches have the mean ``prior[0]`` (n, p) and the variance ``prior[1]`` before anything is read, so
-    a direction with singular value s is divided by s + λ/s, with λ the noise's variance over theirs.
-    Where nothing is damped this is (4.3), its error (4.7).
+    The noise is relative to an entry's r.m.s. in dW, and of size ``entry`` in G. Patches have the
+    mean ``prior[0]`` (n, p) and the variance ``prior[1]`` before anything is read, so a direction
+    with singular value s is divided by s + λ/s, with λ the noise's variance over theirs. Where
+    nothing is damped this is (4.3), its error (4.7).
     """
-    (n, d), p = G.shape, dW.shape[1]
-    X0, variance = prior
+    (n, d), (X0, variance) = G.shape, prior
     U, s, Vt = thin_svd(G.T)
     rank = int((s > least_singular_value(s, G.shape, noise, entry)).sum())
     s = s.clamp_min(_TINY)
@@ -260,6 +260,7 @@ def _check(
         raise AttackNotApplicable(
             name,
             "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
-            "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
+            "initializes it so) and passes no gradient down: then the update carries the label and nothing of the "
+            "image",
         )
     return dW, G

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, dissect, position_values, tensors_of
+from ...anatomy import Anatomy, dissect, tensors_of
 from ...metrics import EXACT_TO_8_BITS_DB
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
