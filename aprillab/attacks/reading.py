@@ -24,6 +24,7 @@ _ONE_SIZE, _EACH = 0.83, 0.79
 CENTRED = ("prenorm", "two norms")  # first blocks of models whose tokens only LayerNorms read
 _ENOUGH = 256  # entries a tensor, to say so
 _CLEAR = 30.0  # a sum that misses by this many times the format's ε is no rounding
+_OTHER_LOSS = 0.1  # cross-entropy leaves the head's sum rounding or noise
 _EXPLAINED = 0.1  # of a sum may be left when weight decay has been taken off
 
 
@@ -82,7 +83,8 @@ def read_update(
     update = fit_update(model, update, anatomy, finite=anatomy.tensor_names() if finite is None else finite)
     _refuse_one_size(update, anatomy)
     noise = measured_noise(anatomy, update.gradients)
-    if noise is None or noise < _CLEAR * torch.finfo(update.dtype).eps:
+    misses = [_relative(kind(anatomy, update.gradients)) for kind in (_bias_sum, _head_sum, _row_sums)]
+    if max((miss or 0.0 for miss in misses), default=0.0) < _CLEAR * torch.finfo(update.dtype).eps:
         return _reading(update, anatomy, noise)
     return _without_decay(update, anatomy, tensors_of(model), noise)
 
@@ -158,18 +160,25 @@ def never_used(model: nn.Module, anatomy: Anatomy) -> set[str]:
 def measured_noise(anatomy: Anatomy, gradients: Mapping[str, Tensor]) -> float | None:
     """What the sums miss, relative to what is summed: the least of two; None where neither is there.
 
+    The head's miss by much with another loss than cross-entropy. Then the rows decide, if they can.
+
     >>> import aprillab as al
     >>> model = al.VisionTransformer(image_size=8, patch_size=4, width=24, depth=1, heads=2, classes=5)
     >>> update = al.client_update(model, torch.zeros(1, 3, 8, 8), torch.tensor([3]))
     >>> measured_noise(al.dissect(model), update.gradients) < 1e-6
     True
     """
-    found = [
-        float(miss.norm() / size)
-        for miss, size in (_bias_sum(anatomy, gradients), _head_sum(anatomy, gradients))
-        if size
-    ]
+    bias, head, rows = (_relative(kind(anatomy, gradients)) for kind in (_bias_sum, _head_sum, _row_sums))
+    if bias is None and head is not None and head > _OTHER_LOSS:
+        return rows
+    found = [miss for miss in (bias, head) if miss is not None]
     return min(found) if found else None
+
+
+def _relative(sums: tuple[Tensor, float]) -> float | None:
+    """What a sum misses over what is summed; None where nothing is."""
+    miss, size = sums
+    return float(miss.norm() / size) if size else None
 
 
 def _bias_sum(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
@@ -197,7 +206,9 @@ def _row_sums(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, 
     return position.double().flatten(0, -2).sum(1), float(position.double().norm())
 
 
-def _without_decay(update: ClientUpdate, anatomy: Anatomy, weights: Mapping[str, Tensor], noise: float) -> Reading:
+def _without_decay(
+    update: ClientUpdate, anatomy: Anatomy, weights: Mapping[str, Tensor], noise: float | None
+) -> Reading:
     """The update less the multiple of the weights that the sums show, if they show one.
 
     Matrices have a multiple of their own: many clients let position embedding, biases and norms alone.
@@ -217,8 +228,8 @@ def _without_decay(update: ClientUpdate, anatomy: Anatomy, weights: Mapping[str,
     for name, g in gradients.items():
         multiple = of_matrices if g.ndim > 1 and name not in apart else of_rest or 0.0
         cleaned[name] = (g.double() - multiple * at[name].double()).to(torch.promote_types(g.dtype, torch.float32))
-    left = measured_noise(anatomy, cleaned) or noise
-    if not left < noise:
+    left = measured_noise(anatomy, cleaned)
+    if left is None or noise is None or left > max(noise, _CLEAR * torch.finfo(update.dtype).eps):
         return _reading(update, anatomy, noise)
     return _reading(replace(update, gradients=cleaned), anatomy, left, of_matrices)
 

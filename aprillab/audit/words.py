@@ -47,8 +47,8 @@ VERDICTS: dict[Trust, str] = {
     "likely": f"{_AWAY}, very probably: {{attack}}. A condition of the attack is not shown, yet the picture fits.",
     "coarse": f"{_AWAY}, recognizable though with visible errors: {{attack}}. {NOT_SAFE}",
     "contradicted": "A picture came out that the equations fix, and yet it does not give this update when played "
-    "back: look at it, and check that the model has the weights and the mode the client used, and that the update is a "
-    f"gradient. {NOT_SAFE}",
+    "back: look at it, and check that the model has the weights and the mode the client used, and that the update is "
+    f"a gradient. {NOT_SAFE}",
     "unverified": f"A picture came out, but its error cannot be relied on: look at it yourself. {NOT_SAFE}",
     "poor": "A picture came out with large errors, in which some of the scene may be recognizable: look at it "
     f"yourself. {NOT_SAFE}",

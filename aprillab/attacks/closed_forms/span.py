@@ -25,14 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect, tensors_of
-from ...metrics import EXACT_TO_8_BITS_DB
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
 from ..labels import labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
-from ..result import MARGIN, AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report, shown_if
+from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
 from ..verify import verified
 from .inputs import pixel_variance, shared_gradients
 from .noisy_span import NoisySpan, noisy_span
@@ -227,11 +226,7 @@ def _conditions(
             "tokens stand out from the noise", shown_if(seen), {"gap": span.gap},
             "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
         ),
-        Condition(
-            MARGIN, shown_if(not 0 <= predicted - EXACT_TO_8_BITS_DB < _MARGIN_DB),
-            {"predicted": predicted, "margin": _MARGIN_DB},
-            "predicted {predicted:.1f} dB, which can be too optimistic by up to {margin:.0f} dB",
-        ),
+        margin(predicted, _MARGIN_DB),
     )  # fmt: skip
 
 
