@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear_algebra import orthonormal
+from .linear_algebra import orthonormal, well_conditioned
 
 # Directions that the iteration carries along beyond the tokens: so many that one round is enough.
 # tests/attacks/closed_forms/test_noisy_span.py holds the result against the full decomposition.
 _OVERSAMPLING = 24
-_SEED = 7  # of the directions that it begins with: any will do, if it is always the same
+_SEED = 7  # of the mixtures that it begins with: any will do, if it is always the same
+_LOOKED_AT = 96  # directions beyond the tokens that tell a row's noise, to 1/√(2 · 96) = 7 %
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ class NoisySpan:
     ----------
     tokens : int
         How many directions can be tokens.
-    s, V : Tensor (k,), (w, k)
-        The k strongest singular values and right singular vectors, more than ``tokens`` where there
-        are more.
-    beyond : Tensor (w, w)
-        L, lower triangular, with L Lᵀ = D'ᵀD' + φ² and D' the rows without the directions V.
+    s : Tensor (k,)
+        The k strongest singular values, more than ``tokens`` where there are more.
+    basis : Tensor (w, w), orthogonal
+        First their k right singular vectors, then what is left.
+    beyond : Tensor (w − k, w − k)
+        L, lower triangular, with L Lᵀ = NᵀN + φ² and N the rows in the w − k last directions.
     floor : float
         φ, the least singular value that pure noise of this shape has.
     excess : float
@@ -48,7 +50,7 @@ class NoisySpan:
 
     tokens: int
     s: Tensor
-    V: Tensor
+    basis: Tensor
     beyond: Tensor
     floor: float
     excess: float
@@ -67,14 +69,13 @@ class NoisySpan:
         """How many singular values are more than twice the first one beyond the tokens."""
         return int((self.s > 2 * self.s[min(self.tokens, len(self.s) - 1)]).sum())
 
-    def coefficients(self, targets: Tensor) -> Tensor:
-        """Columns whose norms are those of the smallest c with Dᵀ c ≈ target, for targets in
-        columns (w, j).
+    def coefficients(self, targets: Tensor | None = None) -> Tensor:
+        """Columns (w, j) whose norms are those of the smallest c with Dᵀ c ≈ target, for targets in
+        columns (w, j); for the unit vectors, if none are given.
         """
-        along = self.V.T @ targets  # (k, j)
-        strong = along / (self.s**2 + self.floor**2).sqrt()[:, None]
-        weak = torch.linalg.solve_triangular(self.beyond, targets - self.V @ along, upper=False)  # (w, j)
-        return torch.cat([strong, weak])
+        along, k = self.basis.T if targets is None else self.basis.T @ targets, len(self.s)
+        strong = along[:k] / (self.s**2 + self.floor**2).sqrt()[:, None]
+        return torch.cat([strong, torch.linalg.solve_triangular(self.beyond, along[k:], upper=False)])
 
 
 def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
@@ -93,44 +94,59 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
         D, lengths = D[lengths > 0], lengths[lengths > 0]
     D = D / lengths[:, None]
     k = min(tokens + _OVERSAMPLING, *D.shape)
-    # What a row has outside the tokens' directions is its noise.
-    _, V, DV = strongest_directions(D, k)
-    excess, noise = row_noise(D - DV[:, :tokens] @ V[:, :tokens].T, D.shape[1] - tokens, eps)
+    # What a row has outside the tokens' directions is its noise. Some of them tell it.
+    _, basis = strongest_directions(mixtures(D, 2 * k), k)
+    seen = D @ basis[:, : k + _LOOKED_AT]
+    seen[:, k:] *= ((width - k) / max(1, seen.shape[1] - k)) ** 0.5
+    outside, Q = seen[:, tokens:], well_conditioned(seen[:, :tokens])
+    excess, noise = row_noise(outside - Q @ (Q.T @ outside), width - tokens, eps)
     # The tokens' directions once more, now that all rows count by what they know.
-    D = D / noise[:, None]
-    s, V, DV = strongest_directions(D, k, start=DV / noise[:, None])
+    D /= noise[:, None]
+    s, basis = strongest_directions(D, k, start=seen[:, :k] / noise[:, None])
     # Bai and Yin: noise of variance 1 in m × w numbers has no singular value below √m − √w.
     floor = max(rows**0.5 - width**0.5, 1.0)
     # Noise alone is as even as can be: seven digits of its Gram matrix are more than enough.
-    rest = (D - DV @ V.T).float()
-    gram = (rest.T @ rest).double() + floor**2 * torch.eye(width).to(D)
-    return NoisySpan(tokens, s, V, torch.linalg.cholesky(gram), floor, excess)
+    rest = (D @ basis[:, k:]).float()
+    gram = (rest.T @ rest).double() + floor**2 * torch.eye(width - k).to(D)
+    return NoisySpan(tokens, s, basis, torch.linalg.cholesky(gram), floor, excess)
 
 
-def strongest_directions(D: Tensor, k: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The k strongest singular values (k,) and right singular vectors V (w, k) of D (m, w), and D V.
+def mixtures(D: Tensor, number: int) -> Tensor:
+    """So many sums (number, w) of rows of D (m, w), with random signs; each row is in one of them.
+
+    Sums of twice as many rows as there are directions show them all, nearly as well as D does
+    (Clarkson and Woodruff, STOC 2013), and D is read once.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    signs = torch.randint(2, (len(D), 1), generator=generator).to(D) * 2 - 1
+    sums = torch.zeros_like(D[:number])
+    for rows, sign in zip(D.split(number), signs.split(number), strict=True):
+        sums[: len(rows)].addcmul_(rows, sign)
+    return sums
+
+
+def strongest_directions(D: Tensor, k: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k strongest singular values (k,) of D (m, w), and an orthogonal basis (w, w) that begins
+    with their right singular vectors.
 
     By one round of subspace iteration, from random mixtures of the rows (Halko, Martinsson and
     Tropp, SIAM Review 2011) or from a ``start`` (m, k) whose columns nearly span those of D V.
     Nothing is squared, so all that float64 can hold is seen. Where k is no small part of the width,
     the whole decomposition is as cheap.
 
-    >>> s, V, DV = strongest_directions(torch.diag(torch.tensor([1.0, 1e-9, 1e-12]).double()), 2)
+    >>> s, basis = strongest_directions(torch.diag(torch.tensor([1.0, 1e-9, 1e-12]).double()), 2)
     >>> [f"{value:.0e}" for value in s.tolist()]
     ['1e+00', '1e-09']
     """
-    width = D.shape[1]
-    if 2 * k >= width:
-        s, Vt = torch.linalg.svd(torch.linalg.qr(D, mode="r").R, full_matrices=False)[1:]
-        return s[:k], Vt[:k].T, D @ Vt[:k].T
+    if 2 * k >= D.shape[1]:
+        s, Vt = torch.linalg.svd(torch.linalg.qr(D, mode="r").R)[1:]
+        return s[:k], Vt.T
     if start is None:
-        generator = torch.Generator().manual_seed(_SEED)
-        mixed_rows = D.T @ torch.randn(len(D), k, generator=generator, dtype=D.dtype).to(D)
-        start = D @ orthonormal(mixed_rows)
-    V = orthonormal(D.T @ orthonormal(start))
-    DV = D @ V
-    s, rotation = torch.linalg.svd(torch.linalg.qr(DV, mode="r").R)[1:]
-    return s, V @ rotation.T, DV @ rotation.T
+        start = D @ orthonormal(mixtures(D, k).T)
+    basis, triangle = torch.linalg.qr(D.T @ well_conditioned(start), mode="complete")
+    rotation, s, _ = torch.linalg.svd(triangle[:k])
+    basis[:, :k] = basis[:, :k] @ rotation
+    return s, basis
 
 
 def row_noise(outside: Tensor, spare: int, eps: float) -> tuple[float, Tensor]:
