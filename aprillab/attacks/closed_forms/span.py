@@ -320,7 +320,7 @@ def _places(numbers: Mapping[str, float]) -> Condition:
     return Condition(
         "places are independent", state if numbers["places"] == n else "contradicted",
         {name: int(numbers[name]) for name in ("patches", "places", "places_clearly")},
-        "the positions of {patches} patches span {places} directions, {places_clearly} of them clearly above the noise",
+        "the positions of {patches} patches span {places} directions, {places_clearly} clearly above the noise",
     )  # fmt: skip
 
 
