@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from .version import __version__
 
+# dissect and invert by their modules, whose names they share: mypy would take them for the modules.
 if TYPE_CHECKING:
     from . import defenses, training
     from .anatomy import Anatomy, Rows, UnknownModelError, tensors_of
