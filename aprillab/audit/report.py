@@ -256,15 +256,18 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
     if found.applied:
         files["overview.png"] = viz.to_png(overview(found))
     for finding, result in _pictures(found):
-        files[str(picture_name(finding))] = _png(result.pixels[0])
+        files[str(picture_name(finding))] = picture_bytes(result.pixels[0])
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return [folder / name for name in files]
 
 
-def _png(pixels: Tensor) -> bytes:
+def picture_bytes(pixels: Tensor) -> bytes:
     """Pixels (C, H, W) in [0, 1] as an 8-bit PNG of that very size; one channel is grey, three are
     RGB.
+
+    >>> picture_bytes(torch.zeros(3, 2, 2))[1:4]
+    b'PNG'
     """
     levels = (255 * pixels.double().clamp(0, 1)).round().to(torch.uint8).cpu()
     array = np.ascontiguousarray(levels[:3].permute(1, 2, 0) if len(levels) >= 3 else levels[0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 
 EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted."
+AUDIT_EXIT_CODES = """Exit codes: 0 a picture is given away (exact, close, likely or coarse), 1 none is shown (unclear or
+none), 2 bad input or usage, 130 interrupted. With --fail-on LEVEL: 0 less than LEVEL, 3 LEVEL or worse."""
 RESPONSIBLE_USE = (
     "Use this to learn, to audit systems that are yours and to build better defences: attack pictures that are\n"
     "public, or your own, or those of people who said yes."
@@ -18,3 +20,9 @@ class CommandError(Exception):
 def note(text: str) -> None:
     """Print a remark that is no error on stderr."""
     print(f"aprillab: note: {text}", file=sys.stderr)
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error as one line on stderr; returns the exit code."""
+    print(f"aprillab: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
