@@ -104,29 +104,7 @@ def build_model(
     given = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
     shape: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     _check_options(name, position, channels, shape)
-    library = name.partition(":")[0]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
-            if library == "timm":
-                model = _build_timm(name.removeprefix("timm:"), image_size, classes)
-            elif library == "transformers":
-                model = _build_transformers(image_size, classes)
-            elif isinstance(image_size, tuple):
-                raise ValueError("it takes square pictures only; timm:NAME and transformers:vit take others")
-            elif name in _OURS:
-                shape |= {"channels": channels, "classes": classes, "seed": seed}
-                shape["position"] = "none" if position == "none" else "learned"  # _set_position does the rest
-                model = _build_aprillab(name, image_size, shape)
-            else:
-                model = _build_torchvision(name, image_size, classes)
-    except ImportError as error:
-        raise ModelError(
-            f"{name} needs {library}, which is not installed: pip install 'aprillab[{library}]'"
-        ) from error
-    # Each library refuses a size or a name with an exception of its own kind.
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise ModelError(f"{name} cannot be built at image size {_sides(image_size)}: {error}") from error
+    model = _built(name, image_size, shape, position=position, channels=channels, classes=classes, seed=seed)
     try:
         _wake_head(model, seed)
     except UnknownModelError:
@@ -140,6 +118,41 @@ def build_model(
     if weights is not None:
         _load_weights(model, Path(weights), position)
     return model.to(dtype).eval()
+
+
+def _built(
+    name: str,
+    image_size: int | tuple[int, int],
+    shape: dict[str, Any],
+    *,
+    position: str,
+    channels: int,
+    classes: int,
+    seed: int,
+) -> nn.Module:
+    """The model with random weights, as its library makes it."""
+    library = name.partition(":")[0]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
+            if library == "timm":
+                return _build_timm(name.removeprefix("timm:"), image_size, classes)
+            if library == "transformers":
+                return _build_transformers(image_size, classes)
+            if isinstance(image_size, tuple):
+                raise ValueError("it takes square pictures only; timm:NAME and transformers:vit take others")
+            if name in _OURS:
+                given = "none" if position == "none" else "learned"  # _set_position does the rest
+                own = {"channels": channels, "classes": classes, "seed": seed, "position": given}
+                return _build_aprillab(name, image_size, shape | own)
+            return _build_torchvision(name, image_size, classes)
+    except ImportError as error:
+        raise ModelError(
+            f"{name} needs {library}, which is not installed: pip install 'aprillab[{library}]'"
+        ) from error
+    # Each library refuses a size or a name with an exception of its own kind.
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{name} cannot be built at image size {_sides(image_size)}: {error}") from error
 
 
 def _sides(image_size: int | tuple[int, int]) -> str:

@@ -20,6 +20,7 @@ from ..comparison.table import report, table
 from .files import made, writable_file, writable_folder, write
 from .messages import CommandError, note
 
+
 def run(arguments: argparse.Namespace) -> int:
     """Play all cases, and write the rows, the figures and the page."""
     if Path(arguments.name).name != arguments.name:
@@ -64,7 +65,7 @@ def _note_other_page(page: Path, command: str) -> None:
     if page.is_file():
         before = re.search(r"Made by `(.*?)`", page.read_text(encoding="utf-8", errors="replace"))
         if before and before[1] != command:
-            note(f"{page} and its figures now show this command's rows; those of another are made again by: {before[1]}")
+            note(f"{page} and its figures now show this command's rows; another's are made by: {before[1]}")
 
 
 def _other_rows(rows: list[Row], path: Path) -> str:

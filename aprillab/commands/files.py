@@ -130,7 +130,8 @@ def _remarks(path: Path, size: tuple[int, int]) -> Iterator[str]:
     if (height, width) != size:
         shape = "square" if size[0] == size[1] else "rectangle"
         cut = "" if height * size[1] == width * size[0] else f"cut to its central {shape} and "
-        yield f"{width}×{height} pixels (width × height); {cut}resampled to {size[1]}×{size[0]}"
+        which = "" if size[0] == size[1] else " (width × height)"
+        yield f"{width}×{height} pixels{which}; {cut}resampled to {size[1]}×{size[0]}"
 
 
 _ORIENTATION = 0x0112  # of Exif

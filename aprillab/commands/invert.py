@@ -99,11 +99,12 @@ def _play(
 ) -> tuple[Round | None, AttackNotApplicable | None]:
     """The round, or why no attack applies and where to go from there."""
     loss = None if arguments.loss is None else loss_function(arguments.loss, _classes(model))
+    judging = {"strict": arguments.strict, "verify": arguments.verify}
+    search = _search_options(arguments, words)
     try:
         return play_round(
-            model, pixels, label, attack=arguments.attack, loss=loss,
-            judging={"strict": arguments.strict, "verify": arguments.verify}, search=_search_options(arguments, words),
-        ), None  # fmt: skip
+            model, pixels, label, attack=arguments.attack, loss=loss, judging=judging, search=search
+        ), None
     except AttackNotApplicable as refusal:
         if "ended by: interrupted" in refusal.reason:  # before it saw anything
             raise KeyboardInterrupt from refusal
@@ -118,7 +119,9 @@ def _way_on(arguments: argparse.Namespace) -> str:
     """What else there is to try where an attack refused."""
     if arguments.attack in ATTACKS and ATTACKS[arguments.attack].searches:
         return ". --attack match:april needs none of this" if arguments.attack.startswith("span") else ""
-    truncated = "--no-strict shows what a linear system that is too small leaves of the picture, and " * arguments.strict
+    truncated = (
+        "--no-strict shows what a linear system that is too small leaves of the picture, and " * arguments.strict
+    )
     return f". To go on: {truncated}--attack match:april searches, on any model"
 
 

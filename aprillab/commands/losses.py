@@ -62,7 +62,8 @@ def loss(text: str) -> Loss:
     name, *options = text.split(",")
     if name not in ("cross-entropy", "bce"):
         raise argparse.ArgumentTypeError(f"{text!r}: there are cross-entropy and bce, see below")
-    smoothing, weights = 0.0, ()
+    smoothing: float = 0.0
+    weights: tuple[float, ...] = ()
     for option in options:
         key, _, value = option.partition("=")
         try:

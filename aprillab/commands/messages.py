@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted."
-AUDIT_EXIT_CODES = """Exit codes: 0 a picture is given away (exact, close, likely or coarse), 1 none is shown (unclear or
-none), 2 bad input or usage, 130 interrupted. With --fail-on LEVEL: 0 less than LEVEL, 3 LEVEL or worse."""
+AUDIT_EXIT_CODES = """Exit codes: 0 a picture is given away (exact, close, likely or coarse), 1 none is shown (unclear
+or none), 2 bad input or usage, 130 interrupted. With --fail-on LEVEL: 3 LEVEL or worse, 0 less."""
 RESPONSIBLE_USE = (
     "Use this to learn, to audit systems that are yours and to build better defences: attack pictures that are\n"
     "public, or your own, or those of people who said yes."

@@ -20,6 +20,7 @@ weights: safetensors files: checkpoints of aprillab.training.train, or state dic
   embedding. {{position}}, {{model}} and {{seed}} in a name are filled in: late/{{position}}-{{seed}}.safetensors
 files: NAME.csv (a row an attack), NAME.md (the table), NAME_curves.csv (searches on their way), NAME_pictures/
   (8-bit pixels, safetensors), and figures as PNG: pictures, curves, PSNR against seconds."""
+_POSITIONS = ["learned", "frozen", "sinusoidal"]
 _ATTACKS_COMPARED = ["embedding", "span", "span_then_match", "match:april"]
 
 
@@ -35,7 +36,7 @@ def add_arguments(commands: Any) -> None:
     for option, default, kind, metavar, text in (
         ("--victims", ["astronaut", "chelsea"], str, "V,…", "pictures; see below"),
         ("--models", ["prenorm"], str, "NAME,…", "see below"),
-        ("--positions", ["learned", "frozen", "sinusoidal"], one_of("position", POSITIONS), "P,…", f"of {', '.join(POSITIONS)}"),
+        ("--positions", _POSITIONS, one_of("position", POSITIONS), "P,…", f"of {', '.join(POSITIONS)}"),
         ("--weights", ["init"], str, "W,…", "init: random, or files; see below"),
         ("--dtypes", ["float32"], one_of("precision", DTYPES), "D,…", f"of the client: {', '.join(DTYPES)}"),
         ("--seeds", [0], whole(0), "N,…", "of random weights, labels and first guesses"),
@@ -43,21 +44,8 @@ def add_arguments(commands: Any) -> None:
     ):
         shown = ",".join(map(str, default))
         compare.add_argument(option, default=default, type=listed(kind), metavar=metavar, help=f"{text} ({shown})")
-    compare.add_argument(
-        "--attacks", default=_ATTACKS_COMPARED, type=attacks, metavar="A,…",
-        help=f"see below; all for every one ({','.join(_ATTACKS_COMPARED)})",
-    )  # fmt: skip
     _add_model_options(compare)
-    compare.add_argument(
-        "--labels", default="recover", choices=["recover", "given"],
-        help="whether attacks have to find the labels or are told (%(default)s)",
-    )  # fmt: skip
-    compare.add_argument(
-        "--max-evaluations", default=400, type=whole(1), metavar="N", help="of each search (%(default)s)"
-    )
-    compare.add_argument(
-        "--max-seconds", type=positive, metavar="S", help="of each search; results then depend on the machine"
-    )
+    _add_attack_options(compare)
     compare.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, … (%(default)s)")
     compare.add_argument("--out", required=True, metavar="DIR", help="folder to write into; made if need be")
     compare.add_argument("--name", default="compare", help="what the files' names begin with (%(default)s)")
@@ -80,3 +68,18 @@ def _add_model_options(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--classes", default=10, type=whole(1), metavar="N", help="of the model (%(default)s)")
 
 
+def _add_attack_options(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument(
+        "--attacks", default=_ATTACKS_COMPARED, type=attacks, metavar="A,…",
+        help=f"see below; all for every one ({','.join(_ATTACKS_COMPARED)})",
+    )  # fmt: skip
+    compare.add_argument(
+        "--labels", default="recover", choices=["recover", "given"],
+        help="whether attacks have to find the labels or are told (%(default)s)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--max-evaluations", default=400, type=whole(1), metavar="N", help="of each search (%(default)s)"
+    )
+    compare.add_argument(
+        "--max-seconds", type=positive, metavar="S", help="of each search; results then depend on the machine"
+    )

@@ -19,8 +19,8 @@ _MODELS = f"""models: {MODELS}
   timm and transformers models need these libraries. All weights are random, and no head is zero."""
 _JSON = """JSON: attack, exact, predicted_psnr and psnr (dB), ssim, attack_seconds, gradient_seconds,
   label (recovered), true_label, reason, diagnostics, photo, model, position, dtype, loss, seed, image_size,
-  picture, reconstruction (files), version. Infinities and NaN become null. Where no attack applies, attack is null and reason says why.
-  gradient_seconds is one forward and backward pass, after a forward pass to warm up."""
+  picture, reconstruction (files), version. Infinities and NaN become null. Where no attack applies, attack is
+  null and reason says why. gradient_seconds is one forward and backward pass, after a forward pass to warm up."""
 
 
 def add_arguments(commands: Any) -> None:
@@ -38,19 +38,7 @@ def add_arguments(commands: Any) -> None:
         help="learned: trained, its gradient shared; frozen: random and not trained; sinusoidal, sinusoidal-2d: "
         "fixed to sinusoids; none (%(default)s)",
     )  # fmt: skip
-    invert.add_argument(
-        "--attack", default="auto", type=_attack, metavar="A",
-        help="auto takes the strongest closed form that applies; others are searches; see below (%(default)s)",
-    )  # fmt: skip
-    invert.add_argument(
-        "--evaluations", type=whole(0), metavar="N",
-        help="a search ends after so many gradients of candidates (2000; span_then_round: 1200)",
-    )  # fmt: skip
-    invert.add_argument(
-        "--seconds", type=positive, metavar="S",
-        help="and after so many seconds; its result then depends on the machine (300, or none with --evaluations)",
-    )  # fmt: skip
-    add_judging(invert, strict=True)
+    _add_attack(invert)
     invert.add_argument("--dtype", default="float32", choices=DTYPES, help="of the client (%(default)s)")
     invert.add_argument("--seed", default=0, type=whole(0), metavar="N", help="of weights and label (%(default)s)")
     invert.add_argument("--label", type=whole(0), metavar="N", help="the private label (drawn with the seed)")
@@ -66,6 +54,22 @@ def add_arguments(commands: Any) -> None:
     invert.add_argument(
         "--json", metavar="FILE", help="also write the numbers as JSON; - for stdout, and words to stderr"
     )
+
+
+def _add_attack(invert: argparse.ArgumentParser) -> None:
+    invert.add_argument(
+        "--attack", default="auto", type=_attack, metavar="A",
+        help="auto takes the strongest closed form that applies; others are searches; see below (%(default)s)",
+    )  # fmt: skip
+    invert.add_argument(
+        "--evaluations", type=whole(0), metavar="N",
+        help="a search ends after so many gradients of candidates (2000; span_then_round: 1200)",
+    )  # fmt: skip
+    invert.add_argument(
+        "--seconds", type=positive, metavar="S",
+        help="and after so many seconds; its result then depends on the machine (300, or none with --evaluations)",
+    )  # fmt: skip
+    add_judging(invert, strict=True)
 
 
 def _attack(text: str) -> str:
