@@ -14,6 +14,7 @@ from torch import nn
 
 from ..anatomy import Anatomy, UnknownModelError, dissect, tensors_of
 from ..attacks.replay import Loss
+from ..attacks.result import Condition
 from ..audit.findings import Audit, Finding
 from ..audit.page import (
     Source,
@@ -37,6 +38,7 @@ from .losses import loss_function
 from .messages import RESPONSIBLE_USE, CommandError, note
 from .user_model import built_model, here_importable
 
+_UNSHARED, _UNNAMED = "the head's gradient is not shared", "the head is not named"
 _HEAD_UNNAMED = (
     "The head is not named, so neither the labels nor the number of images could be read off it: add --part "
     "head_weight=… --part head_bias=…"
@@ -162,8 +164,21 @@ def _with_head_unnamed(found: Audit) -> Audit:
     anatomy = found.anatomy
     if anatomy.family != "described by the caller" or anatomy.head_weight or anatomy.head_bias:
         return found
-    notes = [words for words in found.notes if not words.startswith("The head's gradient is not shared")]
-    return replace(found, notes=(_HEAD_UNNAMED, *notes))
+
+    def said(condition: Condition) -> Condition:
+        return replace(condition, words=condition.words.replace(_UNSHARED, _UNNAMED))
+
+    findings = []
+    for finding in found.findings:
+        result = finding.result
+        if result is not None:
+            result = replace(result, conditions=tuple(map(said, result.conditions)))
+        findings.append(replace(finding, result=result, reason=finding.reason.replace(_UNSHARED, _UNNAMED)))
+    notes = [words for words in found.notes if _UNSHARED not in words.lower()]
+    return replace(
+        found, notes=(_HEAD_UNNAMED, *notes), one_image=said(found.one_image), findings=tuple(findings),
+        labels_reason=found.labels_reason.replace(_UNSHARED, _UNNAMED),
+    )  # fmt: skip
 
 
 def _exit_code(found: Audit, fail_on: str | None) -> int:

@@ -28,7 +28,7 @@ from .messages import CommandError, note
 from .round import Round, play_round
 
 _SECONDS = 300.0  # of a search, unless a budget is given
-_QUIET = 10.0  # seconds between two lines where there is no terminal for a bar
+_EVERY = 10.0  # seconds between two lines where there is no terminal for a bar
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -142,7 +142,7 @@ def _lines(words: TextIO) -> Callable[[dict[str, Any], Tensor], None]:
 
     def show(entry: dict[str, Any], _: Tensor) -> None:
         nonlocal last
-        if entry["seconds"] - last >= _QUIET:
+        if entry["seconds"] - last >= _EVERY:
             last = entry["seconds"]
             spent = f"{entry['evaluation']} evaluations, {last:.0f} s, loss {entry['loss']:.2e}"
             print(f"search   {spent}", file=words, flush=True)
