@@ -120,7 +120,8 @@ def _source_lines(found: Audit, source: Source) -> list[str]:
         "model": f"`{source.model}`, a {found.model}" if source.model else found.model,
         "update": f"`{source.file}`, SHA-256 `{source.sha256}`" if source.file else "",
         "loss": source.loss,
-        "input": f"assumed to be (pixels − mean) / std, {normalization_words(preprocessing.mean, preprocessing.std)}",
+        "input": f"(pixels − mean) / std, {normalization_words(preprocessing.mean, preprocessing.std)}"
+        + ("" if found.pixels is None else f"; {found.pixels.text}"),
     }
     return ["## What was audited", "", *(f"- {name}: {value}" for name, value in facts.items() if value)]
 
@@ -208,7 +209,7 @@ def reason_words(finding: Finding) -> str:
     """Why it is exact, or not; of a mixture the conditions that failed, without its own PSNR."""
     if finding.trust != "mixture" or finding.result is None:
         return finding.reason
-    failed = [f"{c.name} fails ({c.text})" for c in finding.result.conditions if not c.holds]
+    failed = [f"{c.name} fails ({c.text})" for c in finding.result.conditions if c.state == "contradicted"]
     return "; ".join(failed) or "more than one image, or noise"
 
 
@@ -222,13 +223,27 @@ def labels_words(found: Audit) -> str:
     """The labels, and how sure they are."""
     if found.labels is None:
         return f"not recovered: {found.labels_reason}."
+    return f"{short_labels(found)[:-1]}: {found.labels_reason})."
+
+
+_ONE_IMAGE = {
+    "shown": "One image",
+    "contradicted": "More than one image, or noise",
+    "not checked": "Whether one image is behind the update was not checked",
+}
+
+
+def short_labels(found: Audit) -> str:
+    """The labels in a few words; where there are none, why."""
+    if found.labels is None:
+        return f"not recovered: {found.labels_reason}"
     values = ", ".join(map(str, found.labels.labels.tolist()))
-    return f"{values} ({'exact' if found.labels.exact else 'not certain'}: {found.labels_reason})."
+    return f"{values} ({'exact' if found.labels.exact else 'not certain'})"
 
 
 def images_words(found: Audit) -> str:
     """Whether one image is behind the update, and by what evidence."""
-    return f"{'One image' if found.one_image.holds else 'More than one image, or noise'}: {found.one_image.text}"
+    return f"{_ONE_IMAGE[found.one_image.state]}: {found.one_image.text.removeprefix('not checked: ')}"
 
 
 def normalization_words(mean: Sequence[float], std: Sequence[float]) -> str:

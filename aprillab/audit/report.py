@@ -46,7 +46,10 @@ def report(found: Audit, source: Source | None = None) -> dict[str, Any]:
                 "exact": found.labels is not None and found.labels.exact,
                 "reason": found.labels_reason,
             },
-            "batch": {"suspected": not found.one_image.holds, "evidence": found.one_image.text},
+            "one_image": {"state": found.one_image.state, "evidence": found.one_image.text},
+            "normalization": None
+            if found.pixels is None
+            else {"state": found.pixels.state, "evidence": found.pixels.text, "numbers": found.pixels.numbers},
             "attacks": {finding.attack.name: _finding(finding) for finding in found.findings},
             "notes": found.notes,
         }
@@ -98,7 +101,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
     if result is not None:
         entry |= {
             "conditions": [
-                {"name": c.name, "holds": c.holds, "numbers": c.numbers, "words": c.text} for c in result.conditions
+                {"name": c.name, "state": c.state, "numbers": c.numbers, "words": c.text} for c in result.conditions
             ],
             "seconds": result.seconds,
             "diagnostics": result.diagnostics,

@@ -20,11 +20,11 @@ from ..audit.page import (
     Source,
     dtype_name,
     images_words,
-    labels_words,
     normalization_words,
     picture_name,
     predicted_psnr,
     reason_words,
+    short_labels,
 )
 from ..audit.report import write_audit
 from ..audit.run import audit
@@ -40,7 +40,7 @@ from .user_model import built_model, here_importable
 
 _UNSHARED, _UNNAMED = "the head's gradient is not shared", "the head is not named"
 _HEAD_UNNAMED = (
-    "The head is not named, so neither the labels nor the number of images could be read off it: add --part "
+    "The head is not named, so no label was read off it, and without one no picture is played back: add --part "
     "head_weight=… --part head_bias=…"
 )
 
@@ -199,8 +199,10 @@ def _source(arguments: argparse.Namespace, code: int) -> Source:
 def _print_audit(found: Audit, folder: Path, replaced: str) -> None:
     """What the report has at length, in two lines an attack."""
     print()
-    _print_shortened(f"labels: {labels_words(found)}")
+    _print_shortened(f"labels: {short_labels(found)}")
     _print_shortened(images_words(found))
+    if found.pixels is not None and found.pixels.state == "contradicted":
+        print(textwrap.indent(textwrap.fill(f"normalization (--preprocessing): {found.pixels.text}", 110), "  "))
     for finding in found.findings:
         _print_finding(finding, folder)
     if _HEAD_UNNAMED in found.notes:

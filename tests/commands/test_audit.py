@@ -147,7 +147,7 @@ def test_withheld_gradients_have_to_be_declared(run: Run, tmp_path: Path) -> Non
 def test_too_many_tokens_for_the_width(run: Run, tmp_path: Path, function: str) -> None:
     options = {"block": "april", "width": 16} if function == "april" else {"width": 8}
     save_update(update_of(vit(heads=2, **options)), tmp_path / "update.safetensors")
-    code, out, _ = run(f"federated:{function}")
+    code, out, _ = run(f"federated:{function}", "--strict")
     facts = json.loads((tmp_path / "found/report.json").read_text(encoding="utf-8"))["attacks"]
     if function == "april":  # n = d: the patches alone still fit, the class token does not
         assert code == 0
@@ -159,6 +159,12 @@ def test_too_many_tokens_for_the_width(run: Run, tmp_path: Path, function: str) 
         assert "No closed form applies" in out
         assert "does not make the update safe: gradient matching" in " ".join(out.split())
     assert "> 16 = d" in facts["span"]["reason"] or "> 8 = d" in facts["span"]["reason"]
+    # Without --strict the pictures are shown, with what is missing.
+    run(f"federated:{function}")
+    facts = json.loads((tmp_path / "found/report.json").read_text(encoding="utf-8"))["attacks"]
+    assert facts["span"]["applies"]
+    assert not facts["span"]["exact"]
+    assert (tmp_path / "found/span.png").exists()
 
 
 def test_nothing_applies_is_said_and_does_not_mean_safe(run: Run, tmp_path: Path) -> None:
@@ -184,8 +190,9 @@ def test_zero_head_leaks_the_label_alone(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("federated:zero")
     assert code == 1
     assert f"labels: {LABEL} (exact" in out
-    assert "zero" in out
-    assert "torchvision initializes it so" in out
+    words = (tmp_path / "found/report.md").read_text(encoding="utf-8")
+    assert "torchvision initializes it so" in words
+    assert "zero" in words
 
 
 @pytest.mark.parametrize(
@@ -447,6 +454,16 @@ def test_pictures_stay_where_no_audit_was(run: Run, tmp_path: Path) -> None:
     (tmp_path / "found/april.png").touch()
     run()
     assert (tmp_path / "found/april.png").exists()
+
+
+def test_another_normalization_than_the_assumed_is_noticed(run: Run, tmp_path: Path) -> None:
+    save_update(client_update(vit(), photograph()[None], torch.tensor([LABEL])), tmp_path / "update.safetensors")
+    _, out, _ = run()
+    assert "normalization (--preprocessing): assumed: mean ½" in out
+    assert "would fit better" in " ".join(out.split())
+    assert json.loads((tmp_path / "found/report.json").read_text())["normalization"]["state"] == "contradicted"
+    _, out, _ = run("federated:build", "--preprocessing", "unit")
+    assert "would fit better" not in out
 
 
 def test_a_head_that_nobody_named_is_not_called_withheld(run: Run, tmp_path: Path) -> None:
