@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import shlex
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from .arguments.names import LEAKS
 from .arguments.types import Normalization
 from .files import writable_folder
 from .losses import loss_function
-from .messages import RESPONSIBLE_USE, CommandError, note
+from .messages import RESPONSIBLE_USE, CommandError, note, patience
 from .user_model import built_model, here_importable
 
 _UNSHARED, _UNNAMED = "the head's gradient is not shared", "the head is not named"
@@ -56,16 +57,20 @@ def run(arguments: argparse.Namespace) -> int:
     """
     folder = writable_folder(arguments.out)
     update = _update(arguments)
+    if not arguments.quiet:
+        note(f"{arguments.update}: {len(update.gradients)} tensors in {dtype_name(update)}")
     with here_importable():
         model = built_model(arguments.model)
         anatomy = _anatomy(model, arguments)
         preprocessing = _preprocessing(arguments.preprocessing, anatomy, model)
         _check_complete(model, update)
-        _say_what(arguments, update, model, anatomy, preprocessing)
-        found = audit(
-            model, update, anatomy=anatomy, preprocessing=preprocessing, loss=_loss(arguments, model, anatomy),
-            verify=arguments.verify, strict=arguments.strict,
-        )  # fmt: skip
+        loss = _loss(arguments, model, anatomy)
+        _say_what(arguments, model, anatomy, preprocessing)
+        with nullcontext() if arguments.quiet else patience("still at it"):
+            found = audit(
+                model, update, anatomy=anatomy, preprocessing=preprocessing, loss=loss, verify=arguments.verify,
+                strict=arguments.strict,
+            )  # fmt: skip
     found = _with_head_unnamed(found)
     code = _exit_code(found, arguments.fail_on)
     replaced = " (replaced)" if (folder / "report.json").exists() else ""
@@ -137,11 +142,7 @@ def _check_complete(model: nn.Module, update: ClientUpdate) -> None:
 
 
 def _say_what(
-    arguments: argparse.Namespace,
-    update: ClientUpdate,
-    model: nn.Module,
-    anatomy: Anatomy,
-    preprocessing: Preprocessing,
+    arguments: argparse.Namespace, model: nn.Module, anatomy: Anatomy, preprocessing: Preprocessing
 ) -> None:
     """On stderr, before the attacks take their seconds: what they are tried on."""
     if arguments.quiet:
@@ -149,7 +150,6 @@ def _say_what(
     assumed = "" if arguments.preprocessing else "assumed "
     words = normalization_words(preprocessing.mean, preprocessing.std)
     size = "×".join(map(str, anatomy.image_size))
-    note(f"{arguments.update}: {len(update.gradients)} tensors in {dtype_name(update)}")
     note(f"{type(model).__name__} ({anatomy.family}), images of {size}, input {assumed}normalized by {words}")
     note("trying the closed forms, which takes seconds to a minute …")
 

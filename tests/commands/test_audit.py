@@ -7,9 +7,11 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ import aprillab
 from aprillab.audit import TRUST_WORDS, Audit, audit
 from aprillab.commands import audit as command
 from aprillab.commands import cli
+from aprillab.commands.messages import patience
 from aprillab.data import load_victim
 from aprillab.preprocessing import HALF, UNIT
 from aprillab.update import client_update, save_update
@@ -428,6 +431,19 @@ def test_an_infinite_prediction_is_no_number(run: Run, tmp_path: Path, monkeypat
     assert of_report(tmp_path)["attacks"]["embedding"]["predicted_psnr"] is None
     assert "inf" not in out
     assert "inf dB" not in (tmp_path / "found/report.md").read_text(encoding="utf-8")
+
+
+def test_an_audit_that_takes_long_says_that_it_lives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: object, **options: object) -> Audit:
+        time.sleep(0.3)
+        return audit(*arguments, **options)
+
+    monkeypatch.setattr(command, "audit", slow)
+    monkeypatch.setattr(command, "patience", partial(patience, every=0.05))
+    _, _, err = run()
+    assert err.count("aprillab: note: still at it, ") >= 3
+    _, _, err = run("federated:build", "--quiet")
+    assert err == ""
 
 
 def test_quiet_prints_the_verdict_alone(run: Run) -> None:
