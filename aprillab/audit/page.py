@@ -193,24 +193,32 @@ def predicted_psnr(finding: Finding) -> float | None:
     """The PSNR in dB predicted of a photograph; None for a mixture, which is none, and where no finite
     number was predicted.
     """
-    predicted = None if finding.result is None or finding.trust == "mixture" else finding.result.predicted_psnr
-    return predicted if predicted is not None and math.isfinite(predicted) else None
+    result = finding.result
+    if result is None or result.predicted_psnr is None or not math.isfinite(result.predicted_psnr):
+        return None
+    several = any(c.name == "one image" and c.state == "contradicted" for c in result.conditions)
+    return None if several or finding.trust == "mixture" else result.predicted_psnr
+
+
+def believed(finding: Finding) -> bool:
+    """Whether the picture is shown to be the private one, sharp or not."""
+    return finding.trust in ("exact", "close", "likely", "coarse")
 
 
 def predicted_words(finding: Finding) -> str:
     """The predicted PSNR with its unit, or why there is none."""
     predicted = predicted_psnr(finding)
     if predicted is not None:
-        return f"{predicted:.1f} dB"
+        return f"{predicted:.1f} dB" + ("" if believed(finding) else ", which cannot be relied on")
     return "none, for this is no photograph" if finding.trust == "mixture" else "none"
 
 
 def reason_words(finding: Finding) -> str:
-    """Why it is exact, or not; of a mixture the conditions that failed, without its own PSNR."""
-    if finding.trust != "mixture" or finding.result is None:
+    """Why it is exact, or not; without a predicted PSNR the conditions that failed."""
+    if finding.result is None or predicted_psnr(finding) is not None:
         return finding.reason
     failed = [f"{c.name} fails ({c.text})" for c in finding.result.conditions if c.state == "contradicted"]
-    return "; ".join(failed) or "more than one image, or noise"
+    return "; ".join(failed) or finding.reason.replace("; predicted PSNR inf dB", "")
 
 
 def state_words(found: Audit, part: Part) -> str:

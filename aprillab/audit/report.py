@@ -20,7 +20,7 @@ from ..attacks.catalogue import CLOSED_FORMS
 from ..attacks.result import Reconstruction
 from ..version import __version__
 from .findings import Audit, Finding
-from .page import Source, dtype_name, markdown, picture_name, predicted_psnr, reason_words, state_words
+from .page import Source, believed, dtype_name, markdown, picture_name, predicted_psnr, reason_words, state_words
 from .words import BELOW_PICTURE, TRUST_WORDS
 
 FORMAT = "aprillab-audit-1"
@@ -116,11 +116,10 @@ def overview(found: Audit) -> Figure:
     for ax, (finding, result) in zip(axes[0], shown, strict=True):
         viz.draw(ax, result.pixels[0])
         ax.set_title(finding.attack.title, fontsize=15.5, fontweight="bold")
-        believed = finding.trust not in BELOW_PICTURE
         predicted = predicted_psnr(finding)
         sure = finding.trust if predicted is None else f"{finding.trust}, predicted {predicted:.1f} dB"
         words = BELOW_PICTURE.get(finding.trust, sure)
-        colour = viz.COLOURS["black"] if believed or finding.trust == "likely" else viz.COLOURS["red"]
+        colour = viz.COLOURS["black" if believed(finding) else "red"]
         ax.set_xlabel(words, fontsize=14, fontweight="bold", color=colour, labelpad=8)
     fig.supxlabel("Made from model and update alone; no original seen.", fontsize=12.5, color="0.25")
     return fig

@@ -19,6 +19,7 @@ from ..attacks.result import Condition
 from ..audit.findings import Audit, Finding
 from ..audit.page import (
     Source,
+    believed,
     dtype_name,
     images_words,
     normalization_words,
@@ -219,7 +220,7 @@ def _print_finding(finding: Finding, folder: Path) -> None:
         _print_shortened(finding.reason, 4)
         return
     predicted = predicted_psnr(finding)
-    sure = "" if predicted is None else f", predicted {predicted:.1f} dB"
+    sure = "" if predicted is None or not believed(finding) else f", predicted {predicted:.1f} dB"
     print(f"\n  {title}: {finding.trust}{sure}, {folder / str(picture_name(finding))}")
     _print_shortened(f"{TRUST_WORDS[finding.trust].partition('. ')[0]}: {reason_words(finding)}", 4)
 

@@ -420,7 +420,9 @@ def test_an_infinite_prediction_is_no_number(run: Run, tmp_path: Path, monkeypat
     def sure(*arguments: object, **options: object) -> Audit:
         found = audit(*arguments, **options)
         findings = [
-            f if f.result is None else replace(f, result=replace(f.result, predicted_psnr=math.inf), reason="sure")
+            f
+            if f.result is None
+            else replace(f, result=replace(f.result, predicted_psnr=math.inf), reason="sure; predicted PSNR inf dB")
             for f in found.findings
         ]
         return replace(found, findings=tuple(findings))
