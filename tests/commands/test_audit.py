@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import aprillab
-from aprillab.audit import TRUST_WORDS, Audit, audit
+from aprillab.audit import TRUST_WORDS, Audit, Finding, audit
 from aprillab.commands import audit as command
 from aprillab.commands import cli
 from aprillab.commands.messages import patience
@@ -417,15 +417,15 @@ def test_a_batch_has_no_photograph_and_no_quality_of_one(run: Run, tmp_path: Pat
 
 
 def test_an_infinite_prediction_is_no_number(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(finding: Finding) -> Finding:
+        if finding.result is None:
+            return finding
+        result = replace(finding.result, predicted_psnr=math.inf)
+        return replace(finding, result=result, reason="sure; predicted PSNR inf dB")
+
     def sure(*arguments: object, **options: object) -> Audit:
         found = audit(*arguments, **options)
-        findings = [
-            f
-            if f.result is None
-            else replace(f, result=replace(f.result, predicted_psnr=math.inf), reason="sure; predicted PSNR inf dB")
-            for f in found.findings
-        ]
-        return replace(found, findings=tuple(findings))
+        return replace(found, findings=tuple(map(endless, found.findings)))
 
     monkeypatch.setattr(command, "audit", sure)
     code, out, _ = run()
