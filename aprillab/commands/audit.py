@@ -208,7 +208,8 @@ def _print_audit(found: Audit, folder: Path, replaced: str) -> None:
         _print_finding(finding, folder)
     if _HEAD_UNNAMED in found.notes:
         print(f"\n  {_HEAD_UNNAMED}")
-    notes = f", {len(found.notes)} note(s) on what limits this audit" if found.notes else ""
+    count = len(found.notes)
+    notes = f", {count} note{'s' * (count > 1)} on what limits this audit" if count else ""
     print(f"\nwrote {folder / 'report.md'}{replaced}: reasons with their numbers{notes}, and what you can do;")
     print("report.json" + (" and overview.png" if found.applied else "") + f" beside it\n\n{RESPONSIBLE_USE}")
 

@@ -20,6 +20,7 @@ from ..attacks.catalogue import ATTACKS
 from ..attacks.result import AttackNotApplicable
 from ..audit.report import json_safe, picture_bytes
 from ..comparison.cases import DTYPES
+from ..metrics import EXACT_TO_8_BITS_DB
 from ..version import __version__
 from ..zoo import build_model
 from .files import photograph, writable_file, write
@@ -108,20 +109,20 @@ def _play(
     except AttackNotApplicable as refusal:
         if "ended by: interrupted" in refusal.reason:  # before it saw anything
             raise KeyboardInterrupt from refusal
-        return None, AttackNotApplicable(refusal.attack, refusal.reason + _way_on(arguments), **refusal.numbers)
+        reason = refusal.reason + _way_on(arguments, refusal.reason)
+        return None, AttackNotApplicable(refusal.attack, reason, **refusal.numbers)
     except ValueError as error:
         if "max_evaluations" in str(error):
             raise CommandError(f"--evaluations: {error}") from error
         raise
 
 
-def _way_on(arguments: argparse.Namespace) -> str:
+def _way_on(arguments: argparse.Namespace, reason: str) -> str:
     """What else there is to try where an attack refused."""
     if arguments.attack in ATTACKS and ATTACKS[arguments.attack].searches:
         return ". --attack match:april needs none of this" if arguments.attack.startswith("span") else ""
-    truncated = (
-        "--no-strict shows what a linear system that is too small leaves of the picture, and " * arguments.strict
-    )
+    too_small = arguments.strict and any(words in reason for words in ("width", "= d"))
+    truncated = "--no-strict shows what a linear system that is too small leaves, and " * too_small
     return f". To go on: {truncated}--attack match:april searches, on any model"
 
 
@@ -192,7 +193,8 @@ def _print_round(arguments: argparse.Namespace, played: Round, words: TextIO) ->
             untried.append(name)
         elif name != found.diagnostics["chosen"] and not outcome.startswith("not needed"):
             _print_wrapped("besides", f"{name} {outcome}", words)
-    for name in untried:
+    sharp = (found.predicted_psnr or 0.0) >= EXACT_TO_8_BITS_DB  # whatever else was not checked
+    for name in () if sharp else untried:
         print(f"go on    {shlex.join([*arguments.words, '--attack', name])}", file=words)
 
 

@@ -180,6 +180,14 @@ def test_too_narrow_a_model_is_shown_the_ways_on(run: Run) -> None:
     is_one_error(err, "196 patches, but gradients of width 192", "--no-strict", "--attack match:april")
 
 
+def test_no_way_on_that_leads_nowhere(run: Run) -> None:
+    code, _, err = run("invert", "coffee", *SMALL, "--position", "none")
+    assert code == 1
+    is_one_error(err, "every patch obeys the same equations", "--attack match:april searches")
+    assert "--no-strict" not in err
+    assert "go on" not in run("invert", "coffee", *SMALL, "--no-verify")[1]  # not exact, yet nothing is to be gained
+
+
 def test_ways_on_are_commands_that_run(run: Run) -> None:
     _, out, _ = run("invert", "coffee", *SMALL, "--position", "sinusoidal", "--seed", "2")
     ways = [shlex.split(line.partition("go on    ")[2]) for line in out.splitlines() if line.startswith("go on")]
