@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import shlex
 import textwrap
 from contextlib import nullcontext
@@ -63,15 +64,17 @@ def run(arguments: argparse.Namespace) -> int:
     with here_importable():
         model = built_model(arguments.model)
         anatomy = _anatomy(model, arguments)
-        preprocessing = _preprocessing(arguments.preprocessing, anatomy, model)
-        _check_complete(model, update)
+        preprocessing = _preprocessing(arguments.preprocessing, anatomy)
         loss = _loss(arguments, model, anatomy)
         _say_what(arguments, model, anatomy, preprocessing)
         with nullcontext() if arguments.quiet else patience("still at it"):
-            found = audit(
-                model, update, anatomy=anatomy, preprocessing=preprocessing, loss=loss, verify=arguments.verify,
-                strict=arguments.strict,
-            )  # fmt: skip
+            try:
+                found = audit(
+                    model, update, anatomy=anatomy, preprocessing=preprocessing, loss=loss, verify=arguments.verify,
+                    strict=arguments.strict,
+                )  # fmt: skip
+            except UpdateError as error:
+                raise _with_options(error) from error
     found = _with_head_unnamed(found)
     code = _exit_code(found, arguments.fail_on)
     replaced = " (replaced)" if (folder / "report.json").exists() else ""
@@ -100,22 +103,20 @@ def _anatomy(model: nn.Module, arguments: argparse.Namespace) -> Anatomy:
     try:
         return dissect(model, **dict(arguments.part))
     except UnknownModelError as error:
-        hint = "On the command line: --part patch_weight=… --part image_size=… and so on."
-        raise CommandError(f"--model {arguments.model}: {error} {hint}") from error
+        words = f"{str(error).rstrip('.')}. On the command line: --part patch_weight=… --part image_size=… and so on."
+        raise CommandError(f"--model {arguments.model}: {words}") from error
     except (ValueError, TypeError) as error:
         raise CommandError(f"--model {arguments.model}: {error}") from error
 
 
-def _preprocessing(said: Normalization | None, anatomy: Anatomy, model: nn.Module) -> Preprocessing:
+def _preprocessing(said: Normalization | None, anatomy: Anatomy) -> Preprocessing:
     """The preprocessing that was said, or the model's own, if it fits the model's channels."""
     known = {"unit": UNIT, "half": HALF, "imagenet": IMAGENET}
-    weight = tensors_of(model)[anatomy.patch_weight]
     try:
         chosen = (
             anatomy.preprocessing if said is None else known[said] if isinstance(said, str) else Preprocessing(*said)
         )
-        if weight.ndim == 4:  # (d, C, P, P)
-            chosen.to_pixels(torch.zeros(1, weight.shape[1], 1, 1))
+        chosen.to_pixels(torch.zeros(1, anatomy.channels or 1, 1, 1))
     except ValueError as error:
         raise CommandError(f"--preprocessing: {error}") from error
     return chosen
@@ -128,18 +129,14 @@ def _loss(arguments: argparse.Namespace, model: nn.Module, anatomy: Anatomy) -> 
     return loss_function(arguments.loss, None if head is None else len(head))
 
 
-def _check_complete(model: nn.Module, update: ClientUpdate) -> None:
-    """What check_update would say of a missing gradient, with the remedy that the command line has."""
-    parameters = dict(model.named_parameters())
-    if set(update.gradients) - set(parameters):
-        return
-    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    if missing := sorted(trained - set(update.gradients) - set(update.withheld)):
-        raise UpdateError(
-            f"the update lacks the gradient of {missing[0]!r} ({len(missing)} missing in all). If clients do not "
-            f"share it, say so with --withheld {','.join(missing[:3])}{',…' if missing[3:] else ''}; if it is "
-            "frozen, set requires_grad=False in the model"
-        )
+def _with_options(error: UpdateError) -> UpdateError:
+    """What is said of a missing gradient, with the remedy that the command line has."""
+    text = str(error)
+    missing = re.match(r"the update lacks the gradient of '([^']+)' \((\d+) missing", text)
+    if missing is None:
+        return error
+    names = missing[1] + (",…" if int(missing[2]) > 1 else "")
+    return UpdateError(text.replace("ClientUpdate(…, withheld=(…,))", f"--withheld {names}"))
 
 
 def _say_what(

@@ -10,11 +10,13 @@ from ..messages import AUDIT_EXIT_CODES
 from .names import LEAKS
 from .types import add_judging, normalization, part
 
-_UPDATE = """update: any safetensors file whose tensors are gradients of the mean loss, each under its parameter's
-  name in model.named_parameters(); float16, bfloat16, float32 or float64. aprillab.save_update writes one, and
-  aprillab.update_from_states makes one of the weights before and after a FedAvg step. Optional metadata:
-  "format": "aprillab-update-1", and "update", a JSON text such as
-  {"withheld": ["pos_embed"], "batch_size": 1, "source": "fedsgd"}.
+_UPDATE = """update: any safetensors file whose tensors are gradients, or a multiple of them, each under its
+  parameter's name in model.named_parameters(), with or without a wrapper's "module."; float16, bfloat16, float32
+  or float64.
+  aprillab.save_update writes one, and aprillab.update_from_states makes one of the weights before and after a
+  FedAvg step. Optional metadata: "format": "aprillab-update-1", and "update", a JSON text with any of withheld,
+  batch_size, source, learning_rate, local_steps, momentum, nesterov and weight_decay, such as
+  {"withheld": ["pos_embed"], "batch_size": 1, "source": "fedavg", "learning_rate": 0.1, "local_steps": 5}.
   Pickles (torch.save) are refused: reading one can run code."""
 
 
@@ -51,7 +53,8 @@ def add_arguments(commands: Any) -> None:
     command.add_argument(
         "--part", default=[], action="append", type=part, metavar="PART=TENSOR",
         help="for a model aprillab does not know: where a part is, as in patch_weight=stem.weight, image_size=224, "
-        "position=pos, position_prefix=1, query=attn.qkv.weight[0:768], first_block=prenorm (repeat)",
+        "position=pos, position_prefix=1, query=attn.qkv.weight[0:768], head_weight=fc.weight, first_block=prenorm "
+        "(repeat); vit=NAME picks one of several",
     )  # fmt: skip
     add_judging(command, strict=False)
     command.add_argument(
