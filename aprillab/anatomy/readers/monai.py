@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..record import Anatomy, UnknownModelError, tensors_of
+from ..record import Anatomy, Rows, UnknownModelError, tensors_of
 from .parts import between, first_of, fused, head_of, norm_names
 
 
 def read_monai(model: nn.Module, image_size: tuple[int, int] | None) -> Anatomy:
     """monai.networks.nets.ViT; it keeps no image size, so a square is taken where none is named."""
     m: Any = model
-    names, stem, attention = tensors_of(model), "patch_embedding.patch_embeddings", "blocks.0.attn.qkv"
+    names, stem = tensors_of(model), "patch_embedding.patch_embeddings"
     layer = m.patch_embedding.patch_embeddings
     linear = isinstance(layer, nn.Sequential)  # proj_type="perceptron": Rearrange, Linear
     weight = names[f"{stem}.1.weight" if linear else f"{stem}.weight"]
@@ -31,10 +32,6 @@ def read_monai(model: nn.Module, image_size: tuple[int, int] | None) -> Anatomy:
     if image_size is None and side * side != patches:
         raise UnknownModelError(f"this MONAI ViT has {patches} patches, no square: give dissect(model, image_size=…)")
     name = f"{stem}.1" if linear else stem
-    rows = {}
-    for tensor, suffix in (("weight", ""), ("bias", "_bias")):
-        if (both := f"{attention}.{tensor}") in names:
-            rows |= fused(both, len(names[both]) // 3, suffix)
     return Anatomy(
         family="monai",
         image_size=image_size or (side * patch[0], side * patch[1]),
@@ -45,8 +42,17 @@ def read_monai(model: nn.Module, image_size: tuple[int, int] | None) -> Anatomy:
         **head_of(model, "classification_head"),
         position="patch_embedding.position_embeddings",
         prefix=tuple(token for token in ("cls_token",) if token in names),
-        **rows,
+        **_projections(names, "blocks.0.attn.qkv"),
         **norm_names(names, "blocks.0.norm1"),
         first_block=between(None, m.blocks[0].norm1),
         heads=m.blocks[0].attn.num_heads,
     )
+
+
+def _projections(names: Mapping[str, Tensor], attention: str) -> dict[str, Rows]:
+    """Queries, keys and values, fused in one tensor."""
+    rows: dict[str, Rows] = {}
+    for tensor, suffix in (("weight", ""), ("bias", "_bias")):
+        if (both := f"{attention}.{tensor}") in names:
+            rows |= fused(both, len(names[both]) // 3, suffix)
+    return rows

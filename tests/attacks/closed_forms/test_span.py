@@ -10,7 +10,9 @@ from attacked import attack, db, make, private
 import aprillab as al
 from aprillab.attacks.closed_forms import span
 from aprillab.attacks.closed_forms.noisy_span import noisy_span
-from aprillab.attacks.closed_forms.span import smallest, smallest_combination, token_equations, width_needed
+from aprillab.attacks.closed_forms.smallest import smallest, smallest_combination
+from aprillab.attacks.closed_forms.span import width_needed
+from aprillab.attacks.closed_forms.token_equations import token_equations
 
 
 @pytest.mark.parametrize("block", ["prenorm", "april"])
