@@ -31,7 +31,7 @@ from ..evidence import System, one_image
 from ..labels import labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
-from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
+from ..result import AttackNotApplicable, Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
 from ..verify import verified
 from .inputs import pixel_variance, shared_gradients
 from .linear_algebra import numerical_rank
@@ -46,6 +46,7 @@ NEEDS = ("query", "key", "value")
 # from the minimum of the least squares was too small by at most this.
 _MARGIN_DB = 7.0
 _READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
+_CLEARLY = 1e3  # times the noise: tables of 2-D sinusoids lie below, learned ones at 10⁵ and more in float32
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
 # Normal equations square the condition number. Where the factor's diagonal shows a square up to
 # this, one step of refinement leaves no more than QR does; beyond it QR is taken.
@@ -238,11 +239,7 @@ def _conditions(
             "tokens stand out from the noise", shown_if(seen), {"gap": span.gap},
             "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
         ),
-        Condition(
-            "places are independent", shown_if(numbers["places"] == numbers["patches"]),
-            {"places": numbers["places"], "patches": numbers["patches"]},
-            "the positions of {patches} patches span {places:.0f} directions above the noise",
-        ),
+        _places(numbers),
         margin(predicted, _MARGIN_DB),
     )  # fmt: skip
 
@@ -303,11 +300,28 @@ def solve_span(
             "gap": token_side.gap,
             "outside": token_side.excess,
             "width_of_rows": equations.D.shape[1],
-            "places": numerical_rank(torch.linalg.svdvals(torch.linalg.qr(equations.e, mode="r").R), reading.noise),
+            **_directions_of_places(equations.e, reading.noise),
             "noise_gain": _noise_gain(equations.D, tokens),
             "ratio": ratio,
         },
     )
+
+
+def _directions_of_places(e: Tensor, noise: float) -> dict[str, float]:
+    """How many directions the places e (w, n) span: at all, and clearly above the noise."""
+    s = torch.linalg.svdvals(torch.linalg.qr(e, mode="r").R)
+    return {"places": numerical_rank(s, noise), "places_clearly": numerical_rank(s, _CLEARLY * noise)}
+
+
+def _places(numbers: Mapping[str, float]) -> Condition:
+    """Each patch must stand at a place that the others' do not combine to: 2-D sinusoids' do."""
+    n = numbers["patches"]
+    state: State = "shown" if numbers["places_clearly"] == n else "not checked"
+    return Condition(
+        "places are independent", state if numbers["places"] == n else "contradicted",
+        {name: int(numbers[name]) for name in ("patches", "places", "places_clearly")},
+        "the positions of {patches} patches span {places} directions, {places_clearly} clearly above the noise",
+    )  # fmt: skip
 
 
 # --- Check ----------------------------------------------------------------------------------------
