@@ -49,7 +49,7 @@ def read_monai(model: nn.Module, image_size: tuple[int, int] | None) -> Anatomy:
     )
 
 
-def _projections(names: Mapping[str, Tensor], attention: str) -> dict[str, Rows]:
+def _projections(names: Mapping[str, Tensor], attention: str) -> dict[str, Any]:
     """Queries, keys and values, fused in one tensor."""
     rows: dict[str, Rows] = {}
     for tensor, suffix in (("weight", ""), ("bias", "_bias")):
