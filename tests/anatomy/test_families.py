@@ -75,6 +75,25 @@ FAMILIES: dict[str, tuple[Build, str, int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("zero_bias", "needed"), [(False, 4 + 5 + 2), (True, 4 + 5 + 1)])
+def test_two_norms_need_one_width_more_than_one(zero_bias: bool, needed: int) -> None:
+    def attack(width: int, strict: bool) -> float:
+        build = partial(of_timm, VIT, pre_norm=True, img_size=8, in_chans=1, embed_dim=width, num_heads=1)
+        model = made(build)
+        if zero_bias:
+            nn.init.zeros_(model.norm_pre.bias)
+        anatomy = al.dissect(model)
+        images = anatomy.preprocessing.to_input(picture(model, anatomy))
+        update = shared(model, images)
+        found = al.span_closed_form(model, update, anatomy=anatomy, strict=strict)
+        return db(found, anatomy, images)
+
+    assert attack(needed, strict=True) > 60
+    with pytest.raises(al.AttackNotApplicable, match=rf"= {needed} > {needed - 1} = d"):
+        attack(needed - 1, strict=True)
+    assert attack(needed - 1, strict=False) < 40
+
+
 @pytest.mark.parametrize("which", FAMILIES)
 def test_the_true_picture_comes_back(which: str) -> None:
     build, first_block, prefix = FAMILIES[which]

@@ -147,6 +147,12 @@ def test_a_head_beside_the_backbone_is_found_and_the_root_runs_both() -> None:
     assert al.recover_labels(model, shared(model, images)).labels.tolist() == [3]
 
 
+def test_a_teachers_own_head_is_not_the_students() -> None:
+    student = WithHead(of_timm(VIT, num_classes=0), nn.Linear(96, 5))
+    student.teacher = frozen(of_timm(VIT))  # with a classifier, and beside the student's
+    assert dissect(student).head_weight == "head.weight"
+
+
 def test_a_backbone_of_transformers_is_read_within_its_wrapper() -> None:
     model = made(lambda: WithHead(of_transformers("ViTModel", num_labels=2), nn.Linear(96, 5)))
     anatomy = dissect(model)

@@ -22,7 +22,9 @@ def read_monai(model: nn.Module, image_size: tuple[int, int] | None) -> Anatomy:
         raise UnknownModelError("this MONAI ViT reads volumes (spatial_dims=3); the attacks read pictures")
     sizes = dict(getattr(layer[0], "axes_lengths", {})) if linear else {}
     if linear and sizes.keys() != {"p1", "p2"}:
-        raise UnknownModelError("this MONAI ViT flattens patches of other than two dimensions: name its parts yourself")
+        raise UnknownModelError(
+            "this MONAI ViT flattens patches of other than two dimensions: name its parts yourself"
+        )
     patch = (sizes["p1"], sizes["p2"]) if linear else (weight.shape[2], weight.shape[3])
     patches = m.patch_embedding.position_embeddings.shape[-2]
     side = math.isqrt(patches)
