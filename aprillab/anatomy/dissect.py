@@ -14,8 +14,9 @@ from torch import nn
 
 from ..preprocessing import UNIT
 from .checks import check, check_stem, with_patch
+from .given import as_field
 from .readers.known import NO_POSITIONS, READERS
-from .record import ROW_FIELDS, Anatomy, Rows, UnknownModelError, tensors_of
+from .record import Anatomy, UnknownModelError, tensors_of
 from .wrappers import choose, is_in, last_head, seen_from_outside, vits_in
 
 
@@ -67,7 +68,7 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
     known = {field.name for field in fields(Anatomy)} - {"resampling"}
     if wrong := sorted(set(parts) - known):
         raise ValueError(f"dissect: no part is called {', '.join(wrong)}; there are {', '.join(sorted(known))}, vit")
-    given = {name: _as_field(name, value) for name, value in parts.items()}
+    given = {name: as_field(name, value) for name, value in parts.items()}
     anatomy = _read(model, vit, given)
     if anatomy is not None:
         anatomy = with_patch(model, replace(anatomy, **given))
@@ -81,22 +82,6 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
         raise UnknownModelError(_what_was_looked_for(model))
     check(model, anatomy)
     return anatomy if "preprocessing" in given else _with_fitting_preprocessing(anatomy)
-
-
-def _as_field(name: str, value: Any) -> Any:
-    """A part as the caller wrote it, in the type of its field."""
-    if name in ROW_FIELDS and isinstance(value, str):
-        return Rows.parse(value)
-    if name in ("image_size", "patch_size"):
-        sizes = (value, value) if isinstance(value, int) else tuple(value)
-        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"{name} must be a number of pixels or (height, width), not {value!r}")
-        return sizes
-    if name == "pixel_order" and sorted(str(value).split()) != ["c", "h", "w"]:
-        raise ValueError(f"pixel_order must have the letters c, h and w, as in 'h w c', not {value!r}")
-    if name == "prefix":
-        return (value,) if isinstance(value, str) else tuple(value)
-    return value
 
 
 def _read(model: nn.Module, vit: str | None, given: dict[str, Any]) -> Anatomy | None:
@@ -139,16 +124,17 @@ def _what_was_looked_for(model: nn.Module) -> str:
             if reason is not None:
                 return f"{name} is not a Vision Transformer known to aprillab: {reason}"
     convolutions = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    if convolutions and not _attends(model):
-        return (
-            f"{name} is no Vision Transformer: it has convolutions and no attention. The closed forms read ViTs; "
-            "al.match_gradients(model, update, image_shape=(C, H, W)) needs no anatomy"
-        )
     kernels = [
         f"{path}.weight {tuple(m.weight.shape)}"
         for path, m in convolutions
         if m.kernel_size == m.stride and max(m.kernel_size) > 1
     ]
+    without = "al.match_gradients(model, update, image_shape=(C, H, W)) needs no anatomy."
+    if convolutions and not kernels and not _attends(model):
+        return (
+            f"{name} is not a Vision Transformer known to aprillab: it has convolutions and no attention. The "
+            f"closed forms read ViTs; {without}"
+        )
     known: dict[str, list[str]] = {}
     for reader in READERS:
         known.setdefault(reader.partition(".")[0], []).append(reader.rpartition(".")[2])
@@ -161,7 +147,7 @@ def _what_was_looked_for(model: nn.Module) -> str:
         f"Convolutions that could be a patch embedding "
         f"(kernel = stride): {'; '.join(kernels[:3]) if kernels else 'none'}. "
         "Name the parts yourself: dissect(model, patch_weight=…, image_size=…, "
-        "position=…, query=…, key=…, value=…, …)."
+        f"position=…, query=…, key=…, value=…, …).{'' if _attends(model) else f' If it is a CNN, {without}'}"
     )
 
 

@@ -176,6 +176,9 @@ def test_the_owner_of_a_cnn_is_sent_to_gradient_matching() -> None:
     cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, 3)).double()
     with pytest.raises(UnknownModelError, match=r"no attention.*match_gradients\(model, update, image_shape="):
         dissect(cnn)
+    cut = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(), nn.Linear(64, 3))  # as a patch embedding is, too
+    with pytest.raises(UnknownModelError, match=r"0.weight \(4, 3, 2, 2\)\. .* If it is a CNN, al\.match_gradients"):
+        dissect(cut)
     images = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     update = shared(cnn, images, label=1)
     found = al.match_gradients(cnn, update, recipe="dlg", image_shape=(3, 8, 8), max_evaluations=3)

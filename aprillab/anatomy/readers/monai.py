@@ -15,11 +15,12 @@ def read_monai(model: nn.Module, image_size: tuple[int, int] | None) -> Anatomy:
     """monai.networks.nets.ViT; it keeps no image size, so a square is taken where none is named."""
     m: Any = model
     names, stem = tensors_of(model), _stem(model)
-    patches, height, width = m.patch_embedding.position_embeddings.shape[-2], *stem["patch_size"]
+    height, width = stem["patch_size"]
+    patches = int(m.patch_embedding.position_embeddings.shape[-2])
     side = math.isqrt(patches)
     if image_size is None and side * side != patches:
         raise UnknownModelError(f"this MONAI ViT has {patches} patches, no square: give dissect(model, image_size=…)")
-    rows = {}
+    rows: dict[str, Any] = {}
     for tensor, suffix in (("weight", ""), ("bias", "_bias")):
         if (both := f"blocks.0.attn.qkv.{tensor}") in names:
             rows |= fused(both, len(names[both]) // 3, suffix)
