@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from ..preprocessing import UNIT
-from .checks import check, check_stem, with_patch
+from .checks import check, with_patch
 from .given import as_field
 from .readers.known import NO_POSITIONS, READERS
 from .record import Anatomy, UnknownModelError, tensors_of
+from .stem import check_stem
 from .wrappers import choose, is_in, last_head, seen_from_outside, vits_in
 
 

@@ -160,6 +160,11 @@ class Anatomy:
             raise ValueError("the anatomy has no patch_size: take it from dissect(model, …)")
         return Tiling(self.patch_size, self.image_size, self.pixel_order)
 
+    @property
+    def ignores_mean(self) -> bool:
+        """Whether only LayerNorms read the tokens: then each row of ∂l/∂E sums to zero."""
+        return self.first_block in ("prenorm", "two norms")
+
     def tensor_names(self) -> set[str]:
         """Names of all tensors of the model that an attack may read."""
         found = {name for part in NAME_FIELDS if (name := getattr(self, part)) is not None}

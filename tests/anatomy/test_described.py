@@ -9,6 +9,7 @@ from vit_families import db, made, picture, shared
 
 import aprillab as al
 from aprillab.anatomy import Tiling, UnknownModelError, dissect
+from aprillab.anatomy.stem import flattening
 
 PATCH, SIZE, WIDTH = (4, 6), (12, 18), 96
 
@@ -50,6 +51,43 @@ def test_flattened_patches_in_the_order_that_the_caller_names(order: str) -> Non
     assert db(found, anatomy, images) > 100
     other = dissect(model, **PARTS, pixel_order="c h w" if order != "c h w" else "h w c")
     assert db(al.invert(model, update, anatomy=other, attack="embedding"), anatomy, images) < 30
+
+
+class Rearrange(nn.Module):
+    """What einops' layer shows of itself, and does."""
+
+    def __init__(self, pattern: str, tiling: Tiling, **axes_lengths: int) -> None:
+        super().__init__()
+        self.pattern, self.axes_lengths, self.tiling = pattern, axes_lengths, tiling
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return patches  # Mine has cut the picture
+
+
+def test_a_rearrange_in_front_says_size_and_order() -> None:
+    layer = Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", Tiling(PATCH, SIZE, "h w c"), p1=4, p2=6)
+    model = made(lambda: Mine(layer))
+    parts = {k: v for k, v in PARTS.items() if k != "patch_size"} | {"patch_weight": "embed.1.weight"}
+    anatomy = dissect(model, **{**parts, "patch_bias": "embed.1.bias"})
+    assert (anatomy.patch_size, anatomy.pixel_order, anatomy.channels) == (PATCH, "h w c", 3)
+    images = picture(model, anatomy)
+    assert db(al.invert(model, shared(model, images), anatomy=anatomy, attack="embedding"), anatomy, images) > 150
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("b c (h p1) (w p2) -> b (h w) (c p1 p2)", ((4, 6), "c h w")),
+        ("b c (h y) (w x) -> b (h w) (x y c)", None),  # without lengths of x and y
+        ("b c (h p1) (w p2) -> b (w h) (p1 p2 c)", None),  # columns of patches
+        ("b (h p1) (w p2) c -> b (h w) (p1 p2 c)", None),
+        ("b c h w -> b (h w) c", None),
+        ("b c", None),
+    ],
+)
+def test_patterns(pattern: str, found: tuple[tuple[int, int], str] | None) -> None:
+    model = nn.Sequential(Rearrange(pattern, Tiling(PATCH, SIZE), p1=4, p2=6), nn.Linear(72, 8))
+    assert flattening(model, "1.weight") == found
 
 
 def test_gradient_matching_reads_the_picture_by_its_parts_too() -> None:
