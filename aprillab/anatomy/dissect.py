@@ -26,7 +26,7 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
 
     Known are this package's :class:`~aprillab.models.VisionTransformer`; torchvision's
     ``VisionTransformer`` (``vit_b_16`` and alike); timm's ``VisionTransformer`` (``vit_*``,
-    ``deit*``, with distillation or register tokens), ``Eva``, ``Beit`` and ``Cait``; transformers'
+    ``deit*``, with distillation or register tokens), ``Eva``, ``Beit``, ``Cait`` and ``NaFlexVit``; transformers'
     ViT, DeiT, Dinov2, ViTMSN, BEiT, CLIP and SigLIP, classifiers and backbones; MONAI's ``ViT`` of
     pictures. Each is found alone or inside a wrapper such as ``nn.Sequential(normalize, vit)``,
     ``torch.compile``'s or a module of teacher and student, of which the trained one is read.

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 from torch import nn
-from vit_families import db, made, of_monai, of_timm, of_torchvision, of_transformers, picture, shared
+from vit_families import db, made, of_monai, of_naflex, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
 
@@ -65,6 +65,10 @@ FAMILIES: dict[str, tuple[Build, str, int]] = {
     "timm Eva, norm in front": (partial(of_timm, "eva.Eva", use_pre_transformer_norm=True), "two norms", 1),
     "timm BEiT": (partial(of_timm, "beit.Beit", use_rel_pos_bias=True, init_values=1e-1), "prenorm", 1),
     "timm CaiT": (partial(of_timm, "cait.Cait", init_values=1e-1), "prenorm", 0),
+    "timm NaFlexVit": (of_naflex, "prenorm", 0),
+    "timm NaFlexVit, a convolution": (
+        partial(of_naflex, embed_proj_type="conv", class_token=True, reg_tokens=1, global_pool="avg"), "prenorm", 2,
+    ),
     "MONAI": (of_monai, "prenorm", 1),
     "MONAI, patches flattened": (partial(of_monai, proj_type="perceptron", in_channels=3), "prenorm", 1),
     "MONAI, Tanh behind the head": (partial(of_monai, post_activation="Tanh"), "prenorm", 1),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vit_families import db, made, of_timm, of_torchvision, of_transformers, picture, shared
+from vit_families import db, made, of_naflex, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
 from aprillab.anatomy import dissect, likely_size, position_gradient, position_values, tensors_of
@@ -22,6 +22,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         lambda: of_timm(VIT, img_size=STORED, dynamic_img_size=True, no_embed_class=True, reg_tokens=2), {}
     ),
     "timm Eva": (lambda: of_timm("eva.Eva", img_size=STORED, dynamic_img_size=True), {}),
+    "timm NaFlexVit": (lambda: of_naflex(pos_embed_grid_size=(4, 4)), {}),
     "transformers Dinov2": (
         lambda: of_transformers("Dinov2ForImageClassification", image_size=STORED, mlp_ratio=1), {}
     ),

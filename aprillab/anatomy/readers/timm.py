@@ -68,8 +68,8 @@ def read_timm(model: nn.Module, image_size: tuple[int, int] | None) -> Anatomy:
         resizes=bool(getattr(m, "dynamic_img_size", False)) or hasattr(m, "interpolate_pos_encoding"),
         resampling=None if image_size in (None, own) else _resampling(m, names, stored, rows, image_size),
         prefix=prefix,
-        **_attention(names),
-        **_norms(m, names),
+        **attention_of(names),
+        **norms_of(m, names),
         heads=getattr(getattr(m.blocks[0], "attn", None), "num_heads", None),
         preprocessing=Preprocessing(tuple(config["mean"]), tuple(config["std"])) if "mean" in config else HALF,
         remark=remark,
@@ -86,7 +86,7 @@ def _check_stem(m: Any, names: Mapping[str, Tensor]) -> None:
         raise UnknownModelError("this timm model normalizes the embedded patches before it adds their position")
 
 
-def _attention(names: Mapping[str, Tensor]) -> dict[str, Any]:
+def attention_of(names: Mapping[str, Tensor]) -> dict[str, Any]:
     """The first attention's projections: fused, fused with separate biases, or one by one."""
     attention, found = "blocks.0.attn", dict[str, Rows]()
     for tensor, suffix in (("weight", ""), ("bias", "_bias")):
@@ -99,7 +99,7 @@ def _attention(names: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-def _norms(m: Any, names: Mapping[str, Tensor]) -> dict[str, Any]:
+def norms_of(m: Any, names: Mapping[str, Tensor]) -> dict[str, Any]:
     """What stands between the tokens and the first attention."""
     first, kind = m.blocks[0], type(m.blocks[0]).__name__
     before = getattr(m, "norm_pre", None)
