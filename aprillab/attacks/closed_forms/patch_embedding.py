@@ -12,6 +12,7 @@ derives it. We know of no publication that reads the patches off these two gradi
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,22 @@ from torch import Tensor, nn
 from ...anatomy import Anatomy, dissect
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
-from ..evidence import one_image
+from ..evidence import System, one_image
 from ..labels import labels_or_none
-from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report
-from .inputs import shared_gradients
-from .linear_algebra import condition_number, numerical_rank, thin_svd
+from ..reading import CENTRED, Reading, read_update
+from ..replay import Loss
+from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
+from ..verify import verified
+from .inputs import grey_patches, pixel_variance, shared_gradients
+from .linear_algebra import condition_number, thin_svd
 
 NEEDS = ("patch_weight", "position")
 
-# Rounding in dW and G leaves a residual of some ε; noise or a second image leave far more.
-_RESIDUAL_LIMIT = 1e3  # in units of ε
+_TINY = torch.finfo(torch.float64).tiny
+_MARGIN_DB = 1.0  # the prediction is an expectation: of 16 000 configurations one missed it at the line, by 0.1
+_LEAST_PIXELS = 0.01  # of their variance: what a nearly flat grey picture has in model-input space
+_SEEN, _FEW = 0.3, 4  # the part of a direction that noise may take; directions enough to judge others by
+_ROUNDING = 1e-6  # noise below this is a format's rounding, relative to each number and not to all
 
 
 # --- The equations: tensors in, tensors out. G (n, d), dW = ∂l/∂W_e (d, p), X (n, p), Gᵀ = U diag(s
@@ -62,6 +69,89 @@ def predicted_mse(noise: float, s: Tensor) -> float:
     return noise * float((1 / s**2).mean())
 
 
+def least_singular_value(s: Tensor, shape: torch.Size, noise: float, entry: float) -> float:
+    """Below this a singular value of G (n, d) may be the doing of noise.
+
+    Of ``noise`` relative to the largest, as rounding is; or of noise of size ``entry`` in each entry,
+    which has up to √n + √d of them (Bai and Yin), once it is more than rounding.
+    """
+    rounding = noise * float(s.max())
+    return rounding if noise < _ROUNDING else max(rounding, entry * sum(size**0.5 for size in shape))
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The most probable patches X (n, p), and what is known of their error.
+
+    Attributes
+    ----------
+    X : Tensor (n, p), in model-input space
+    residual : Tensor (d, p)
+        What no X explains.
+    s : Tensor (min(n, d),)
+        Singular values of G.
+    rank : int
+        Directions of the patches that the update shows; n − rank are filled in grey.
+    mse : float
+        Expected, in model-input space.
+    gain : float
+        By how much the update's relative noise is larger in the relative residual.
+    """
+
+    X: Tensor
+    residual: Tensor
+    s: Tensor
+    rank: int
+    mse: float
+    gain: float
+
+
+def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tuple[Tensor, float]) -> Patches:
+    """Least squares where the update says more than noise, grey where it does not.
+
+    The noise is relative to an entry's r.m.s. in dW, and of size ``entry`` in G. Patches have the
+    mean ``prior[0]`` (n, p) and the variance ``prior[1]`` before anything is read, so a direction
+    with singular value s is divided by s + λ/s, with λ the noise's variance over theirs. Where
+    nothing is damped this is (4.3), its error (4.7).
+    """
+    (n, d), (X0, variance) = G.shape, prior
+    U, s, Vt = thin_svd(G.T)
+    rank = int((s > least_singular_value(s, G.shape, noise, entry)).sum())
+    s = s.clamp_min(_TINY)
+    B = dW - G.T @ X0
+    residual = B - U @ (U.T @ B)
+    scale = float(dW.square().mean()) ** 0.5
+    seen = noise_variance(residual, n, noise, scale)
+    if d > n:
+        # Noise in G is in the residual, multiplied by the pixels: it cannot be more than is seen there.
+        rough = float((X0 + solve_patches(B, U, s + seen / variance / s, Vt)).square().mean())
+        entry = min(entry, (seen / (n * max(rough, _LEAST_PIXELS * variance))) ** 0.5)
+    carried = n * entry**2 * (float(X0.square().mean()) + variance)
+    sigma2 = seen if d > n else max(seen, carried)
+    damping = sigma2 / variance
+    X = X0 + solve_patches(B, U, s + damping / s, Vt)
+    # Noise in G itself bends a direction towards grey once its singular value is no larger, (4.8).
+    bent = (d * entry**2 / s**2).clamp_max(1.0) ** 2
+    unseen = _energy_of_the_unseen((Vt @ (X - X0)).square().mean(1), bent + damping / (s**2 + damping), variance)
+    known = (sigma2 / (s**2 + damping)).clamp_max(variance) + bent * unseen
+    mse = (float(known.sum()) + (n - len(s)) * unseen) / n
+    gain = (1 + carried / (noise * scale) ** 2) ** 0.5 if scale else 1.0
+    return Patches(X, residual, s, rank, mse, gain)
+
+
+def _energy_of_the_unseen(energy: Tensor, lost: Tensor, variance: float) -> float:
+    """What directions that the update does not show are expected to hold: as much as the last of those
+    that it does, at most what any pixels have.
+
+    ``energy`` (r,) is that of the patches in each direction, the strongest of G first, ``lost`` (r,)
+    how much of it noise took. Where less than a few are seen, anything may be in the others.
+    """
+    seen = energy[lost < _SEEN]
+    if len(seen) < _FEW:
+        return variance
+    return min(float(seen[-max(len(seen) // 8, _FEW) :].mean()), variance)
+
+
 # --- The attack -----------------------------------------------------------------------------------
 
 
@@ -69,9 +159,12 @@ def embedding_closed_form(
     model: nn.Module,
     update: ClientUpdate,
     *,
+    strict: bool = True,
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Tensor | None = None,
+    loss: Loss | None = None,
+    verify: bool = True,
     device: torch.device | str | None = None,
 ) -> Reconstruction:
     """Solve ``∂l/∂W_e = Gᵀ X`` for the patches of one private image.
@@ -84,88 +177,92 @@ def embedding_closed_form(
     Parameters
     ----------
     model : nn.Module
-        Only its parts' names and shapes are used, not its weights.
+        Only its parts' names and shapes are used to solve, not its weights; the replay uses them.
     update : ClientUpdate
+    strict : bool
+        Refuse n > d; False returns the patches with the directions that are missing filled in grey.
     anatomy : Anatomy, optional; default is ``dissect(model)``
     preprocessing : Preprocessing, optional; default is the model family's own
     labels : int64 Tensor of shape (1,), optional; if the attacker knows the label
+    loss, verify
+        As in :func:`~aprillab.attacks.verify.verified`.
     device : where to solve; default is where the update lies
 
     Returns
     -------
     Reconstruction
-        With ``diagnostics``: ``rank``, ``condition`` of G, ``residual`` (relative).
+        With ``diagnostics``: ``rank``, ``missing`` (n − rank, directions of the patches that are
+        filled in), ``condition`` of G, ``residual`` (relative), ``noise`` (of the update), ``decay``
+        (the multiple of the weights that was taken off).
 
     Raises
     ------
     AttackNotApplicable
-        If a gradient is not shared, n > d, or G is zero.
+        If a gradient is not shared, n > d, G is zero, or the update is one of Adam's steps.
     UpdateError
         If the update does not belong to the model, or a tensor that is read is not finite.
     """
     start = time.perf_counter()
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    dW, G = _check(model, update, anatomy, device)
-    (d, p), n, eps = dW.shape, len(G), torch.finfo(update.dtype).eps
-
-    # The singular values of G tell rank, condition and error too. Below ε they are noise: (4.5).
-    U, s, Vt = thin_svd(G.T)
-    rank = numerical_rank(s, eps)
-    s_used = s.clamp_min(eps * s[0])
-    # The patches: Gᵀ X = ∂l/∂W_e, (4.3).
-    X = solve_patches(dW, U, s_used, Vt)
-    # What no X explains is noise, (4.8); it predicts the error with no original seen, (4.7).
-    residual = dW - G.T @ X
-    relative = float(residual.norm() / dW.norm())
-    noise = noise_variance(residual, n, eps, float(dW.square().mean().sqrt()))
-    predicted = predicted_psnr(predicted_mse(noise, s_used), preprocessing)
-
-    fits = d == n or relative < _RESIDUAL_LIMIT * eps
-    one = one_image(anatomy, update)
-    conditions = (
-        Condition("rank(G) = n", rank == n, {"rank": rank, "n": n, "d": d}, "rank {rank} of n = {n} ≤ d = {d}"),
-        one,
-        Condition(
-            "∂W_e = GᵀX", fits, {"residual": relative, "dtype": str(update.dtype)},
-            "relative residual {residual:.1e} in {dtype}",
-        ),
+    reading = read_update(model, update, anatomy)
+    dW, G = _check(reading, anatomy, strict, device)
+    (d, p), n = dW.shape, len(G)
+    grey = grey_patches(anatomy.tiling, preprocessing, (n, p)).to(G)
+    found = most_probable(dW, G, reading.noise, reading.noise_of_position, (grey, pixel_variance(preprocessing)))
+    relative = float(found.residual.norm() / dW.norm()) if dW.any() else 0.0
+    # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
+    of = d - (anatomy.first_block in CENTRED)
+    one = one_image(
+        anatomy, reading.update, noise=reading.noise,
+        system=System("∂W_e = GᵀX", relative, max(of - n, 0), of, found.gain),
     )  # fmt: skip
-    return report(
+    result = report(
         "embedding_closed_form",
-        anatomy.tiling.images(X[None]),
-        conditions=conditions,
-        predicted_psnr=predicted,
+        anatomy.tiling.images(found.X[None]),
+        conditions=(
+            Condition(
+                "rank(G) = n", shown_if(found.rank == n), {"rank": found.rank, "n": n, "d": d},
+                "rank {rank} of n = {n} ≤ d = {d}" if n <= d else "rank {rank} of n = {n} > d = {d}",
+            ),
+            one,
+            margin(predicted_psnr(found.mse, preprocessing), _MARGIN_DB),
+        ),
+        predicted_psnr=predicted_psnr(found.mse, preprocessing),
         labels=labels_or_none(model, update, anatomy, labels, one=one),
         numbers={
-            "patches": n, "width": d, "pixels_per_patch": p, "rank": rank, "condition": condition_number(s),
-            "residual": relative,
+            "patches": n, "width": d, "pixels_per_patch": p, "rank": found.rank, "missing": n - found.rank,
+            "condition": condition_number(found.s), "residual": relative, "noise": reading.noise,
+            "decay": reading.decay,
         },
         dtype=update.dtype,
         preprocessing=preprocessing,
         start=start,
     )  # fmt: skip
+    return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
 
 
 def _check(
-    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None
+    reading: Reading, anatomy: Anatomy, strict: bool, device: torch.device | str | None
 ) -> tuple[Tensor, Tensor]:
     """∂l/∂W_e (d, p) and G (n, d), or a refusal."""
     name = "embedding_closed_form"
-    shared = shared_gradients(name, model, update, anatomy, NEEDS, device=device)
+    shared = shared_gradients(name, reading.update, anatomy, NEEDS, device=device)
     dW = shared["patch_weight"].flatten(1)
     G = shared["position"][anatomy.position_prefix :]
-    if len(G) > len(dW):
+    if len(G) > len(dW) and strict:
         raise AttackNotApplicable(
             name,
-            f"{len(G)} patches, but gradients of width {len(dW)}: rank(G) = n needs n ≤ d",
+            f"{len(G)} patches, but gradients of width {len(dW)}: rank(G) = n needs n ≤ d. strict=False returns what "
+            "is known, with the rest filled in grey",
             patches=len(G),
             width=len(dW),
         )
     if not G.any():
         raise AttackNotApplicable(
             name,
-            "the position embedding's gradient is zero. A head that is still zero (torchvision initializes it so) "
-            "passes no gradient down: such an update carries the label and nothing of the image",
+            "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
+            "initializes it so) and passes no gradient down: then the update carries the label and nothing of the "
+            "image",
         )
     return dW, G

@@ -24,24 +24,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, dissect, position_values, tensors_of
-from ...metrics import EXACT_TO_8_BITS_DB
+from ...anatomy import Anatomy, dissect, tensors_of
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
-from ..evidence import one_image
+from ..evidence import System, one_image
 from ..labels import labels_or_none
-from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report
-from .inputs import shared_gradients
+from ..reading import Reading, read_update
+from ..replay import Loss
+from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
+from ..verify import verified
+from .inputs import pixel_variance, shared_gradients
+from .linear_algebra import numerical_rank
 from .noisy_span import NoisySpan, noisy_span
+from .probe import places_of, tokens_as_read
 from .span_solution import SpanSolution
 from .token_equations import TokenEquations, token_equations
 
-NEEDS = ("patch_weight", "query", "key", "value")
+NEEDS = ("query", "key", "value")
 
 # Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted
 # from the minimum of the least squares was too small by at most this.
 _MARGIN_DB = 7.0
-_EXCESS_LIMIT = 1e3  # in units of ε: rounding leaves a few, a second image or noise far more
 _READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
 # Normal equations square the condition number. Where the factor's diagonal shows a square up to
@@ -52,17 +55,22 @@ _MOST_SQUARED = 1e8
 # --- The equations: tensors in, tensors out -------------------------------------------------------
 
 
-def width_needed(patches: int, pixels_per_patch: int, prefix: int, norms: int, *, batch_size: int = 1) -> int:
+def width_needed(
+    patches: int, pixels_per_patch: int, prefix: int, norms: int, *, batch_size: int = 1, by_rows: bool = True
+) -> int:
     """The least width d that the count (7.6) allows: ``norms`` is 1 for a LayerNorm before the attention, 2 for two.
 
     In a batch (B − 1)·n directions stay open at any width: the differences of its images at each
-    place.
+    place. Without the patch embedding's gradient (``by_rows=False``) all p pixels are unknown.
 
     >>> width_needed(196, 768, 1, True)  # ViT-B/16 at 224
     394
+    >>> width_needed(196, 768, 1, True, by_rows=False)
+    966
     """
     tokens = batch_size * patches + prefix
-    return min(pixels_per_patch, batch_size * patches) + tokens + int(norms) - (batch_size - 1) * patches
+    unknowns = min(pixels_per_patch, batch_size * patches) if by_rows else pixels_per_patch
+    return unknowns + tokens + int(norms) - (batch_size - 1) * patches
 
 
 @dataclass(frozen=True)
@@ -107,18 +115,23 @@ def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float, normal: tuple[Tensor
 
 
 def smallest_combination(
-    equations: TokenEquations, token_side: NoisySpan, pixel_side: NoisySpan
+    equations: TokenEquations, token_side: NoisySpan, pixel_side: NoisySpan | None
 ) -> tuple[Smallest, float, float]:
     """The patches of the smallest combinations, (7.7), the variance of one coefficient, and the ratio.
 
-    The ratio says how much a patch's own coefficients weigh against its token's.
+    The ratio says how much a patch's own coefficients weigh against its token's; 0 where the patch
+    embedding's gradient is not there, and the tokens say all.
     """
     # What a token and a patch cost: ‖T x + t‖ = ‖c‖ and ‖R x‖ = ‖c'‖.
     T, t = token_side.coefficients(equations.A), token_side.coefficients(equations.e)
-    R = pixel_side.coefficients(torch.eye(T.shape[1]).to(T))
+    if pixel_side is None:
+        alone = smallest(T, t, T[:0], 0.0, (T.T @ T, torch.zeros_like(T.T @ T)))
+        return alone, float(alone.token_cost.mean()) / max(len(equations.A) - T.shape[1], 1), 0.0
+    R = pixel_side.coefficients()  # of the pixels themselves: the unit vectors
     normal = T.T @ T, R.T @ R
     # Both estimate the same amplification of noise: a second solve brings them to one scale.
-    first = smallest(T, t, R, 1.0, normal)
+    # Some fifty patches tell it.
+    first = smallest(T, t[:, :: max(1, t.shape[1] // 48)], R, 1.0, normal)
     ratio = float((first.token_cost / first.pixel_cost.clamp_min(1e-300)).median().sqrt())
     solution = smallest(T, t, R, ratio, normal)
     # What is left, over w + p equations less p unknowns, is the variance of one coefficient.
@@ -137,6 +150,8 @@ def span_closed_form(
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Tensor | None = None,
+    loss: Loss | None = None,
+    verify: bool = True,
     device: torch.device | str | None = None,
 ) -> Reconstruction:
     """Find, patch by patch, the pixels whose token is the smallest combination of the rows.
@@ -147,9 +162,10 @@ def span_closed_form(
     with the same matrix for all patches. Rows of D are first scaled to equal noise, which the
     singular vectors beyond the tokens' number measure.
 
-    Needs the gradients of the first attention's projections and of the patch embedding, the
-    position embedding's *values* (public: it is part of the model), one image, and enough width:
-    min(p, n) + tokens (+ 1 for the LayerNorm's mean) ≤ d, features with γ = 0 not counted. The E_i
+    Needs the gradients of the first attention's projections, the position embedding's *values*
+    (public: it is part of the model), one image, and enough width: min(p, n) + tokens (+ 1 for the
+    LayerNorm's mean) ≤ d, features with γ = 0 not counted; p + tokens + 1 where the patch
+    embedding's gradient is not shared, because its rows then tell nothing of the patches. The E_i
     + b_e must be independent modulo the image of W_e, to the gradient's precision; sinusoids are
     not, in float32.
 
@@ -163,6 +179,8 @@ def span_closed_form(
     anatomy : Anatomy, optional; default is ``dissect(model)``
     preprocessing : Preprocessing, optional; default is the model family's own
     labels : int64 Tensor of shape (1,), optional; if the attacker knows the label
+    loss, verify
+        As in :func:`~aprillab.attacks.verify.verified`.
     device : where to solve; default is where the update lies
 
     Returns
@@ -182,46 +200,56 @@ def span_closed_form(
     start = time.perf_counter()
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    solution = solve_span(model, update, anatomy=anatomy, strict=strict, device=device)
-    predicted = predicted_psnr(solution.mean_square_error, preprocessing)
-    span, eps = solution.token_side, torch.finfo(update.dtype).eps
-    conditions = (
-        Condition(
-            "enough width", solution.width_needed <= solution.usable_width,
-            {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
-        ),
-        one_image(anatomy, update),
-        Condition(
-            "no more directions than tokens", span.excess < 1e3 * eps,
-            {"excess": span.excess, "tokens": span.tokens, "dtype": str(update.dtype)},
-            "{excess:.1e} of the gradient lies outside {tokens} directions, in {dtype}",
-        ),
-        Condition(
-            "tokens stand out from the noise", span.gap > 2, {"gap": span.gap},
-            "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
-        ),
-        Condition(
-            "margin", not 0 <= predicted - EXACT_TO_8_BITS_DB < _MARGIN_DB,
-            {"predicted": predicted, "margin": _MARGIN_DB},
-            "predicted {predicted:.1f} dB, which can be too optimistic by up to {margin:.0f} dB",
-        ),
-    )  # fmt: skip
-    return report(
+    reading = read_update(model, update, anatomy)
+    solution = solve_span(model, reading, anatomy=anatomy, strict=strict, device=device)
+    error = min(solution.mean_square_error, pixel_variance(preprocessing))
+    predicted = predicted_psnr(error, preprocessing)
+    conditions = _conditions(solution, reading, anatomy, predicted)
+    result = report(
         "span_closed_form",
         solution.images,
-        conditions=conditions,
+        conditions=(*conditions, tokens_as_read(model, anatomy, tensors_of(model))),
         predicted_psnr=predicted,
         labels=labels_or_none(model, update, anatomy, labels),
-        numbers=solution.numbers,
+        numbers={**solution.numbers, "noise": reading.noise, "decay": reading.decay},
         dtype=update.dtype,
         preprocessing=preprocessing,
         start=start,
     )
+    return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+
+
+def _conditions(
+    solution: SpanSolution, reading: Reading, anatomy: Anatomy, predicted: float
+) -> tuple[Condition, ...]:
+    """What the span attack rests on, but for the tokens' way to the attention."""
+    span, numbers = solution.token_side, solution.numbers
+    spare = int(numbers["width_of_rows"]) - span.tokens
+    # Only where every token is seen does nothing beyond them mean that there is no second image.
+    seen = span.gap > _LEAST_GAP
+    system = System("the span", span.excess, spare, spare + span.tokens, numbers["noise_gain"]) if seen else None
+    return (
+        Condition(
+            "enough width", shown_if(solution.width_needed <= solution.usable_width),
+            {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
+        ),
+        one_image(anatomy, reading.update, system=system, noise=reading.noise),
+        Condition(
+            "tokens stand out from the noise", shown_if(seen), {"gap": span.gap},
+            "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
+        ),
+        Condition(
+            "places are independent", shown_if(numbers["places"] == numbers["patches"]),
+            {"places": numbers["places"], "patches": numbers["patches"]},
+            "the positions of {patches} patches span {places:.0f} directions above the noise",
+        ),
+        margin(predicted, _MARGIN_DB),
+    )  # fmt: skip
 
 
 def solve_span(
     model: nn.Module,
-    update: ClientUpdate,
+    update: ClientUpdate | Reading,
     *,
     anatomy: Anatomy,
     batch_size: int = 1,
@@ -239,22 +267,22 @@ def solve_span(
     AttackNotApplicable
         As :func:`span_closed_form`.
     """
-    shared = _check(model, update, anatomy, device)
+    reading = update if isinstance(update, Reading) else read_update(model, update, anatomy)
+    shared = _check(reading.update, anatomy, device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
-    eps = torch.finfo(update.dtype).eps
     equations = _equations(shared, anatomy, weights)
-    dW = shared["patch_weight"].flatten(1)  # (d, p)
-    (d, p), n = dW.shape, equations.e.shape[1]
+    dW = _patch_rows(reading.update, anatomy, equations.D)
+    (d, p), n = weights[anatomy.patch_weight].flatten(1).shape, equations.e.shape[1]
     tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
     # Is the model wide enough for one solution? (7.6)
     norms = _directions_lost(anatomy, weights)
-    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size)
+    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size, by_rows=dW is not None)
     if strict and needed > equations.usable:
-        _refuse_width(needed, equations, tokens, min(p, batch_size * n), norms)
+        _refuse_width(needed, equations, tokens, p if dW is None else min(p, batch_size * n), norms)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
-    token_side = noisy_span(equations.D, tokens, eps)
-    pixel_side = noisy_span(dW, batch_size * n, eps)
+    token_side = noisy_span(equations.D, tokens, reading.noise)
+    pixel_side = None if dW is None else noisy_span(dW, batch_size * n, reading.noise)
     solution, variance, ratio = smallest_combination(equations, token_side, pixel_side)
     return SpanSolution(
         patches=solution.patches,
@@ -274,6 +302,9 @@ def solve_span(
             "tokens_above_noise": token_side.above_noise,
             "gap": token_side.gap,
             "outside": token_side.excess,
+            "width_of_rows": equations.D.shape[1],
+            "places": numerical_rank(torch.linalg.svdvals(torch.linalg.qr(equations.e, mode="r").R), reading.noise),
+            "noise_gain": _noise_gain(equations.D, tokens),
             "ratio": ratio,
         },
     )
@@ -282,9 +313,21 @@ def solve_span(
 # --- Check ----------------------------------------------------------------------------------------
 
 
-def _check(
-    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None
-) -> dict[str, Tensor]:
+def _patch_rows(update: ClientUpdate, anatomy: Anatomy, like: Tensor) -> Tensor | None:
+    """∂l/∂W_e (d, p); None where it is not shared, or says nothing: the tokens do without."""
+    shared = update.gradients.get(anatomy.patch_weight)
+    return None if shared is None or not shared.any() else shared.to(like).flatten(1)
+
+
+def _noise_gain(D: Tensor, tokens: int) -> float:
+    """By how much noise, relative to an entry's r.m.s., is larger outside the tokens in rows of length 1."""
+    squares = D.square().sum(1)
+    squares = squares[squares > 0]
+    entry = float(squares.sum()) / D.numel()
+    return max(D.shape[1] - tokens, 0) ** 0.5 * (entry * float((1 / squares).mean())) ** 0.5
+
+
+def _check(update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None) -> dict[str, Tensor]:
     """The gradients that the span needs, or a refusal."""
     name = "span_closed_form"
     if anatomy.first_block not in _READABLE:
@@ -299,8 +342,8 @@ def _check(
             "without a position embedding every patch obeys the same equations: nothing tells the patches apart, and "
             "x = 0 solves them all when there is no bias",
         )
-    shared = shared_gradients(name, model, update, anatomy, NEEDS, device=device)
-    if not shared["patch_weight"].any() or not any(shared[part].any() for part in ("query", "key", "value")):
+    shared = shared_gradients(name, update, anatomy, NEEDS, device=device)
+    if not any(shared[part].any() for part in NEEDS):
         raise AttackNotApplicable(name, "the first attention's gradient is zero: the head passes nothing down")
     return shared
 
@@ -308,9 +351,7 @@ def _check(
 def _equations(shared: Mapping[str, Tensor], anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
     """The token equations of a model: its values of W_e, b_e + E_i, γ and β put in."""
     W_e = weights[anatomy.patch_weight].double().flatten(1)  # (d, p)
-    places = position_values(anatomy, weights)[anatomy.position_prefix :]  # (n, d)
-    if anatomy.patch_bias is not None:
-        places = places + weights[anatomy.patch_bias].double()
+    places = places_of(anatomy, weights)  # (n, d)
     D = torch.cat([shared[part] for part in ("query", "key", "value")])  # (3d, d)
     if anatomy.first_block in ("april", "postnorm"):
         return token_equations(D, W_e, places)
