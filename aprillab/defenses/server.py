@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import dissect
+from ..anatomy.dissect import dissect
 from ..models import VisionTransformer, sinusoidal_1d, sinusoidal_2d
 
 
