@@ -5,6 +5,7 @@
 from .dissect import dissect
 from .positions import likely_size, position_gradient, position_values
 from .record import Anatomy, Rows, UnknownModelError, tensors_of
+from .size import at_its_size, interpolating
 from .tiling import Tiling
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "Rows",
     "Tiling",
     "UnknownModelError",
+    "at_its_size",
     "dissect",
+    "interpolating",
     "likely_size",
     "position_gradient",
     "position_values",

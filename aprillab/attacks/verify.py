@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, at_its_size
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
 from .pixels import normalization
@@ -67,7 +67,8 @@ def verified(
         replay = Replay("not checked", "the client was not played: verify=False")
         return _with_replay(found, replay, preprocessing)
     try:
-        with torch.random.fork_rng(devices=[found.images.device] if found.images.is_cuda else []):
+        devices = [found.images.device] if found.images.is_cuda else []
+        with torch.random.fork_rng(devices=devices), at_its_size(model, anatomy):
             found, replay = _played(found, model, reading, anatomy, preprocessing, loss)
     # The model is the user's, and so is whatever its forward pass raises.
     except Exception as error:
