@@ -3,9 +3,9 @@
 """
 
 from .dissect import dissect
+from .playing import hooked, playable
 from .positions import likely_size, position_gradient, position_values
 from .record import Anatomy, Rows, UnknownModelError, tensors_of
-from .size import at_its_size, interpolating
 from .tiling import Tiling
 
 __all__ = [
@@ -13,10 +13,10 @@ __all__ = [
     "Rows",
     "Tiling",
     "UnknownModelError",
-    "at_its_size",
     "dissect",
-    "interpolating",
+    "hooked",
     "likely_size",
+    "playable",
     "position_gradient",
     "position_values",
     "tensors_of",

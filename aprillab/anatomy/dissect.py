@@ -66,7 +66,7 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
     >>> str(anatomy.key)
     'encoder.layers.encoder_layer_0.self_attention.in_proj_weight[64:128]'
     """
-    known = {field.name for field in fields(Anatomy)} - {"resampling"}
+    known = {field.name for field in fields(Anatomy)} - {"resampling", "vit"}
     if wrong := sorted(set(parts) - known):
         raise ValueError(f"dissect: no part is called {', '.join(wrong)}; there are {', '.join(sorted(known))}, vit")
     given = {name: as_field(name, value) for name, value in parts.items()}

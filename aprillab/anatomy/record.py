@@ -113,6 +113,8 @@ class Anatomy:
     root : str
         Path of the module that turns model input into logits: ``""`` where it is the whole model,
         ``"1"`` in ``nn.Sequential(normalize, vit)``.
+    vit : str
+        Path of the ViT itself; it differs from ``root`` where its head stands beside it.
     remark : str
         What the reader should know: a second ViT in the model, positions that are rotary.
     """
@@ -145,6 +147,7 @@ class Anatomy:
     heads: int | None = None
     preprocessing: Preprocessing = UNIT
     root: str = ""
+    vit: str = ""
     remark: str = ""
 
     @property

@@ -100,13 +100,13 @@ def seen_from_outside(model: nn.Module, anatomy: Anatomy, path: str, vits: list[
     """The anatomy of a ViT at ``path`` under the names of the whole model, a head outside included."""
     found = _with_path(anatomy, path)
     if not path or found.head_weight is not None:
-        return replace(found, root=path)
+        return replace(found, root=path, vit=path)
     head = _head_outside(model, path, vits)
     if not head:
-        return replace(found, root=path)
+        return replace(found, root=path, vit=path)
     common = [a for a, b in zip(path.split("."), (head["head_weight"] or "").split("."), strict=False) if a == b]
     start = path.split(".")[: len(common)]
-    return replace(found, **head, root=".".join(start) if common == start else "")
+    return replace(found, **head, vit=path, root=".".join(start) if common == start else "")
 
 
 def last_head(model: nn.Module, width: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, at_its_size
+from ..anatomy import Anatomy, playable
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
 from .pixels import normalization
@@ -68,7 +68,7 @@ def verified(
         return _with_replay(found, replay, preprocessing)
     try:
         devices = [found.images.device] if found.images.is_cuda else []
-        with torch.random.fork_rng(devices=devices), at_its_size(model, anatomy):
+        with torch.random.fork_rng(devices=devices), playable(model, anatomy):
             found, replay = _played(found, model, reading, anatomy, preprocessing, loss)
     # The model is the user's, and so is whatever its forward pass raises.
     except Exception as error:

@@ -465,10 +465,17 @@ def test_a_model_in_a_wrapper_is_found_under_its_full_names(build: Callable[[], 
             assert outer.name in tensors
         elif field.name == "prefix":
             assert outer == tuple(f"1.vit.{name}" for name in inner)
-        elif isinstance(inner, str) and field.name not in ("family", "first_block", "pixel_order", "root", "remark"):
+        elif isinstance(inner, str) and field.name not in (
+            "family",
+            "first_block",
+            "pixel_order",
+            "root",
+            "vit",
+            "remark",
+        ):
             assert outer == f"1.vit.{inner}"
             assert outer in tensors
-        elif field.name == "root":
+        elif field.name in ("root", "vit"):
             assert (inner, outer) == ("", "1.vit")
         else:
             assert outer == inner

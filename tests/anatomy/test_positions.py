@@ -11,7 +11,7 @@ from torch import nn
 from vit_families import db, made, of_naflex, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
-from aprillab.anatomy import at_its_size, dissect, likely_size, position_gradient, position_values, tensors_of
+from aprillab.anatomy import dissect, likely_size, playable, position_gradient, position_values, tensors_of
 
 VIT = "vision_transformer.VisionTransformer"
 STORED, SMALLER = 16, 12  # 4×4 patches in the embedding, 3×3 in the picture
@@ -63,7 +63,7 @@ def test_a_smaller_picture_comes_back(which: str, size: int | tuple[int, int]) -
 
 
 @pytest.mark.parametrize("which", MODELS)
-def test_in_the_clients_precision_it_is_exact_and_played_back_at_its_size(which: str) -> None:
+def test_in_the_clients_precision_it_is_exact_and_played_back_playable(which: str) -> None:
     build, options = MODELS[which]
     model = made(build, torch.float32)
     anatomy = dissect(model, image_size=SMALLER)
@@ -91,11 +91,11 @@ def test_a_model_interpolates_only_while_it_is_asked_to() -> None:
     model = made(lambda: of_transformers("ViTForImageClassification", image_size=STORED))
     images = torch.zeros(1, 3, SMALLER, SMALLER, dtype=torch.float64)
     anatomy = dissect(model, image_size=SMALLER)
-    with at_its_size(model, anatomy):
+    with playable(model, anatomy):
         assert torch.equal(model(images).logits, model(images, interpolate_pos_encoding=True).logits)
     with pytest.raises(ValueError, match="doesn't match model"):
         model(images)
-    with at_its_size(model, dissect(model)), pytest.raises(ValueError, match="doesn't match model"):
+    with playable(model, dissect(model)), pytest.raises(ValueError, match="doesn't match model"):
         model(images)
     # A search plays the client at every step.
     update = shared(model, anatomy.preprocessing.to_input(picture(model, anatomy)), interpolate_pos_encoding=True)

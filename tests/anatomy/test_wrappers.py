@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vit_families import db, made, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
-from aprillab.anatomy import UnknownModelError, dissect
+from aprillab.anatomy import UnknownModelError, dissect, playable
 
 VIT = "vision_transformer.VisionTransformer"
 
@@ -159,6 +159,26 @@ def test_a_backbone_of_transformers_is_read_within_its_wrapper() -> None:
     assert (anatomy.head_weight, anatomy.root) == ("head.weight", "")
     images = anatomy.preprocessing.to_input(picture(model, anatomy))
     assert db(al.invert(model, shared(model, images), attack="embedding"), anatomy, images) > 150
+
+
+def test_a_normalization_in_front_of_a_backbone_is_stepped_over_in_the_replay() -> None:
+    class Normalize(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return al.HALF.to_input(pixels)
+
+    backbone = made(lambda: of_timm(VIT, num_classes=0))
+    model = nn.Sequential(Normalize(), backbone, nn.Linear(96, 5).double())
+    anatomy = dissect(model)
+    assert (anatomy.root, anatomy.vit, anatomy.head_bias) == ("", "1", "2.bias")
+    pixels = picture(model, anatomy)
+    images = al.HALF.to_input(pixels)
+    update = shared(model, pixels)
+    found = al.invert(model, update, attack="embedding")
+    assert db(found, anatomy, images) > 150
+    assert found.exact, found.reason
+    with playable(model, anatomy):
+        torch.testing.assert_close(model(images), model[2](backbone(images)))
+    assert not torch.allclose(model(images), model[2](backbone(images)))
 
 
 def test_two_heads_beside_the_backbone_are_not_guessed_from() -> None:
