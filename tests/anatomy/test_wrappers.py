@@ -181,6 +181,28 @@ def test_a_normalization_in_front_of_a_backbone_is_stepped_over_in_the_replay() 
     assert not torch.allclose(model(images), model[2](backbone(images)))
 
 
+def test_searches_look_for_model_input_behind_a_normalization() -> None:
+    class Normalize(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return al.HALF.to_input(pixels)
+
+    model = nn.Sequential(Normalize(), made(lambda: of_timm(VIT)))
+    anatomy = dissect(model)
+    pixels = (255 * picture(model, anatomy)).round() / 255
+    images, update = al.HALF.to_input(pixels), shared(model, pixels)
+    found = al.match_gradients(
+        model, update, recipe="april", anatomy=anatomy, start=images, max_evaluations=1, dtype=torch.float64
+    )
+    assert found.diagnostics["residual"] < 1e-9
+    frozen = al.ClientUpdate(
+        {name: g for name, g in update.gradients.items() if name != anatomy.position},
+        withheld=(anatomy.position or "",),
+    )
+    found = al.span_then_round(model, frozen, anatomy=anatomy, max_evaluations=0, progress=False)
+    assert found.exact, found.reason
+    assert db(found, anatomy, images) > 100
+
+
 def test_two_heads_beside_the_backbone_are_not_guessed_from() -> None:
     model = WithHead(of_timm(VIT, num_classes=0), nn.Linear(96, 5))
     model.projector = nn.Linear(96, 16)
