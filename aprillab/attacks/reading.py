@@ -92,7 +92,7 @@ def read_update(
 def _reading(update: ClientUpdate, anatomy: Anatomy, noise: float | None, decay: float = 0.0) -> Reading:
     """The noise, at least that of the format, of all and of the position's rows."""
     eps = torch.finfo(update.dtype).eps
-    known = max(noise or 0.0, eps)
+    known = min(max(noise or 0.0, eps), 1.0)
     of_position = _noise_of_position(anatomy, update.gradients, known, eps)
     return Reading(update, known, noise is not None, of_position, decay)
 

@@ -83,16 +83,16 @@ def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preproces
     """The verdict, drawn from conditions, prediction and replay; and how its pixels fit what was assumed of them."""
     conditions = (*(c for c in found.conditions if c.name != REPLAY), replay.condition)
     predicted = found.predicted_psnr if found.predicted_psnr is not None else float("nan")
-    # The patch-embedding system predicts without the weights; where they decide, the replay has the last word.
-    if replay.state == "contradicted" and replay.residual and found.attack != EMBEDDING:
-        predicted = min(predicted, _BEST_FOR_MISS - 20 * math.log10(replay.residual))
+    by_system = predicted
+    if replay.state == "contradicted" and replay.residual:
+        predicted = min(predicted, _BEST_FOR_MISS - 20 * math.log10(min(replay.residual, 1.0)))
     exact, reason = verdict(conditions, predicted)
     fit = normalization(found.images, preprocessing)
     if fit.state == "contradicted":
         reason += f"; the model's input, that is: its pixels are {fit.text}"
     return replace(
         found, replay=replay, conditions=conditions, exact=exact, reason=reason, predicted_psnr=predicted,
-        diagnostics={**found.diagnostics, "normalization": fit.text},
+        diagnostics={**found.diagnostics, "normalization": fit.text, "predicted_by_system": by_system},
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from ..attacks.pixels import normalization
 from ..attacks.reading import fit_update, measured_noise
 from ..attacks.replay import Loss
 from ..attacks.result import MARGIN, REPLAY, AttackNotApplicable, Condition, Reconstruction
+from ..attacks.verify import EMBEDDING
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .findings import Audit, Finding, Part
@@ -156,8 +157,10 @@ def _trust(result: Reconstruction) -> Trust:
         return "exact"
     if one == "contradicted" and not fits:
         return "mixture" if misses or miss is None else "unverified"
-    if result.determined and misses and predicted >= _CLOSE:
-        return "contradicted"
+    if result.determined and misses:
+        # The patch-embedding system needs no weights: what it fixes is right with others than the client's, too.
+        by_system = result.attack == EMBEDDING and result.diagnostics["predicted_by_system"] >= _CLOSE
+        return "contradicted" if by_system else "poor"
     if result.determined and predicted >= _CLOSE and not misses:
         return "close" if fits or miss is None else "coarse"
     if fits and predicted >= _COARSE:

@@ -151,12 +151,12 @@ def choose_damping(a: Tensor, b: Tensor, rest: float, spare: int, candidates: Se
     return min(candidates, key=lambda damping: gcv(a, b, rest, spare, damping))
 
 
-def remaining_error(diagonal: Diagonal, damping: float) -> Tensor:
+def remaining_error(diagonal: Diagonal, damping: float, least: float = 0.0) -> Tensor:
     """Expected squared error of each entry of y, (n, r), (3.8): σ² / (a² + λ); infinite where
-    nothing is known.
+    nothing is known. σ² is at least ``least``, for residuals that no equation is to spare for.
     """
     a, b = diagonal.a, diagonal.b
-    noise = torch.tensor(diagonal.rest / max(diagonal.spare, 1)).to(a)
+    noise = torch.tensor(max(diagonal.rest / max(diagonal.spare, 1), least)).to(a)
     unused = damping / (a**2 + damping).clamp_min(_TINY)
     # Enough equations were left unused to see the noise among them too.
     if float(unused.square().sum()) > 1:
@@ -321,12 +321,13 @@ def _solve_as_one(
     damping = _damping(regularization, parts)
     X = X0 + parts.patches(damped(parts.a, parts.b, damping))  # (n, p)
     residual = (B - system.G_p.T @ (X - X0) @ system.W_e.T).norm()
-    return _Solution(X, remaining_error(parts, damping), residual, damping, parts.a.amax(0), basis.shape[1])
+    least = noise**2 * float(system.M.square().mean())
+    return _Solution(X, remaining_error(parts, damping, least), residual, damping, parts.a.amax(0), basis.shape[1])
 
 
 def _damping(regularization: Regularization | float, parts: Diagonal) -> float:
     """λ as asked for: given, none, or by cross-validation among 1e-3 to 1e-32 of the largest a²."""
-    largest = float(parts.a.max() ** 2)
+    largest = float(parts.a.max() ** 2) if parts.a.numel() else 0.0
     if largest == 0:
         return 0.0
     if not isinstance(regularization, str):
