@@ -136,20 +136,24 @@ def _what_was_looked_for(model: nn.Module) -> str:
             f"{name} is not a Vision Transformer known to aprillab: it has convolutions and no attention. The "
             f"closed forms read ViTs; {without}"
         )
-    known: dict[str, list[str]] = {}
-    for reader in READERS:
-        known.setdefault(reader.partition(".")[0], []).append(reader.rpartition(".")[2])
-    listed = "; ".join(
-        f"{library}'{'s' * (library[-1] != 's')} {', '.join(classes)}" for library, classes in known.items()
-    )
     return (
         f"{name} is not a Vision Transformer known to aprillab. "
-        f"Looked for, in the model and its submodules: {listed}. "
+        f"Looked for, in the model and its submodules: {_known_classes()}. "
         f"Convolutions that could be a patch embedding "
         f"(kernel = stride): {'; '.join(kernels[:3]) if kernels else 'none'}. "
         "Name the parts yourself: dissect(model, patch_weight=…, image_size=…, "
         f"position=…, query=…, key=…, value=…, …).{'' if _attends(model) else f' If it is a CNN, {without}'}"
     )
+
+
+def _known_classes() -> str:
+    """Libraries and their classes, a classifier of transformers by its family alone."""
+    known: dict[str, dict[str, None]] = {}  # an ordered set each
+    for full in READERS:
+        library, name = full.partition(".")[0], full.rpartition(".")[2]
+        if library != "transformers" or "ForImageClassification" in name:
+            known.setdefault(library, {})[name.partition("ForImageClassification")[0]] = None
+    return "; ".join(f"{library}'{'s' * (library[-1] != 's')} {', '.join(names)}" for library, names in known.items())
 
 
 def _attends(model: nn.Module) -> bool:

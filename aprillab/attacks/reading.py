@@ -21,7 +21,6 @@ from .result import AttackNotApplicable
 # Mean over r.m.s. of |entries|: 1 for signs, 0.80 Gaussian. Measured at 32×32, the mean over patch embedding,
 # queries and head: gradients 0.57 to 0.74, one to twenty steps of Adam 0.83 to 1.00 (batches of one and eight).
 _ONE_SIZE, _EACH = 0.83, 0.79
-CENTRED = ("prenorm", "two norms")  # first blocks of models whose tokens only LayerNorms read
 _ENOUGH = 256  # entries a tensor, to say so
 _CLEAR = 30.0  # a sum that misses by this many times the format's ε is no rounding
 _OTHER_LOSS = 0.1  # cross-entropy leaves the head's sum rounding or noise
@@ -92,7 +91,9 @@ def read_update(
 def _reading(update: ClientUpdate, anatomy: Anatomy, noise: float | None, decay: float = 0.0) -> Reading:
     """The noise, at least that of the format, of all and of the position's rows."""
     eps = torch.finfo(update.dtype).eps
-    known = min(max(noise or 0.0, eps), 1.0)
+    # Libraries interpolate position embeddings in float32, whatever the model's precision.
+    least = eps if anatomy.resampling is None else max(eps, torch.finfo(torch.float32).eps)
+    known = min(max(noise or 0.0, least), 1.0)
     of_position = _noise_of_position(anatomy, update.gradients, known, eps)
     return Reading(update, known, noise is not None, of_position, decay)
 
@@ -111,7 +112,7 @@ def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise:
     miss, size = _bias_sum(anatomy, gradients)
     if size:
         found.append(float(miss.norm()) / rows.numel() ** 0.5)
-    if anatomy.first_block in CENTRED:
+    if anatomy.ignores_mean:
         found.append(float(rows.sum(1).norm()) / rows.numel() ** 0.5)
     return max(min(found), eps * float(rows.square().mean().sqrt()))
 
@@ -201,7 +202,7 @@ def _head_sum(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, 
 def _row_sums(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
     """The sum of each row of G, in architecture B."""
     position = tensors.get(anatomy.position or "")
-    if position is None or anatomy.first_block not in CENTRED:
+    if position is None or not anatomy.ignores_mean:
         return torch.zeros(1), 0.0
     return position.double().flatten(0, -2).sum(1), float(position.double().norm())
 

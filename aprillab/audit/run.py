@@ -213,7 +213,7 @@ def _parts(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[Pa
 
 def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, findings: Sequence[Finding]) -> list[str]:
     """What limits the audit, and what was noticed on the way."""
-    notes = []
+    notes = [f"{anatomy.remark[0].upper()}{anatomy.remark[1:]}."] if anatomy.remark else []
     if update.dtype in (torch.float16, torch.bfloat16):
         notes.append(
             f"The gradients came in {str(update.dtype).removeprefix('torch.')}, some three decimal digits: rounding "

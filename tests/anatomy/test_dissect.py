@@ -347,7 +347,7 @@ def test_an_unknown_model_is_told_what_was_looked_for() -> None:
     for word in (
         "torch.nn.modules.container.Sequential",
         "torchvision's VisionTransformer",
-        "transformers' ViTForImageClassification",
+        "transformers' ViT, DeiT, Dinov2",
         "0.weight (16, 3, 8, 8)",
         "dissect(model, patch_weight=",
     ):

@@ -230,7 +230,7 @@ def test_grey_models_give_grey_pictures(run: Run, tmp_path: Path) -> None:
 def test_parts_of_an_unknown_model_by_name(run: Run, tmp_path: Path) -> None:
     code, _, err = run("federated:Stranger")
     assert code == 2
-    is_one_error(err, "Stranger is not a Vision Transformer known", "match_gradients", "--part patch_weight=…")
+    is_one_error(err, "Stranger is not a Vision Transformer", "stem.weight (64, 3, 4, 4)", "--part patch_weight=…")
     sys.path.insert(0, str(tmp_path))
     try:
         import federated
@@ -325,7 +325,7 @@ def test_files_that_are_wrong(run: Run, tmp_path: Path) -> None:
         ("federated:word", ["federated:word() returned str, not a torch.nn.Module"]),
         ("federated:broken", ["federated:broken() failed: ValueError: two lines", "federated.py, line"]),
         ("federated:sized", ["'width'", "it is called without arguments", "federated.py, line 16"]),
-        ("federated:convolution", ["Conv2d is not a Vision Transformer", "match_gradients"]),
+        ("federated:convolution", ["Conv2d is not a Vision Transformer known to aprillab", "match_gradients"]),
     ],
 )
 def test_models_that_are_none(run: Run, function: str, fragments: list[str]) -> None:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, dissect
+from ...anatomy import Anatomy, dissect, likely_size
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
 from ..labels import labels_or_none
-from ..reading import CENTRED, Reading, read_update
+from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
 from ..verify import verified
@@ -230,7 +230,7 @@ def embedding_closed_form(
     found = most_probable(dW, G, reading.noise, reading.noise_of_position, (grey, pixel_variance(preprocessing)))
     relative = float(found.residual.norm() / dW.norm()) if dW.any() else 0.0
     # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
-    of = d - (anatomy.first_block in CENTRED)
+    of = d - (anatomy.ignores_mean)
     one = one_image(
         anatomy, reading.update, noise=reading.noise,
         system=System("∂W_e = GᵀX", relative, max(of - n, 0), of, found.gain),
@@ -241,7 +241,7 @@ def embedding_closed_form(
         conditions=(
             Condition(
                 "rank(G) = n", shown_if(found.rank == n), {"rank": found.rank, "n": n, "d": d},
-                "rank {rank} of n = {n} ≤ d = {d}" if n <= d else "rank {rank} of n = {n} > d = {d}",
+                _words_of_rank(found.rank, n, d, anatomy),
             ),
             one,
             margin(predicted_psnr(found.mse, preprocessing), _MARGIN_DB),
@@ -258,6 +258,14 @@ def embedding_closed_form(
         start=start,
     )  # fmt: skip
     return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+
+
+def _words_of_rank(rank: int, n: int, d: int, anatomy: Anatomy) -> str:
+    words = "rank {rank} of n = {n} " + ("≤" if n <= d else ">") + " d = {d}"
+    size = likely_size(rank, anatomy)
+    if size is None or rank == n:
+        return words
+    return f"{words}, as a picture of {size[0]}×{size[1]} pixels leaves it: dissect(model, image_size={size[0]})"
 
 
 def _check(
