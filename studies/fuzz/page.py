@@ -1,0 +1,2 @@
+def describe(folder, options):
+    raise NotImplementedError
