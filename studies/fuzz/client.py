@@ -20,7 +20,7 @@ from .worlds import Model, Tampering, World
 Tensors = dict[str, Tensor]
 STORED = 64  # pixels: side of the photographs that pictures are cut from
 # Streams of one seed: what is drawn for one purpose is the same whatever else a world has.
-WEIGHTS, PICTURES, LABELS, FACTORS, NOISE, SOME = range(6)
+WEIGHTS, PICTURES, LABELS, FACTORS, NOISE, SOME, ENTRY = range(7)
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ def _torchvision(shape: Model, seed: int) -> nn.Module:
 def group(name: str) -> str:
     """Which of the groups a parameter belongs to, by its name in one of the three libraries."""
     parts = {
-        "patch_embed": "patch_embedding", "conv_proj": "patch_embedding", "pos": "position", "encoder.pos": "position",
-        "cl": "class_token", "reg_token": "class_token", "blocks": "blocks", "encoder.layers": "blocks",
-        "head": "head",
+        "patch_embed": "patch_embedding", "conv_proj": "patch_embedding", "pos": "position",
+        "encoder.pos": "position", "cl": "class_token", "reg_token": "class_token", "blocks": "blocks",
+        "encoder.layers": "blocks", "head": "head",
     }  # fmt: skip
     return next((found for start, found in parts.items() if name.startswith(start)), "norm")
 
@@ -178,8 +178,7 @@ def _labels(world: World) -> Tensor:
 
 def tampered(world: World, model: nn.Module, images: Tensor, labels: Tensor) -> al.ClientUpdate:
     """The client's update, after everything that happens to it."""
-    done = world.tampering
-    loss = partial(nn.functional.cross_entropy, label_smoothing=done.smoothing)
+    done, loss = world.tampering, _loss(world)
     if world.model.dropout:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(world.seed)
@@ -202,13 +201,29 @@ def tampered(world: World, model: nn.Module, images: Tensor, labels: Tensor) -> 
     return _degraded(world, update)
 
 
+def _loss(world: World) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of logits and labels: cross-entropy, or another that a client may have."""
+    kind = world.tampering.loss
+    if kind == "smoothing":
+        return partial(nn.functional.cross_entropy, label_smoothing=0.1)
+    if not kind:
+        return nn.functional.cross_entropy
+    draws = torch.rand(world.batch, world.model.classes, generator=stream(world, LABELS), dtype=torch.float64)
+    if kind == "soft":
+        soft = (4 * draws).softmax(1)
+        return lambda logits, labels: nn.functional.cross_entropy(logits, soft.to(logits))
+    findings = (draws < 0.3).double()
+    return lambda logits, labels: nn.functional.binary_cross_entropy_with_logits(logits, findings.to(logits))
+
+
 def _local_steps(
     done: Tampering, model: nn.Module, images: Tensor, labels: Tensor, loss: Callable[..., Tensor]
 ) -> al.ClientUpdate:
-    """Some steps of SGD on the same images, as a difference of the two states."""
+    """Some steps on the same images, as a difference of the two states."""
     local = copy.deepcopy(model)
     trained = [p for p in local.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, done.learning_rate, momentum=done.momentum)
+    rate: Any = done.learning_rate
+    optimizer = torch.optim.Adam(trained, rate) if done.adam else torch.optim.SGD(trained, rate, done.momentum)
     for _ in range(done.steps):
         gradients = al.client_update(local, images, labels, loss=loss).gradients
         for name, parameter in local.named_parameters():
@@ -235,7 +250,7 @@ def _factors(world: World, weights: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _degraded(world: World, update: al.ClientUpdate) -> al.ClientUpdate:
-    """Noise, pruning, quantization and a cast, in this order."""
+    """Noise, pruning, quantization, a cast, a tensor of zeros, an entry that is not finite, in this order."""
     done, generator = world.tampering, stream(world, NOISE)
 
     def noisy(g: Tensor) -> Tensor:
@@ -248,7 +263,24 @@ def _degraded(world: World, update: al.ClientUpdate) -> al.ClientUpdate:
         update = al.defenses.prune(update, done.kept)
     if done.bits:
         update = al.defenses.quantize(update, done.bits)
-    return update.to(dtype=getattr(torch, done.cast)) if done.cast else update
+    if done.cast:
+        update = update.to(dtype=getattr(torch, done.cast))
+    return _spoiled(world, update) if done.zeroed or done.poisoned else update
+
+
+def _spoiled(world: World, update: al.ClientUpdate) -> al.ClientUpdate:
+    """One tensor with zeros alone, or with an entry that is not finite."""
+    generator, gradients = stream(world, ENTRY), dict(update.gradients)
+    names = list(gradients)
+    if world.tampering.zeroed:
+        name = names[int(torch.randint(len(names), (), generator=generator))]
+        gradients[name] = torch.zeros_like(gradients[name])
+    if world.tampering.poisoned:
+        name = names[int(torch.randint(len(names), (), generator=generator))]
+        gradients[name] = gradients[name].clone()
+        entry = int(torch.randint(gradients[name].numel(), (), generator=generator))
+        gradients[name].view(-1)[entry] = float(("nan", "inf", "-inf")[entry % 3])
+    return replace(update, gradients=gradients)
 
 
 def _hidden(model: nn.Module, world: World) -> set[str]:

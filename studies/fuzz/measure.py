@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import aprillab as al
 from aprillab.attacks.catalogue import CLOSED_FORMS
 
 from .client import Shared, play
-from .worlds import World, draw
+from .worlds import LOSSY, World, draw
 
 PACKAGE = str(Path(al.__file__).parent)
+LEAST = 58.9  # dB: below it a picture is not exact to 8 bits, 58.92 dB, give or take the prediction's last digit
 UPDATE_REFUSED, REFUSED, CRASHED, NO_UPDATE = "update refused", "refused", "crashed", "no update"
 
 
@@ -72,6 +73,25 @@ def attacked(case: tuple[int]) -> Iterator[Row]:
         found = outcome(shared, name)
         if name == "invert" or found.outcome not in (REFUSED, UPDATE_REFUSED):
             yield _row(world, name, best, found, time.perf_counter() - start)
+
+
+def faults(rows: Iterable[Row]) -> list[str]:
+    """What may not be: called exact and wrong, crashed, or refused although it is determined."""
+    found = []
+    for row in rows:
+        refused = row.attack == "invert" and row.outcome in (REFUSED, UPDATE_REFUSED)
+        if row.outcome == CRASHED:
+            found.append(f"{row.attack} crashed: {row.note}")
+        elif row.outcome == "exact" and not (row.psnr or 0.0) >= LEAST:
+            found.append(f"{row.attack} is called exact, {row.predicted:.1f} dB predicted, {row.psnr:.1f} dB true")
+        elif refused and (row.oracle or 0.0) >= LEAST and not loses(row.done):
+            found.append(f"refused ({row.note}), and {row.oracle:.1f} dB in float64")
+    return found
+
+
+def loses(done: str) -> bool:
+    """Whether something happened to the update after which a refusal can be right."""
+    return any(kind in LOSSY for kind in done.split(", "))
 
 
 def _row(world: World, attack: str, best: float | None, found: Outcome, seconds: float) -> Row:

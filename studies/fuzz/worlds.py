@@ -19,6 +19,16 @@ GROUPS = ("patch_embedding", "position", "class_token", "blocks", "norm", "head"
 MOST_PATCHES, MOST_WIDTH = 64, 144  # of all but one world in fifty, and of all
 
 
+KINDS = {
+    "adam": "Adam", "loss": "another loss", "decay": "weight decay", "factors": "factor per tensor",
+    "factor": "factor in common",
+    "noise": "noise", "kept": "pruned", "bits": "quantized", "cast": "cast", "zeroed": "a tensor of zeros",
+    "poisoned": "not finite", "weights": "weights sent",
+}  # fmt: skip
+#: After these an update may hold too little of the picture, so that a refusal can be right.
+LOSSY = ("noise", "pruned", "quantized", "cast", "a tensor of zeros", "not finite", "weights sent", "Adam")
+
+
 @dataclass(frozen=True)
 class Model:
     """A Vision Transformer: ours, torchvision's or timm's."""
@@ -54,8 +64,9 @@ class Model:
 class Tampering:
     """What happens to an update besides one gradient of the mean cross-entropy; nothing by default."""
 
-    smoothing: float = 0.0  # of the labels
-    steps: int = 0  # local steps of SGD, sent as a difference of states; 0: the gradient itself
+    loss: str = ""  # in place of cross-entropy: "smoothing", "binary" (several findings), "soft" (targets)
+    steps: int = 0  # local steps, sent as a difference of states; 0: the gradient itself
+    adam: bool = False  # in place of SGD
     momentum: float = 0.0
     learning_rate: float = 1e-2
     decay: float = 0.0  # of the weights, added to the gradient
@@ -65,17 +76,15 @@ class Tampering:
     kept: float = 1.0  # share of the entries that are not set to zero
     bits: int = 0  # of a quantization
     cast: str = ""  # to this dtype
+    zeroed: bool = False  # one tensor
+    poisoned: bool = False  # one entry is not a number, or infinite
     weights: bool = False  # the weights are sent in place of the update
 
     def kinds(self) -> str:
         """What is not as by default, in words."""
-        names = {
-            "smoothing": "smoothing", "decay": "weight decay", "factors": "factor per tensor", "factor": "factor",
-            "noise": "noise", "kept": "pruned", "bits": "quantized", "cast": "cast", "weights": "weights sent",
-        }  # fmt: skip
         plain = Tampering()
-        found = [word for name, word in names.items() if getattr(self, name) != getattr(plain, name)]
-        if self.steps:
+        found = [word for name, word in KINDS.items() if getattr(self, name) != getattr(plain, name)]
+        if self.steps and not self.adam:
             found.insert(0, "states" if self.steps == 1 else "local steps")
         return ", ".join(found)
 
@@ -215,14 +224,17 @@ def _withheld(dice: Dice) -> tuple[str, ...]:
     return (first, dice.pick(parts)) if dice.chance(0.2) else (first,)
 
 
+_LOTS = (
+    *("steps", "factors", "factors", "noise", "factor", "cast", "loss", "decay") * 2,
+    *("steps", "pruned", "quantized", "weights", "zeroed", "poisoned", "adam"),
+)
+
+
 def _tampering(dice: Dice) -> Tampering:
     """One kind of tampering as a rule, several now and then."""
     done: dict[str, Any] = {}
     while True:
-        kind = dice.pick(
-            ("steps", "steps", "factors", "factors", "factors", "noise", "noise", "factor", "factor", "cast", "cast")
-            + ("decay", "smoothing", "pruned", "quantized", "weights")
-        )
+        kind = dice.pick(_LOTS)
         done |= _done(dice, kind)
         if dice.chance(0.7):
             return Tampering(**done)
@@ -233,14 +245,17 @@ def _done(dice: Dice, kind: str) -> dict[str, Any]:
     size, whole = dice.uniform(), dice.integer(0, 3)
     options: dict[str, dict[str, Any]] = {
         "steps": {"steps": 1 + whole, "momentum": 0.9 * (size < 0.5), "learning_rate": 10 ** (3 * size - 4)},
+        "adam": {"steps": 1 + whole, "adam": True, "learning_rate": 10 ** (3 * size - 4)},
         "factors": {"factors": ("each", "layers", "position", "patch")[whole]},
         "noise": {"noise": 10 ** (7 * size - 8)},
-        "factor": {"factor": sign * 10 ** (8 * size - 4)},
+        "factor": {"factor": sign * 10 ** (15 * (2 * size - 1) ** 3)},
         "cast": {"cast": ("bfloat16", "float16", "float16", "float32")[whole]},
         "decay": {"decay": 10 ** (4 * size - 5)},
-        "smoothing": {"smoothing": 0.02 + 0.3 * size},
+        "loss": {"loss": ("smoothing", "smoothing", "binary", "soft")[whole]},
         "pruned": {"kept": 0.1 + 0.89 * size},
         "quantized": {"bits": 4 + int(13 * size)},
         "weights": {"weights": True},
+        "zeroed": {"zeroed": True},
+        "poisoned": {"poisoned": True},
     }
     return options[kind]
