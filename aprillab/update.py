@@ -51,6 +51,12 @@ class ClientUpdate:
     withheld: tuple[str, ...] = ()
     batch_size: int | None = None
     source: str = "fedsgd"
+    learning_rate: float | None = None
+    local_steps: int = 1
+    momentum: float | None = None
+    nesterov: bool = False
+    weight_decay: float | None = None
+    rounding: float | None = None
     seconds: float | None = field(default=None, compare=False)
 
     @property
@@ -185,6 +191,9 @@ def update_from_states(
     local_steps: int = 1,
     trained: Collection[str] | None = None,
     batch_size: int | None = None,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
 ) -> ClientUpdate:
     """The update behind a FedAvg step: (before − after) / (learning_rate · local_steps).
 
@@ -229,7 +238,9 @@ def update_from_states(
             gradients[name] = (old - new.to(old.device)) / (learning_rate * local_steps)
     if not gradients:
         raise UpdateError("the two states are the same: nothing was shared")
-    return ClientUpdate(gradients, batch_size=batch_size, source="fedavg")
+    return ClientUpdate(
+        gradients, batch_size=batch_size, source="fedavg", learning_rate=learning_rate, local_steps=local_steps
+    )
 
 
 def save_update(update: ClientUpdate, path: str | Path) -> None:

@@ -118,6 +118,7 @@ class Anatomy:
     first_block: str = "unknown"
     heads: int | None = None
     preprocessing: Preprocessing = UNIT
+    root: str = ""
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors of the model that an attack may read."""

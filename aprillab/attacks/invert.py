@@ -12,8 +12,7 @@ from ..anatomy import Anatomy, dissect
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .catalogue import ATTACKS, CLOSED_FORMS
-from .evidence import one_image
-from .replay import gradient_residual
+from .replay import Loss, gradient_residual
 from .result import AttackNotApplicable, Reconstruction
 
 
@@ -22,7 +21,9 @@ def invert(
     update: ClientUpdate,
     *,
     attack: str = "auto",
-    verify: bool = False,
+    verify: bool = True,
+    strict: bool = True,
+    loss: Loss | None = None,
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Tensor | None = None,
@@ -41,8 +42,14 @@ def invert(
         others can search for minutes, so they are never run unasked; ``diagnostics["attacks"]``
         says where they would go on.
     verify : bool
-        Also replay the client with the reconstruction (one more gradient):
-        ``diagnostics["gradient_residual"]``.
+        Play the client with each picture, at the cost of a gradient: ``Reconstruction.replay``.
+        Without it no closed form is exact. ``diagnostics["gradient_residual"]`` has what the replay
+        missed, None where it was not played.
+    strict : bool
+        Refuse where a closed form's count fails; False returns its best picture, marked.
+    loss : callable, optional
+        (logits, targets) to a scalar, where the client's is not cross-entropy. The verdict on a
+        closed form's picture hangs on it only where the head's gradient is not shared.
     anatomy, preprocessing, labels, device
         As in :func:`~aprillab.attacks.closed_forms.patch_embedding.embedding_closed_form`.
     **options
@@ -72,18 +79,16 @@ def invert(
     common: dict[str, Any] = {
         "anatomy": anatomy, "preprocessing": preprocessing, "labels": labels, "device": device,
     }  # fmt: skip
-    one = one_image(anatomy, update)
+    closed: dict[str, Any] = {"strict": strict, "loss": loss, "verify": verify}
     outcome: dict[str, str] = {}
     found: dict[str, Reconstruction] = {}
     for name in CLOSED_FORMS if attack == "auto" else [attack]:
         if exact := [result.attack for result in found.values() if result.exact]:
             outcome[name] = f"not needed: {exact[0]} is exact"
             continue
-        if found and not one.holds:
-            outcome[name] = f"not tried: every closed form needs one image, and {one.text}"
-            continue
+        more = closed if name in CLOSED_FORMS else ({} if loss is None else {"loss": loss})
         try:
-            found[name] = result = ATTACKS[name].function(model, update, **common, **options)
+            found[name] = result = ATTACKS[name].function(model, update, **common, **more, **options)
             outcome[name] = f"{'exact' if result.exact else 'not exact'}: {result.reason}"
         except AttackNotApplicable as refusal:
             outcome[name] = f"refused: {refusal.reason}"
@@ -93,9 +98,18 @@ def invert(
     if attack == "auto" and "span" in found and not found["span"].exact:
         outcome["span_then_round"] = "not tried: name it to look for whole grey levels, seconds to minutes"
         outcome["span_then_match"] = "not tried, a search of minutes: name it to go on from the span's picture"
-    chosen = max(found, key=lambda name: (found[name].exact, found[name].predicted_psnr or 0.0))
+    chosen = max(found, key=lambda name: _worth(found[name]))
     best = found[chosen]
     diagnostics = {**best.diagnostics, "attacks": outcome, "chosen": chosen}
-    if verify:
-        diagnostics["gradient_residual"] = gradient_residual(model, update, best)
+    if verify and best.replay is None:
+        diagnostics["gradient_residual"] = gradient_residual(
+            model, update, best, **({} if loss is None else {"loss": loss})
+        )
+    elif best.replay is not None and verify:
+        diagnostics["gradient_residual"] = best.replay.residual
     return replace(best, diagnostics=diagnostics)
+
+
+def _worth(found: Reconstruction) -> tuple[bool, bool, float]:
+    """What makes one picture better than another, seen without the original."""
+    return found.exact, found.determined, found.predicted_psnr or 0.0

@@ -57,7 +57,8 @@ def recover_labels(
     Returns
     -------
     Labels
-        For one image exact by the sign rule. For a batch a greedy count: each label lowers its
+        For one image exact by the sign rule: the label is the one entry whose sign is not that of the
+        others, which holds for after − before, too. For a batch a greedy count: each label lowers its
         entry of the bias gradient by 1/B, so labels are taken off one at a time where the entry is
         lowest; right as long as the model is not yet confident, and never marked exact.
 
@@ -92,16 +93,27 @@ def _labels_of_head(update: ClientUpdate, anatomy: Anatomy, batch_size: int, one
         raise AttackNotApplicable("recover_labels", "the head's bias gradient is not in the update")
     if not residual.any():
         raise AttackNotApplicable("recover_labels", "the head's gradient is zero")
-    left = residual.clone()
+    turned = _is_turned(residual)
+    left = -residual if turned else residual.clone()
+    negative = int((left < 0).sum())
     found = []
     for _ in range(batch_size):
         found.append(int(left.argmin()))
         left[found[-1]] += 1 / batch_size
     labels = torch.tensor(sorted(found))
-    negative = int((residual < 0).sum())
-    exact = batch_size == 1 and negative == 1 and one.holds
-    reason = f"{source}: {negative} negative entr{'y' if negative == 1 else 'ies'}; {one.text}"
-    return Labels(labels, exact, reason, {"source": source, "negative_entries": negative, "batch_size": batch_size})
+    exact = batch_size == 1 and negative == 1 and one.state != "contradicted"
+    entries = f"{negative} negative entr{'y' if negative == 1 else 'ies'}"
+    reason = f"{source}: {entries}{' after its sign is reversed' if turned else ''}; {one.text}"
+    numbers = {"source": source, "negative_entries": negative, "batch_size": batch_size, "turned": turned}
+    return Labels(labels, exact, reason, numbers)
+
+
+def _is_turned(residual: Tensor) -> bool:
+    """Whether the update is after − before: then one entry is positive and all others negative.
+
+    With two classes either sign would do; then it is taken as it stands.
+    """
+    return len(residual) > 2 and int((residual > 0).sum()) == 1 and int((residual < 0).sum()) > 1
 
 
 def _residual_from_weight(weight: Tensor) -> Tensor:

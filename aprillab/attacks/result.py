@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,15 +33,24 @@ class AttackNotApplicable(ValueError):
         self.attack, self.reason, self.numbers = attack, reason, numbers
 
 
+State = Literal["shown", "contradicted", "not checked"]
+
+
+def shown_if(holds: bool) -> State:
+    """``"shown"`` or ``"contradicted"``, of something that was checked."""
+    return "shown" if holds else "contradicted"
+
+
 @dataclass(frozen=True)
 class Condition:
-    """One thing that a result rests on, and whether it holds for this very update.
+    """One thing that a result rests on, and what this very update says of it.
 
     Attributes
     ----------
     name : str
         What must hold, such as ``"rank(G) = n"``.
-    holds : bool
+    state : {"shown", "contradicted", "not checked"}
+        Not checked is not shown: nothing was there to check it by, or too coarse a precision.
     numbers : dict
         What was measured, by name.
     words : str
@@ -49,20 +58,67 @@ class Condition:
 
     Examples
     --------
-    >>> rank = Condition("rank(G) = n", False, {"rank": 15, "n": 16}, "rank {rank} of {n}")
-    >>> rank.text
-    'rank 15 of 16'
+    >>> rank = Condition("rank(G) = n", "contradicted", {"rank": 15, "n": 16}, "rank {rank} of {n}")
+    >>> rank.text, rank.holds
+    ('rank 15 of 16', False)
     """
 
     name: str
-    holds: bool
+    state: State
     numbers: Mapping[str, float | str]
     words: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether it was shown."""
+        return self.state == "shown"
 
     @property
     def text(self) -> str:
         """The numbers in words."""
         return self.words.format(**self.numbers)
+
+
+#: Names of the conditions that do not bear on whether the system fixes the picture: the replay, and
+#: how near the predicted error is to the verdict.
+REPLAY, MARGIN = "replay", "margin"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The client played with a reconstruction: does its gradient give the update?
+
+    Attributes
+    ----------
+    state : {"shown", "contradicted", "not checked"}
+        Shown: the update is a multiple of the picture's gradient, up to ``limit``.
+    words : str
+        How it was played and what came out, or why it was not played.
+    residual : float or None
+        ‖s g' − g‖ / ‖g‖, the larger of that of the whole update and those of the tensors that the
+        attack read; None where it was not played.
+    limit : float or None
+        What the update's own noise and the picture's predicted error explain.
+    factor : float or None
+        s, the factor that all tensors have in common: 1 for a gradient of the mean loss.
+    seconds : float
+        Wall-clock time, besides the solve's.
+    """
+
+    state: State
+    words: str
+    residual: float | None = None
+    limit: float | None = None
+    factor: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def condition(self) -> Condition:
+        """The same as a condition."""
+        numbers = {
+            name: value for name in ("residual", "limit", "factor") if (value := getattr(self, name)) is not None
+        }
+        return Condition(REPLAY, self.state, numbers, self.words.replace("{", "{{").replace("}", "}}"))
 
 
 @dataclass(frozen=True)
@@ -80,14 +136,15 @@ class Reconstruction:
     labels : Tensor of shape (B,) or None
         Recovered or handed over; ``diagnostics["labels"]`` says which.
     exact : bool
-        True only when the attack's conditions were verified on this very update *and* the error
-        predicted from its residuals stays below half a grey level of an 8-bit picture.
+        True only when the attack's conditions are shown by this very update, the error predicted
+        from its residuals stays below half a grey level of an 8-bit picture, *and* the picture's
+        gradient, replayed, is the update.
     reason : str
         Why it is exact, or which condition failed, with the numbers.
     diagnostics : dict
         Ranks, condition numbers, residuals, precision.
     seconds : float
-        Wall-clock time of the attack.
+        Wall-clock time of the attack, without the replay.
     history : list of dict
         One entry for each recorded step; empty for the closed forms.
     conditions : tuple of Condition
@@ -96,6 +153,8 @@ class Reconstruction:
     predicted_psnr : float or None
         In dB, seen without the original; None where the attack cannot predict it. Where a condition
         fails it means little.
+    replay : Replay or None
+        The client played with the picture; None for attacks that do that in a way of their own.
     """
 
     attack: str
@@ -109,13 +168,23 @@ class Reconstruction:
     history: list[dict[str, Any]] = field(default_factory=list)
     conditions: tuple[Condition, ...] = ()
     predicted_psnr: float | None = None
+    replay: Replay | None = None
+
+    @property
+    def determined(self) -> bool:
+        """Whether the attack's system fixes the picture: all its conditions are shown, the replay
+        apart.
+
+        Precision may still limit what is seen of it, and with a factor for each tensor, such as
+        learning rates of layers, its brightness is not known without a replay.
+        """
+        checked = [condition for condition in self.conditions if condition.name not in (REPLAY, MARGIN)]
+        return bool(checked) and all(condition.holds for condition in checked)
 
     @property
     def conditions_hold(self) -> bool:
-        """Whether the attack checked conditions and all of them hold: precision alone limits the
-        picture.
-        """
-        return bool(self.conditions) and all(condition.holds for condition in self.conditions)
+        """The same as :attr:`determined`."""
+        return self.determined
 
 
 def report(
@@ -130,7 +199,7 @@ def report(
     preprocessing: Preprocessing,
     start: float,
 ) -> Reconstruction:
-    """A closed form's result, its verdict drawn from its conditions and the PSNR it predicts.
+    """A closed form's result before its replay: not exact yet, whatever its conditions.
 
     Parameters
     ----------
@@ -145,15 +214,14 @@ def report(
     start : float
         ``time.perf_counter()`` when the attack began.
     """
-    exact, reason = verdict(conditions, predicted_psnr)
     found, found_how = labels
     return Reconstruction(
         attack=attack,
         images=images,
         pixels=preprocessing.to_pixels(images),
         labels=found,
-        exact=exact,
-        reason=reason,
+        exact=False,
+        reason=verdict(conditions, predicted_psnr)[1],
         diagnostics={**numbers, "precision": str(dtype).removeprefix("torch."), "labels": found_how},
         seconds=time.perf_counter() - start,
         conditions=tuple(conditions),
@@ -161,9 +229,12 @@ def report(
     )
 
 
+_NOT = {"contradicted": "fails", "not checked": "was not checked"}
+
+
 def verdict(conditions: Sequence[Condition], predicted_psnr: float) -> tuple[bool, str]:
     """``exact`` and ``reason`` from conditions and the predicted PSNR in dB."""
-    failed = [f"{condition.name} fails ({condition.text})" for condition in conditions if not condition.holds]
+    failed = [f"{c.name} {_NOT[c.state]} ({c.text})" for c in conditions if not c.holds]
     trust = f"predicted PSNR {predicted_psnr:.1f} dB"
     if failed:
         return False, "; ".join([*failed, trust])

@@ -4,6 +4,7 @@ verdict.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..anatomy import Anatomy
@@ -12,7 +13,7 @@ from ..attacks.labels import Labels
 from ..attacks.result import Condition, Reconstruction
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
-from .words import NOTHING_APPLIES, UNRELIABLE, VERDICTS, Trust
+from .words import NOTHING_APPLIES, VERDICTS, Leak, Trust
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ class Audit:
     labels : Labels or None
     labels_reason : str
     one_image : Condition
-        Fails where the client says, or the head's gradient suggests, that several images are behind
-        the update.
+        Whether one image is behind the update: as the attack with the best trust has it, else as the
+        head's gradient or the client says.
+    pixels : Condition or None
+        Whether the best picture fits the normalization that was assumed; None without a picture.
     findings : tuple of Finding
     notes : tuple of str
         What limits the audit itself: half precision, several local steps, dropout.
@@ -96,17 +99,40 @@ class Audit:
     one_image: Condition
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = field(default=())
+    pixels: Condition | None = None
 
     @property
     def applied(self) -> tuple[Finding, ...]:
         """The findings of attacks that returned a picture."""
         return tuple(found for found in self.findings if found.result is not None)
 
+    @staticmethod
+    def best_of(findings: Sequence[Finding]) -> Finding | None:
+        """The first of the findings with the best trust; None where no attack applies."""
+        for trust in VERDICTS:
+            for found in findings:
+                if found.trust == trust:
+                    return found
+        return None
+
+    @property
+    def best(self) -> Finding | None:
+        """That of this audit."""
+        return self.best_of(self.findings)
+
     @property
     def verdict(self) -> str:
         """The audit in one paragraph of plain words: those of the first attack with the best trust."""
-        for trust, words in VERDICTS.items():
-            for found in self.findings:
-                if found.trust == trust:
-                    return words.format(attack=found.attack.title)
-        return UNRELIABLE if self.applied else NOTHING_APPLIES
+        if (best := self.best) is not None:
+            return VERDICTS[best.trust].format(attack=best.attack.title)
+        reasons = {found.reason for found in self.findings}
+        # One reason for all of them says more than that none applies.
+        return f"{NOTHING_APPLIES} {reasons.pop().capitalize()}." if len(reasons) == 1 else NOTHING_APPLIES
+
+    @property
+    def leak(self) -> Leak:
+        """The same for machines."""
+        best = self.best
+        if best is None:
+            return "none"
+        return best.trust if best.trust in ("exact", "close", "likely", "coarse") else "unclear"

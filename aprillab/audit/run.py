@@ -8,15 +8,20 @@ and the words into a folder.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..anatomy import Anatomy, Rows, dissect
 from ..attacks.catalogue import CLOSED_FORMS, Attack
 from ..attacks.evidence import one_image
 from ..attacks.labels import Labels, recover_labels
-from ..attacks.replay import gradient_residual
+from ..attacks.pixels import normalization
+from ..attacks.replay import Loss
 from ..attacks.result import AttackNotApplicable, Condition, Reconstruction
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, check_update
@@ -26,6 +31,8 @@ from .words import Trust
 # Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to
 # 0.08 at 18 to 31 dB, above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
 _GOOD_REPLAY, _BAD_REPLAY = 0.01, 0.1
+_WORTH_A_WORD = 1e-5  # of noise
+_CLOSE, _COARSE = 40.0, 20.0  # dB, predicted: too good for the eye; recognizable
 
 
 def audit(
@@ -34,6 +41,10 @@ def audit(
     *,
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
+    strict: bool = False,
+    loss: Loss | None = None,
+    verify: bool = True,
+    labels: Tensor | None = None,
 ) -> Audit:
     """Try every closed form on an update and say how much of what it shows is to be believed.
 
@@ -47,7 +58,17 @@ def audit(
         Default is ``dissect(model)``.
     preprocessing : Preprocessing, optional
         Pixels to model input; default is the model family's own. A wrong one changes contrast and
-        colour of the pictures, nothing else.
+        colour of the pictures, nothing else, and ``Audit.pixels`` may notice it.
+    strict : bool
+        Refuse where an attack's count fails; by default its best picture is shown, with what is
+        missing.
+    loss : callable, optional
+        (logits, targets) to a scalar, the client's; see :func:`aprillab.invert`.
+    verify : bool
+        Play the client with each picture, at the cost of a gradient each. Without it no picture is
+        exact.
+    labels : int64 Tensor of shape (1,), optional
+        Where they are known and the head's gradient is not shared.
 
     Returns
     -------
@@ -72,40 +93,41 @@ def audit(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     check_update(model, update)
-    one = one_image(anatomy, update)
-    labels, labels_reason = _labels(model, update, anatomy, one)
-    notes = _notes(model, update, anatomy)
+    options = {"preprocessing": preprocessing, "strict": strict, "loss": loss, "verify": verify, "labels": labels}
     findings = []
     progress = tqdm(CLOSED_FORMS.values(), desc="attacks", disable=None, leave=False)
     for attack in progress:
         progress.set_postfix_str(attack.name)
-        result, reason = _attempt(attack, model, update, anatomy, preprocessing)
-        if result is None:
-            findings.append(Finding(attack, None, reason, None, "none"))
-            continue
-        replay, failed = _replay(model, update, result)
-        notes += failed
-        findings.append(Finding(attack, result, reason, replay, _trust(result, replay, one)))
+        result, reason = _attempt(attack, model, update, anatomy, options)
+        findings.append(
+            Finding(attack, result, reason, _replayed(result), "none" if result is None else _trust(result))
+        )
+    best = Audit.best_of(findings)
+    one = one_image(anatomy, update)
+    if best is not None and best.result is not None:
+        one = next(condition for condition in best.result.conditions if condition.name == one.name)
+    found, labels_reason = _labels(model, update, anatomy, one)
     return Audit(
         model=f"{type(model).__module__}.{type(model).__qualname__}",
         anatomy=anatomy,
         update=update,
         preprocessing=preprocessing,
         parts=_parts(model, update, anatomy),
-        labels=labels,
+        labels=found,
         labels_reason=labels_reason,
         one_image=one,
         findings=tuple(findings),
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys(_notes(model, update, anatomy, findings))),
+        pixels=None if best is None or best.result is None else normalization(best.result.images, preprocessing),
     )
 
 
 def _attempt(
-    attack: Attack, model: nn.Module, update: ClientUpdate, anatomy: Anatomy, preprocessing: Preprocessing
+    attack: Attack, model: nn.Module, update: ClientUpdate, anatomy: Anatomy, options: Mapping[str, Any]
 ) -> tuple[Reconstruction | None, str]:
     """What the attack returns, and its reason; None, and why, where it does not apply."""
     try:
-        result = attack.function(model, update, anatomy=anatomy, preprocessing=preprocessing)
+        result = attack.function(model, update, anatomy=anatomy, **options)
     except AttackNotApplicable as refusal:
         return None, refusal.reason
     except torch.linalg.LinAlgError as error:
@@ -113,32 +135,31 @@ def _attempt(
     return result, result.reason
 
 
-def _replay(model: nn.Module, update: ClientUpdate, result: Reconstruction) -> tuple[float | None, list[str]]:
-    """The gradient residual of a reconstruction; None, and a note, where the client cannot be
-    played.
-    """
-    try:
-        return gradient_residual(model, update, result), []
-    # The model is the user's, and so is whatever its forward pass raises.
-    except Exception as error:
-        return None, [f"Playing the client failed ({type(error).__name__}: {error}): no replay."]
+def _replayed(result: Reconstruction | None) -> float | None:
+    """What the replay missed; None where none was played."""
+    return None if result is None or result.replay is None else result.replay.residual
 
 
-def _trust(result: Reconstruction, replay: float | None, one: Condition) -> Trust:
-    """From the attack's verdict and predicted PSNR; a replay lowers them, or raises what no
-    condition vouches for.
+def _trust(result: Reconstruction) -> Trust:
+    """From the attack's conditions and predicted PSNR; a replay lowers them, or raises what no condition
+    vouches for.
     """
-    predicted = result.predicted_psnr or 0.0
-    misses = replay is not None and not replay < _BAD_REPLAY  # NaN misses
-    if not one.holds and (replay is None or misses):
-        return "mixture"
-    if result.exact or (result.conditions_hold and predicted >= 40):
-        return "contradicted" if misses else "exact" if result.exact else "close"
-    if misses:
+    predicted, miss = result.predicted_psnr or 0.0, _replayed(result)
+    misses, fits = miss is not None and not miss < _BAD_REPLAY, miss is not None and miss < _GOOD_REPLAY
+    one = {condition.name: condition.state for condition in result.conditions}["one image"]
+    if result.exact:
+        return "exact"
+    if one == "contradicted" and not fits:
+        return "mixture" if misses or miss is None else "unverified"
+    if result.determined and misses:
+        return "contradicted"
+    if result.determined and predicted >= _CLOSE:
+        return "close" if fits or miss is None else "coarse"
+    if fits and predicted >= _COARSE:
+        return "likely"
+    if misses or predicted < _COARSE:
         return "poor"
-    if not result.conditions_hold:
-        return "likely" if replay is not None and replay < _GOOD_REPLAY else "unverified"
-    return "coarse" if predicted >= 20 else "poor"
+    return "coarse" if one == "shown" else "unverified"
 
 
 def _labels(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, one: Condition) -> tuple[Labels | None, str]:
@@ -180,21 +201,47 @@ def _parts(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[Pa
     return tuple(parts)
 
 
-def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> list[str]:
+def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, findings: Sequence[Finding]) -> list[str]:
+    """What limits the audit, and what was noticed on the way."""
     notes = []
     if update.dtype in (torch.float16, torch.bfloat16):
         notes.append(
             f"The gradients came in {str(update.dtype).removeprefix('torch.')}, some three decimal digits: rounding "
             "alone limits what a closed form can show. A client that shares more digits shares more of its picture."
         )
+    noise = next((f.result.diagnostics["noise"] for f in findings if f.result is not None), 0.0)
+    if noise > _WORTH_A_WORD and torch.finfo(update.dtype).eps < noise:
+        notes.append(
+            f"The update carries noise: sums that must vanish miss by {noise:.0e} of what is summed, as if it had "
+            f"{max(-math.log2(noise), 0):.0f} bits. That, and not the file's precision, limits the pictures."
+        )
+    if any(f.result is not None and f.result.diagnostics.get("decay") for f in findings):
+        notes.append("A multiple of the weights was in the update, as weight decay leaves; it was taken off.")
     if update.source == "fedavg":
         notes.append(
-            "The update is a difference of weights: after more than one local step it is a mean of gradients at "
-            "different weights, which no closed form here models."
+            "The update is a difference of weights. After several local steps it is a sum of gradients at different "
+            "weights, which the patch-embedding system reads as well as one, if they are of one image."
         )
+    if update.rounding is not None:
+        notes.append(
+            f"Rounding of the weights leaves about {update.rounding:.0e} of the update, in which no more can be read."
+        )
+    notes += _of_the_model(model, update, anatomy)
+    failed = [f.result.replay for f in findings if f.result is not None and f.result.replay is not None]
+    notes += [f"{replay.words[0].upper()}{replay.words[1:]}." for replay in failed if "failed" in replay.words]
+    return notes
+
+
+def _of_the_model(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> list[str]:
+    """Notes on the head and on dropout."""
+    notes = []
     if anatomy.head_weight not in update.gradients and anatomy.head_bias not in update.gradients:
-        notes.append("The head's gradient is not shared: whether there was one image or a batch was not checked.")
+        notes.append(
+            "The head's gradient is not shared: no label was read off it, and without one no picture is played back."
+        )
     dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
     if dropouts:
-        notes.append("The model is in training mode with dropout: the replay draws other masks than the client did.")
+        notes.append(
+            "The model is in training mode with dropout: a replay would draw other masks than the client did."
+        )
     return notes

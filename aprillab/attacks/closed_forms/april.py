@@ -24,17 +24,20 @@ from ...anatomy import Anatomy, dissect
 from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
+from ..evidence import System as Spare
 from ..evidence import one_image
 from ..labels import labels_or_none
-from ..result import Condition, Reconstruction, predicted_psnr, report
+from ..reading import Reading, read_update
+from ..replay import Loss
+from ..result import Condition, Reconstruction, predicted_psnr, report, shown_if
+from ..verify import verified
 from .april_system import System, Systems, patch_gradient, read_system
 from .linear_algebra import condition_number, numerical_rank, row_space_basis
 
 Regularization = Literal["gcv", "none"]
 
-# M sums three products of weights and gradients: its rounding is some ε of the largest, noise and
-# batches leave more.
-_RESIDUAL_LIMIT = 1e4  # in units of ε
+# M sums three products of weights and gradients that nearly cancel: noise is that much larger in it.
+_GAIN = 10.0
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -167,9 +170,12 @@ def april_closed_form(
     regularization: Regularization | float = "gcv",
     systems: Systems | None = None,
     prior_pixel: float = 0.5,
+    strict: bool = True,
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Tensor | None = None,
+    loss: Loss | None = None,
+    verify: bool = True,
     device: torch.device | str | None = None,
 ) -> Reconstruction:
     """Solve APRIL's identity for the tokens of one image, and the patch embedding for its pixels.
@@ -197,9 +203,13 @@ def april_closed_form(
         p ≤ d, else ``"row_space"``.
     prior_pixel : float
         The flat picture, a grey level in [0, 1].
+    strict : bool
+        Refuse n + prefix > d; False returns the damped solution, marked not exact.
     anatomy : Anatomy, optional; default is ``dissect(model)``
     preprocessing : Preprocessing, optional; default is the model family's own
     labels : int64 Tensor of shape (1,), optional; if the attacker knows the label
+    loss, verify
+        As in :func:`~aprillab.attacks.verify.verified`.
     device : where to solve; default is where the update lies
 
     Returns
@@ -221,28 +231,28 @@ def april_closed_form(
     _check_options(regularization, systems)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    system = read_system(model, update, anatomy, device=device)
+    reading = read_update(model, update, anatomy)
+    system = read_system(model, reading.update, anatomy, strict=strict, device=device)
     (d, p), n = system.W_e.shape, len(system.G_p)
     systems = systems or ("attention" if p <= d else "row_space")
-    eps = torch.finfo(update.dtype).eps
 
     if regularization == "none" and systems == "attention":
         solution = _solve_in_two_steps(system)
     else:
         grey = torch.full((1, system.channels, 1, 1), prior_pixel).to(system.G)
         X0 = preprocessing.to_input(grey).flatten().repeat_interleave(system.patch_size**2).expand(n, p)
-        dW = patch_gradient(update, anatomy, systems, like=system.G)
-        solution = _solve_as_one(system, X0, dW, systems, regularization, eps)
+        dW = patch_gradient(reading.update, anatomy, systems, like=system.G)
+        solution = _solve_as_one(system, X0, dW, systems, regularization, reading.noise)
 
     # Pixels of which nothing is known, anywhere in [0, 1], have a variance of 1/12.
     variance = sum(std**2 for std in preprocessing.std) / len(preprocessing.std)
     predicted = predicted_psnr(float(solution.error.clamp_max(1 / 12 / variance).mean()), preprocessing)
-    one = one_image(anatomy, update)
-    conditions, numbers = _evidence(system, solution, systems, eps, str(update.dtype))
-    return report(
+    one = _one_image(system, solution, anatomy, reading)
+    conditions, numbers = _evidence(system, solution, systems, reading.noise)
+    result = report(
         "april_closed_form",
         unpatchify(solution.X[None], system.patch_size, anatomy.image_size),
-        conditions=(*conditions[:2], one, *conditions[2:]),
+        conditions=(*conditions, one),
         predicted_psnr=predicted,
         labels=labels_or_none(model, update, anatomy, labels, one=one),
         numbers={"patches": n, "width": d, "pixels_per_patch": p, **numbers, "regularization": regularization},
@@ -250,6 +260,7 @@ def april_closed_form(
         preprocessing=preprocessing,
         start=start,
     )
+    return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
 
 
 # --- Check, solve ---------------------------------------------------------------------------------
@@ -290,7 +301,7 @@ def _solve_in_two_steps(system: System) -> _Solution:
 
 
 def _solve_as_one(
-    system: System, X0: Tensor, dW: Tensor, systems: Systems, regularization: Regularization | float, eps: float
+    system: System, X0: Tensor, dW: Tensor, systems: Systems, regularization: Regularization | float, noise: float
 ) -> _Solution:
     """Both steps at once, Gᵀ (X − X₀) W_eᵀ = B, diagonal in the singular vectors of G and W_e, and
     damped there.
@@ -299,7 +310,9 @@ def _solve_as_one(
     # The deviations from grey, (3.4), of all pixels or in the patches' row space, (3.9), made
     # diagonal, (3.5).
     B = system.known(X0)
-    basis = row_space_basis(dW, n, eps) if systems == "row_space" else torch.eye(p).to(X0)  # (p, r)
+    # A flat picture of model input zero leaves no row space at all.
+    by_rows = systems == "row_space" and bool(dW.any())
+    basis = row_space_basis(dW, n, noise) if by_rows else torch.eye(p).to(X0)  # (p, r)
     parts = diagonal(system, B, basis)
     if systems == "both":
         parts = stack_rows(parts, system, dW, X0)
@@ -321,28 +334,31 @@ def _damping(regularization: Regularization | float, parts: Diagonal) -> float:
     return choose_damping(parts.a, parts.b, parts.rest, parts.spare, candidates)
 
 
+def _one_image(system: System, solution: _Solution, anatomy: Anatomy, reading: Reading) -> Condition:
+    """The equations Gᵀ Z = M to spare, or the head."""
+    d, tokens = len(system.M), len(system.G)
+    residual = float(solution.residual / system.M.norm().clamp_min(_TINY))
+    spare = Spare("GᵀZ = M", residual, max(d - tokens, 0), d, _GAIN)
+    return one_image(anatomy, reading.update, noise=reading.noise, system=spare)
+
+
 def _evidence(
-    system: System, solution: _Solution, systems: Systems, eps: float, dtype: str
+    system: System, solution: _Solution, systems: Systems, noise: float
 ) -> tuple[tuple[Condition, ...], dict[str, float | str]]:
     """The system's conditions, and the numbers for ``diagnostics``."""
     (d, p), tokens = system.W_e.shape, len(system.G)
     s = torch.linalg.svdvals(system.G)
-    rank, rank_e = numerical_rank(s, eps), numerical_rank(solution.patch_side, eps)
-    residual = float(solution.residual / system.M.norm())
+    rank, rank_e = numerical_rank(s, noise), numerical_rank(solution.patch_side, noise)
     lost = max(p - d, 0) if systems == "attention" else 0
     determined = rank_e == solution.unknowns and lost == 0
     conditions = (
         Condition(
-            "rank(∂l/∂E_pos) = n + 1", rank == tokens, {"rank": rank, "tokens": tokens, "d": d},
-            "rank {rank} of {tokens} ≤ d = {d}",
+            "rank(∂l/∂E_pos) = n + 1", shown_if(rank == tokens), {"rank": rank, "tokens": tokens, "d": d},
+            "rank {rank} of {tokens} ≤ d = {d}" if tokens <= d else "rank {rank} of {tokens} > d = {d}",
         ),
         Condition(
-            "pixels determined", determined, {"rank": rank_e, "unknowns": solution.unknowns, "p": p, "d": d},
+            "pixels determined", shown_if(determined), {"rank": rank_e, "unknowns": solution.unknowns, "p": p, "d": d},
             "rank {rank} for {unknowns} unknowns a patch (p = {p}, d = {d})",
-        ),
-        Condition(
-            "GᵀZ = M", tokens == d or residual < _RESIDUAL_LIMIT * eps, {"residual": residual, "dtype": dtype},
-            "relative residual {residual:.1e} in {dtype}",
         ),
     )  # fmt: skip
     return conditions, {
@@ -352,5 +368,6 @@ def _evidence(
         "condition_patch_embedding": condition_number(solution.patch_side),
         "systems": systems,
         "damping": solution.damping,
-        "residual": residual,
+        "residual": float(solution.residual / system.M.norm().clamp_min(_TINY)),
+        "noise": noise,
     }

@@ -48,7 +48,12 @@ class System:
 
 
 def read_system(
-    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, *, device: torch.device | str | None = None
+    model: nn.Module,
+    update: ClientUpdate,
+    anatomy: Anatomy,
+    *,
+    strict: bool = True,
+    device: torch.device | str | None = None,
 ) -> System:
     """The system of a model of architecture A whose update has what the identity needs, or a
     refusal.
@@ -62,19 +67,22 @@ def read_system(
             f'(first_block="{anatomy.first_block}"), so ∂l/∂E_pos is not the gradient at its input',
             first_block=anatomy.first_block,
         )
-    shared = shared_gradients(name, model, update, anatomy, NEEDS, device=device)
+    shared = shared_gradients(name, update, anatomy, NEEDS, device=device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
     M = attention_product(anatomy, weights, update.to(device).gradients)  # (d, d)
     G = shared["position"].flatten(0, -2)  # (t, d)
-    if len(G) > len(M):
+    if len(G) > len(M) and strict:
         raise AttackNotApplicable(
             name,
-            f"{len(G)} tokens, but gradients of width {len(M)}: rank(∂l/∂E_pos) = n + 1 needs n + 1 ≤ d",
+            f"{len(G)} tokens, but gradients of width {len(M)}: rank(∂l/∂E_pos) = n + 1 needs n + 1 ≤ d. strict=False "
+            "returns what is known, damped",
             tokens=len(G),
             width=len(M),
         )
     if not G.any():
-        raise AttackNotApplicable(name, "the position embedding's gradient is zero: the head passes nothing down")
+        raise AttackNotApplicable(
+            name, "the position embedding's gradient is zero: it may be frozen, or the head passes nothing down"
+        )
     E = weights[anatomy.position or ""].to(G).flatten(0, -2).clone()  # (t, d)
     if anatomy.prefix:
         E[: anatomy.position_prefix] += torch.cat([weights[token].to(G).flatten(0, -2) for token in anatomy.prefix])

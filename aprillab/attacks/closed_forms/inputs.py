@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...anatomy import Anatomy, Rows
-from ...update import ClientUpdate, check_update
+from ...preprocessing import Preprocessing
+from ...update import ClientUpdate
 from ..result import AttackNotApplicable
 
 _WORDS = {"position": "position embedding", "patch_weight": "patch embedding"}
@@ -14,7 +15,6 @@ _WORDS = {"position": "position embedding", "patch_weight": "patch embedding"}
 
 def shared_gradients(
     attack: str,
-    model: nn.Module,
     update: ClientUpdate,
     anatomy: Anatomy,
     needs: tuple[str, ...],
@@ -27,19 +27,17 @@ def shared_gradients(
     ----------
     attack : str
         Who asks; for the refusal.
-    model, update, anatomy
+    update : ClientUpdate, as :func:`~aprillab.attacks.reading.read_update` returns it
+    anatomy : Anatomy
     needs : tuple of str
         Fields of Anatomy.
     device : where to solve; default is where the update lies
 
     Raises
     ------
-    UpdateError
-        If the update does not belong to the model, or a tensor that the attacks read is not finite.
     AttackNotApplicable
         If the model has no such part, or its gradient is not shared.
     """
-    check_update(model, update, finite=anatomy.tensor_names())
     found = {}
     for part in needs:
         words, where = _WORDS.get(part, part), getattr(anatomy, part)
@@ -53,3 +51,18 @@ def shared_gradients(
             raise AttackNotApplicable(attack, f"the gradient of the {words} ({rows}) is not shared")
         found[part] = gradient.to(device, torch.float64)
     return found
+
+
+def grey_input(preprocessing: Preprocessing, channels: int, *, grey: float = 0.5) -> Tensor:
+    """The model input of a grey level, one number a channel (C,), float64."""
+    return preprocessing.to_input(torch.full((channels, 1, 1), grey, dtype=torch.float64)).flatten()
+
+
+def pixel_variance(preprocessing: Preprocessing) -> float:
+    """Of a pixel of which nothing is known, anywhere in [0, 1]; in model-input space.
+
+    >>> from aprillab.preprocessing import HALF
+    >>> round(pixel_variance(HALF), 4)
+    0.3333
+    """
+    return sum(1 / 12 / std**2 for std in preprocessing.std) / len(preprocessing.std)

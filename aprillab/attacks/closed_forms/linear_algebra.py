@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def thin_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, k), s (k,) and Vᵀ (k, k) of a tall A (m, k) = U diag(s) Vᵀ.
+    """U (m, r), s (r,) and Vᵀ (r, k) of A (m, k) = U diag(s) Vᵀ, with r = min(m, k).
 
     By a QR first: the singular values of the small triangle are those of A, at a third of the time.
 
@@ -20,7 +20,7 @@ def thin_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     [3.0, 2.0]
     """
     Q, R = torch.linalg.qr(A)
-    U, s, Vt = torch.linalg.svd(R)
+    U, s, Vt = torch.linalg.svd(R, full_matrices=False)
     return Q @ U, s, Vt
 
 

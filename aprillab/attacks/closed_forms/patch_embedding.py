@@ -12,6 +12,7 @@ derives it. We know of no publication that reads the patches off these two gradi
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,16 @@ from ...anatomy import Anatomy, dissect
 from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
-from ..evidence import one_image
+from ..evidence import System, one_image
 from ..labels import labels_or_none
-from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report
-from .inputs import shared_gradients
-from .linear_algebra import condition_number, numerical_rank, thin_svd
+from ..reading import Reading, read_update
+from ..replay import Loss
+from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report, shown_if
+from ..verify import verified
+from .inputs import grey_input, pixel_variance, shared_gradients
+from .linear_algebra import condition_number, thin_svd
 
 NEEDS = ("patch_weight", "position")
-
-# Rounding in dW and G leaves a residual of some ε; noise or a second image leave far more.
-_RESIDUAL_LIMIT = 1e3  # in units of ε
 
 
 # --- The equations: tensors in, tensors out. G (n, d), dW = ∂l/∂W_e (d, p), X (n, p), Gᵀ = U diag(s
@@ -63,6 +64,75 @@ def predicted_mse(noise: float, s: Tensor) -> float:
     return noise * float((1 / s**2).mean())
 
 
+def least_singular_value(s: Tensor, shape: torch.Size, noise: float) -> float:
+    """Below this a singular value of G may be the doing of noise in its entries (relative to their
+    r.m.s.): Bai and Yin's √n + √d times an entry's, or rounding of the largest.
+    """
+    entry = noise * float(s.square().sum() / shape.numel()) ** 0.5
+    return (
+        max(noise * float(s.max()), entry * sum(size**0.5 for size in shape))
+        if noise > 1e-6
+        else noise * float(s.max())
+    )
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The most probable patches X (n, p), and what is known of their error.
+
+    Attributes
+    ----------
+    X : Tensor (n, p), in model-input space
+    residual : Tensor (d, p)
+        What no X explains.
+    s : Tensor (min(n, d),)
+        Singular values of G.
+    rank : int
+        Directions of the patches that the update shows; n − rank are filled in grey.
+    mse : float
+        Expected, in model-input space.
+    gain : float
+        By how much the update's relative noise is larger in the relative residual.
+    """
+
+    X: Tensor
+    residual: Tensor
+    s: Tensor
+    rank: int
+    mse: float
+    gain: float
+
+
+def most_probable(dW: Tensor, G: Tensor, noise: float, prior: tuple[Tensor, float]) -> Patches:
+    """Least squares where the update says more than noise, grey where it does not.
+
+    Patches have the mean ``prior[0]`` (p,) and the variance ``prior[1]`` before anything is read, so
+    a direction with singular value s is divided by s + λ/s, with λ the noise's variance over theirs.
+    Where nothing is damped this is (4.3), its error (4.7).
+    """
+    (n, d), p = G.shape, dW.shape[1]
+    X0, variance = prior[0].expand(n, p), prior[1]
+    U, every, Vt = thin_svd(G.T)
+    rank = int((every > least_singular_value(every, G.shape, noise)).sum())
+    U, s, Vt = U[:, :rank], every[:rank], Vt[:rank]
+    B = dW - G.T @ X0
+    residual = B - U @ (U.T @ B)
+    # Noise in G comes back multiplied by the pixels, which are no larger than the prior allows.
+    pixels = float(X0.square().mean()) + variance
+    entry_of_G = noise * float(G.square().mean()) ** 0.5
+    carried = n * entry_of_G**2 * pixels
+    scale = float(dW.square().mean()) ** 0.5
+    sigma2 = max(noise_variance(residual, rank, noise, scale), carried)
+    # Noise in G itself bends a direction towards grey once its singular value is no larger, (4.8).
+    bent = (d * entry_of_G**2 / s**2).clamp_max(1.0) ** 2 * variance
+    damping = sigma2 / variance
+    X = X0 + solve_patches(B, U, s + damping / s, Vt)
+    known = (sigma2 / (s**2 + damping) + bent).clamp_max(variance)
+    mse = (float(known.sum()) + (n - rank) * variance) / n
+    gain = (1 + carried / max((noise * scale) ** 2, 1e-300)) ** 0.5
+    return Patches(X, residual, every, rank, mse, gain)
+
+
 # --- The attack -----------------------------------------------------------------------------------
 
 
@@ -70,9 +140,12 @@ def embedding_closed_form(
     model: nn.Module,
     update: ClientUpdate,
     *,
+    strict: bool = True,
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Tensor | None = None,
+    loss: Loss | None = None,
+    verify: bool = True,
     device: torch.device | str | None = None,
 ) -> Reconstruction:
     """Solve ``∂l/∂W_e = Gᵀ X`` for the patches of one private image.
@@ -85,88 +158,90 @@ def embedding_closed_form(
     Parameters
     ----------
     model : nn.Module
-        Only its parts' names and shapes are used, not its weights.
+        Only its parts' names and shapes are used to solve, not its weights; the replay uses them.
     update : ClientUpdate
+    strict : bool
+        Refuse n > d; False returns the patches with the directions that are missing filled in grey.
     anatomy : Anatomy, optional; default is ``dissect(model)``
     preprocessing : Preprocessing, optional; default is the model family's own
     labels : int64 Tensor of shape (1,), optional; if the attacker knows the label
+    loss, verify
+        As in :func:`~aprillab.attacks.verify.verified`.
     device : where to solve; default is where the update lies
 
     Returns
     -------
     Reconstruction
-        With ``diagnostics``: ``rank``, ``condition`` of G, ``residual`` (relative).
+        With ``diagnostics``: ``rank``, ``missing`` (n − rank, directions of the patches that are
+        filled in), ``condition`` of G, ``residual`` (relative), ``noise`` (of the update), ``decay``
+        (the multiple of the weights that was taken off).
 
     Raises
     ------
     AttackNotApplicable
-        If a gradient is not shared, n > d, or G is zero.
+        If a gradient is not shared, n > d, G is zero, or the update is one of Adam's steps.
     UpdateError
         If the update does not belong to the model, or a tensor that is read is not finite.
     """
     start = time.perf_counter()
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    dW, G, patch_size = _check(model, update, anatomy, device)
-    (d, p), n, eps = dW.shape, len(G), torch.finfo(update.dtype).eps
-
-    # The singular values of G tell rank, condition and error too. Below ε they are noise: (4.5).
-    U, s, Vt = thin_svd(G.T)
-    rank = numerical_rank(s, eps)
-    s_used = s.clamp_min(eps * s[0])
-    # The patches: Gᵀ X = ∂l/∂W_e, (4.3).
-    X = solve_patches(dW, U, s_used, Vt)
-    # What no X explains is noise, (4.8); it predicts the error with no original seen, (4.7).
-    residual = dW - G.T @ X
-    relative = float(residual.norm() / dW.norm())
-    noise = noise_variance(residual, n, eps, float(dW.square().mean().sqrt()))
-    predicted = predicted_psnr(predicted_mse(noise, s_used), preprocessing)
-
-    fits = d == n or relative < _RESIDUAL_LIMIT * eps
-    one = one_image(anatomy, update)
-    conditions = (
-        Condition("rank(G) = n", rank == n, {"rank": rank, "n": n, "d": d}, "rank {rank} of n = {n} ≤ d = {d}"),
-        one,
-        Condition(
-            "∂W_e = GᵀX", fits, {"residual": relative, "dtype": str(update.dtype)},
-            "relative residual {residual:.1e} in {dtype}",
-        ),
+    reading = read_update(model, update, anatomy)
+    dW, G, patch_size = _check(reading, anatomy, strict, device)
+    (d, p), n = dW.shape, len(G)
+    grey = grey_input(preprocessing, p // patch_size**2).to(G).repeat_interleave(patch_size**2)
+    found = most_probable(dW, G, reading.noise, (grey, pixel_variance(preprocessing)))
+    relative = float(found.residual.norm() / dW.norm()) if dW.any() else 0.0
+    # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
+    of = d - (anatomy.first_block == "prenorm")
+    one = one_image(
+        anatomy, reading.update, noise=reading.noise,
+        system=System("∂W_e = GᵀX", relative, max(of - n, 0), of, found.gain),
     )  # fmt: skip
-    return report(
+    result = report(
         "embedding_closed_form",
-        unpatchify(X[None], patch_size, anatomy.image_size),
-        conditions=conditions,
-        predicted_psnr=predicted,
+        unpatchify(found.X[None], patch_size, anatomy.image_size),
+        conditions=(
+            Condition(
+                "rank(G) = n", shown_if(found.rank == n), {"rank": found.rank, "n": n, "d": d},
+                "rank {rank} of n = {n} ≤ d = {d}" if n <= d else "rank {rank} of n = {n} > d = {d}",
+            ),
+            one,
+        ),
+        predicted_psnr=predicted_psnr(found.mse, preprocessing),
         labels=labels_or_none(model, update, anatomy, labels, one=one),
         numbers={
-            "patches": n, "width": d, "pixels_per_patch": p, "rank": rank, "condition": condition_number(s),
-            "residual": relative,
+            "patches": n, "width": d, "pixels_per_patch": p, "rank": found.rank, "missing": n - found.rank,
+            "condition": condition_number(found.s), "residual": relative, "noise": reading.noise,
+            "decay": reading.decay,
         },
         dtype=update.dtype,
         preprocessing=preprocessing,
         start=start,
     )  # fmt: skip
+    return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
 
 
 def _check(
-    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None
+    reading: Reading, anatomy: Anatomy, strict: bool, device: torch.device | str | None
 ) -> tuple[Tensor, Tensor, int]:
     """∂l/∂W_e (d, p), G (n, d) and the patch size, in pixels, or a refusal."""
     name = "embedding_closed_form"
-    shared = shared_gradients(name, model, update, anatomy, NEEDS, device=device)
+    shared = shared_gradients(name, reading.update, anatomy, NEEDS, device=device)
     dW = shared["patch_weight"].flatten(1)
     G = shared["position"].flatten(0, -2)[anatomy.position_prefix :]
-    if len(G) > len(dW):
+    if len(G) > len(dW) and strict:
         raise AttackNotApplicable(
             name,
-            f"{len(G)} patches, but gradients of width {len(dW)}: rank(G) = n needs n ≤ d",
+            f"{len(G)} patches, but gradients of width {len(dW)}: rank(G) = n needs n ≤ d. strict=False returns what "
+            "is known, with the rest filled in grey",
             patches=len(G),
             width=len(dW),
         )
     if not G.any():
         raise AttackNotApplicable(
             name,
-            "the position embedding's gradient is zero. A head that is still zero (torchvision initializes it so) "
-            "passes no gradient down: such an update carries the label and nothing of the image",
+            "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
+            "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
         )
     return dW, G, shared["patch_weight"].shape[-1]

@@ -27,11 +27,15 @@ from ...anatomy import Anatomy, dissect, tensors_of
 from ...metrics import EXACT_TO_8_BITS_DB
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
-from ..evidence import one_image
+from ..evidence import System, one_image
 from ..labels import labels_or_none
-from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report
-from .inputs import shared_gradients
+from ..reading import Reading, read_update
+from ..replay import Loss
+from ..result import MARGIN, AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report, shown_if
+from ..verify import verified
+from .inputs import pixel_variance, shared_gradients
 from .noisy_span import NoisySpan, noisy_span
+from .probe import places_of, tokens_as_read
 from .span_solution import SpanSolution
 
 NEEDS = ("patch_weight", "query", "key", "value")
@@ -39,7 +43,6 @@ NEEDS = ("patch_weight", "query", "key", "value")
 # Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted
 # from the minimum of the least squares was too small by at most this.
 _MARGIN_DB = 7.0
-_EXCESS_LIMIT = 1e3  # in units of ε: rounding leaves a few, a second image or noise far more
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
 _DEAD = 1e-3  # of the median γ: a feature with less carries nothing to the attention
 # Normal equations square the condition number. Where the factor's diagonal shows a square up to
@@ -197,6 +200,8 @@ def span_closed_form(
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Tensor | None = None,
+    loss: Loss | None = None,
+    verify: bool = True,
     device: torch.device | str | None = None,
 ) -> Reconstruction:
     """Find, patch by patch, the pixels whose token is the smallest combination of the rows.
@@ -223,6 +228,8 @@ def span_closed_form(
     anatomy : Anatomy, optional; default is ``dissect(model)``
     preprocessing : Preprocessing, optional; default is the model family's own
     labels : int64 Tensor of shape (1,), optional; if the attacker knows the label
+    loss, verify
+        As in :func:`~aprillab.attacks.verify.verified`.
     device : where to solve; default is where the update lies
 
     Returns
@@ -242,46 +249,55 @@ def span_closed_form(
     start = time.perf_counter()
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    solution = solve_span(model, update, anatomy=anatomy, strict=strict, device=device)
-    predicted = predicted_psnr(solution.mean_square_error, preprocessing)
-    span, eps = solution.token_side, torch.finfo(update.dtype).eps
-    conditions = (
-        Condition(
-            "enough width", solution.width_needed <= solution.usable_width,
-            {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
-        ),
-        one_image(anatomy, update),
-        Condition(
-            "no more directions than tokens", span.excess < 1e3 * eps,
-            {"excess": span.excess, "tokens": span.tokens, "dtype": str(update.dtype)},
-            "{excess:.1e} of the gradient lies outside {tokens} directions, in {dtype}",
-        ),
-        Condition(
-            "tokens stand out from the noise", span.gap > 2, {"gap": span.gap},
-            "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
-        ),
-        Condition(
-            "margin", not 0 <= predicted - EXACT_TO_8_BITS_DB < _MARGIN_DB,
-            {"predicted": predicted, "margin": _MARGIN_DB},
-            "predicted {predicted:.1f} dB, which can be too optimistic by up to {margin:.0f} dB",
-        ),
-    )  # fmt: skip
-    return report(
+    reading = read_update(model, update, anatomy)
+    solution = solve_span(model, reading, anatomy=anatomy, strict=strict, device=device)
+    error = min(solution.mean_square_error, pixel_variance(preprocessing))
+    predicted = predicted_psnr(error, preprocessing)
+    conditions = _conditions(solution, reading, anatomy, predicted)
+    result = report(
         "span_closed_form",
         solution.images,
-        conditions=conditions,
+        conditions=(*conditions, tokens_as_read(model, anatomy, tensors_of(model))),
         predicted_psnr=predicted,
         labels=labels_or_none(model, update, anatomy, labels),
-        numbers=solution.numbers,
+        numbers={**solution.numbers, "noise": reading.noise, "decay": reading.decay},
         dtype=update.dtype,
         preprocessing=preprocessing,
         start=start,
     )
+    return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+
+
+def _conditions(
+    solution: SpanSolution, reading: Reading, anatomy: Anatomy, predicted: float
+) -> tuple[Condition, ...]:
+    """What the span attack rests on, but for the tokens' way to the attention."""
+    span, numbers = solution.token_side, solution.numbers
+    spare = int(numbers["width_of_rows"]) - span.tokens
+    # Only where every token is seen does nothing beyond them mean that there is no second image.
+    seen = span.gap > _LEAST_GAP
+    system = System("the span", span.excess, spare, spare + span.tokens, numbers["noise_gain"]) if seen else None
+    return (
+        Condition(
+            "enough width", shown_if(solution.width_needed <= solution.usable_width),
+            {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
+        ),
+        one_image(anatomy, reading.update, system=system, noise=reading.noise),
+        Condition(
+            "tokens stand out from the noise", shown_if(seen), {"gap": span.gap},
+            "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
+        ),
+        Condition(
+            MARGIN, shown_if(not 0 <= predicted - EXACT_TO_8_BITS_DB < _MARGIN_DB),
+            {"predicted": predicted, "margin": _MARGIN_DB},
+            "predicted {predicted:.1f} dB, which can be too optimistic by up to {margin:.0f} dB",
+        ),
+    )  # fmt: skip
 
 
 def solve_span(
     model: nn.Module,
-    update: ClientUpdate,
+    update: ClientUpdate | Reading,
     *,
     anatomy: Anatomy,
     batch_size: int = 1,
@@ -299,9 +315,9 @@ def solve_span(
     AttackNotApplicable
         As :func:`span_closed_form`.
     """
-    shared = _check(model, update, anatomy, device)
+    reading = update if isinstance(update, Reading) else read_update(model, update, anatomy)
+    shared = _check(reading.update, anatomy, device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
-    eps = torch.finfo(update.dtype).eps
     equations = _equations(shared, anatomy, weights)
     dW = shared["patch_weight"].flatten(1)  # (d, p)
     (d, p), n = dW.shape, equations.e.shape[1]
@@ -313,8 +329,8 @@ def solve_span(
         _refuse_width(needed, equations, tokens, min(p, batch_size * n), prenorm)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
-    token_side = noisy_span(equations.D, tokens, eps)
-    pixel_side = noisy_span(dW, batch_size * n, eps)
+    token_side = noisy_span(equations.D, tokens, reading.noise)
+    pixel_side = noisy_span(dW, batch_size * n, reading.noise)
     solution, variance, ratio = smallest_combination(equations, token_side, pixel_side)
     return SpanSolution(
         patches=solution.patches,
@@ -335,6 +351,8 @@ def solve_span(
             "tokens_above_noise": token_side.above_noise,
             "gap": token_side.gap,
             "outside": token_side.excess,
+            "width_of_rows": equations.D.shape[1],
+            "noise_gain": _noise_gain(equations.D, tokens),
             "ratio": ratio,
         },
     )
@@ -343,9 +361,15 @@ def solve_span(
 # --- Check ----------------------------------------------------------------------------------------
 
 
-def _check(
-    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None
-) -> dict[str, Tensor]:
+def _noise_gain(D: Tensor, tokens: int) -> float:
+    """By how much noise, relative to an entry's r.m.s., is larger outside the tokens in rows of length 1."""
+    squares = D.square().sum(1)
+    squares = squares[squares > 0]
+    entry = float(squares.sum()) / D.numel()
+    return max(D.shape[1] - tokens, 0) ** 0.5 * (entry * float((1 / squares).mean())) ** 0.5
+
+
+def _check(update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None) -> dict[str, Tensor]:
     """The gradients that the span needs, or a refusal."""
     name = "span_closed_form"
     if anatomy.first_block not in ("april", "prenorm"):
@@ -360,7 +384,7 @@ def _check(
             "without a position embedding every patch obeys the same equations: nothing tells the patches apart, and "
             "x = 0 solves them all when there is no bias",
         )
-    shared = shared_gradients(name, model, update, anatomy, NEEDS, device=device)
+    shared = shared_gradients(name, update, anatomy, NEEDS, device=device)
     if not shared["patch_weight"].any() or not any(shared[part].any() for part in ("query", "key", "value")):
         raise AttackNotApplicable(name, "the first attention's gradient is zero: the head passes nothing down")
     return shared
@@ -369,9 +393,7 @@ def _check(
 def _equations(shared: Mapping[str, Tensor], anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
     """The token equations of a model: its values of W_e, b_e + E_i, γ and β put in."""
     W_e = weights[anatomy.patch_weight].double().flatten(1)  # (d, p)
-    places = weights[anatomy.position or ""].double().flatten(0, -2)[anatomy.position_prefix :]  # (n, d)
-    if anatomy.patch_bias is not None:
-        places = places + weights[anatomy.patch_bias].double()
+    places = places_of(anatomy, weights)  # (n, d)
     D = torch.cat([shared[part] for part in ("query", "key", "value")])  # (3d, d)
     if anatomy.first_block == "april":
         return token_equations(D, W_e, places)

@@ -31,7 +31,7 @@ from ..closed_forms.span import solve_span
 from ..closed_forms.span_solution import SpanSolution
 from ..labels import assumed_batch_size, labels_or_none
 from ..replay import as_shared
-from ..result import AttackNotApplicable, Condition, Reconstruction
+from ..result import AttackNotApplicable, Condition, Reconstruction, shown_if
 from ..searches.coordinates import Coordinates
 from ..searches.match import match_gradients
 from ..searches.problem import Loss
@@ -309,20 +309,20 @@ def _conditions(rounds: Rounds, replay: Replay, residual: float | None, opened: 
     return (
         Condition(
             "every patch settled",
-            settled == patches,
+            shown_if(settled == patches),
             {"settled": settled, "patches": patches, "open": opened, "directions": len(rounds.grid.centres)},
             "{settled} of {patches} patches were settled, "
             "where the span left {open} of {directions} directions a patch open",
         ),
         Condition(
             "replayed gradient is the update",
-            residual is not None and residual <= replay.rounding,
+            "not checked" if residual is None else shown_if(residual <= replay.rounding),
             {"rounding": replay.rounding} | ({} if residual is None else {"residual": residual}),
             replayed,
         ),
         Condition(
             "precision verifies a picture",
-            replay.rounding < _COARSEST,
+            shown_if(replay.rounding < _COARSEST),
             {"rounding": replay.rounding, "precision": str(replay.update.dtype).removeprefix("torch.")},
             "{precision} rounds to {rounding:.1e}"
             + ("" if replay.rounding < _COARSEST else ", and so coarse a gradient verifies no picture"),

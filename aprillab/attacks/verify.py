@@ -1,0 +1,347 @@
+"""Exact means verified: the client is played with the picture, and its gradient must be the update.
+
+At the logits every loss is a vector r, and for one image the head's bias gradient is r itself. So
+the gradient of ⟨r, logits⟩ at the reconstruction must be the update, whatever the loss and the
+label were, up to one factor that all tensors have in common. A client of several local steps is
+played step by step, which needs its loss and its label.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy
+from ..preprocessing import Preprocessing
+from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
+from .pixels import normalization
+from .reading import Reading
+from .replay import Loss, as_shared
+from .result import REPLAY, Reconstruction, Replay, verdict
+
+# How far a picture with this predicted error may miss its update: data/results/fuzz.md.
+_OF_NOISE, _OF_ERROR = 30.0, 10.0
+_BEST_FOR_MISS = 10.0  # dB: no picture was better than −20 log₁₀ of its miss by more
+_MOST_LIMIT = 0.1  # a picture that is not the client's misses by about the whole norm
+_BRIGHTNESSES = 15  # tried where tensors have factors of their own, in steps of √2 down from the brightest possible
+_MOMENTA = (0.0, 0.9)  # tried in this order where the client's is not known
+
+
+def verified(
+    found: Reconstruction,
+    model: nn.Module,
+    reading: Reading,
+    anatomy: Anatomy,
+    *,
+    preprocessing: Preprocessing,
+    loss: Loss | None = None,
+    verify: bool = True,
+) -> Reconstruction:
+    """The reconstruction with its replay, and with the verdict that follows.
+
+    Parameters
+    ----------
+    found : Reconstruction of one image, not verified yet
+    model : nn.Module
+    reading : Reading, the update and its noise
+    anatomy : Anatomy
+    preprocessing : Preprocessing
+        For a picture whose brightness only the replay can tell.
+    loss : callable, optional
+        (logits, targets) to a scalar, the client's; needed where the head's gradient is not shared,
+        or after several local steps (default there: cross-entropy).
+    verify : bool
+        False plays nothing: then nothing is exact.
+    """
+    start = time.perf_counter()
+    if not verify:
+        replay = Replay("not checked", "the client was not played: verify=False")
+        return _with_replay(found, replay, preprocessing)
+    try:
+        with torch.random.fork_rng(devices=[found.images.device] if found.images.is_cuda else []):
+            found, replay = _played(found, model, reading, anatomy, preprocessing, loss)
+    # The model is the user's, and so is whatever its forward pass raises.
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        replay = Replay("not checked", f"playing the client failed ({type(error).__name__}: {text})")
+    return _with_replay(found, replace(replay, seconds=time.perf_counter() - start), preprocessing)
+
+
+def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preprocessing) -> Reconstruction:
+    """The verdict, drawn from conditions, prediction and replay; and how its pixels fit what was assumed of them."""
+    conditions = (*(c for c in found.conditions if c.name != REPLAY), replay.condition)
+    predicted = found.predicted_psnr if found.predicted_psnr is not None else float("nan")
+    if replay.state == "contradicted" and replay.residual:
+        predicted = min(predicted, _BEST_FOR_MISS - 20 * math.log10(replay.residual))
+    exact, reason = verdict(conditions, predicted)
+    fit = normalization(found.images, preprocessing)
+    if fit.state == "contradicted":
+        reason += f"; the model's input, that is: its pixels are {fit.text}"
+    return replace(
+        found, replay=replay, conditions=conditions, exact=exact, reason=reason, predicted_psnr=predicted,
+        diagnostics={**found.diagnostics, "normalization": fit.text},
+    )  # fmt: skip
+
+
+def _played(
+    found: Reconstruction,
+    model: nn.Module,
+    reading: Reading,
+    anatomy: Anatomy,
+    preprocessing: Preprocessing,
+    loss: Loss | None,
+) -> tuple[Reconstruction, Replay]:
+    """The replay, and the picture, whose brightness it may correct."""
+    client, update = _inner(model, reading.update, anatomy)
+    images = found.images.to(next(client.parameters()))
+    limit = _limit(reading.noise, found.predicted_psnr)
+    if _draws(client, images):
+        return found, Replay(
+            "not checked", "the model draws at random (dropout, in training mode): no replay is the client's"
+        )
+    if update.local_steps > 1:
+        return found, _by_steps(client, update, images, found.labels, loss, limit)
+    play = _player(client, update, anatomy, found.labels, loss)
+    if isinstance(play, str):
+        return found, Replay("not checked", play)
+    reads = _parts_read(anatomy, update)
+    gradients = play(images)
+    residual, factor = compare(gradients, update.gradients, reads)
+    words = "played back, the picture gives this update up to {residual:.1e} (limit {limit:.1e}), factor {factor:.3g}"
+    if residual <= limit:
+        return found, _replay("shown", words, residual, limit, factor)
+    if not found.determined:
+        words = words.replace("gives this update up to", "misses this update by")
+        return found, _replay("contradicted", words, residual, limit, factor)
+    return _with_factors(found, play, update, residual, limit, factor, preprocessing)
+
+
+def _replay(state, words: str, residual: float, limit: float, factor: float) -> Replay:
+    numbers = {"residual": residual, "limit": limit, "factor": factor}
+    return Replay(state, words.format(**numbers), **numbers)
+
+
+def _limit(noise: float, predicted_psnr: float | None) -> float:
+    """How far the right picture may miss: by the update's noise, and by the error predicted for it."""
+    error = 10 ** (-(predicted_psnr or 0.0) / 20)
+    return min(_OF_NOISE * noise + _OF_ERROR * error, _MOST_LIMIT)
+
+
+# --- The client ---------------------------------------------------------------------------------------------------
+
+
+def _inner(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[nn.Module, ClientUpdate]:
+    """The ViT that reads model input, within whatever holds it, and the update under its names."""
+    prefix = f"{anatomy.root}." if anatomy.root else ""
+    head = anatomy.head_weight or anatomy.head_bias
+    if not prefix or (head is not None and not head.startswith(prefix)):
+        return as_shared(model, update), update
+    inner = {name.removeprefix(prefix): g for name, g in update.gradients.items() if name.startswith(prefix)}
+    update = replace(update, gradients=inner, withheld=())
+    return as_shared(model.get_submodule(anatomy.root), update), update
+
+
+def _parts_read(anatomy: Anatomy, update: ClientUpdate) -> list[str]:
+    """Names, within the ViT, of the tensors that closed forms read."""
+    prefix = f"{anatomy.root}." if anatomy.root else ""
+    parts = [anatomy.patch_weight, anatomy.position or ""]
+    names = {name for part in parts for name in (part, part.removeprefix(prefix))}
+    return [name for name in update.gradients if name in names]
+
+
+def _draws(client: nn.Module, images: Tensor) -> bool:
+    """Whether two forward passes differ."""
+    if not client.training:
+        return False
+    with torch.no_grad():
+        return not torch.equal(logits_of(client, images), logits_of(client, images))
+
+
+Player = Callable[[Tensor], Mapping[str, Tensor]]
+
+
+def _player(
+    client: nn.Module, update: ClientUpdate, anatomy: Anatomy, labels: Tensor | None, loss: Loss | None
+) -> Player | str:
+    """Images to gradients, as the client would make them; or why that cannot be played."""
+    r = _at_the_logits(update, anatomy)
+    if r is not None:
+        return lambda images: _vector_jacobian(client, images, r)
+    if labels is None:
+        return "not played back: the head's gradient is not shared, and no label is known"
+    known = labels
+    return lambda images: (
+        client_update(client, images, known.to(images.device), loss=loss or nn.functional.cross_entropy).gradients
+    )
+
+
+def _at_the_logits(update: ClientUpdate, anatomy: Anatomy) -> Tensor | None:
+    """r up to a factor, from the head's bias gradient, or from its weight gradient r fᵀ."""
+    prefix = f"{anatomy.root}." if anatomy.root else ""
+    names = [(name or "").removeprefix(prefix) for name in (anatomy.head_bias, anatomy.head_weight)]
+    bias, weight = (update.gradients.get(name) for name in names)
+    if bias is not None and bias.any():
+        return bias
+    if weight is None or not weight.any():
+        return None
+    return weight @ weight[weight.double().norm(dim=1).argmax()]
+
+
+def _vector_jacobian(client: nn.Module, images: Tensor, r: Tensor) -> dict[str, Tensor]:
+    """The gradient of ⟨r, logits⟩."""
+    trained = {name: p for name, p in client.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        logits = logits_of(client, images)
+        found = torch.autograd.grad((logits * r.to(logits)).sum(), list(trained.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)
+    }
+
+
+# --- Judgement ----------------------------------------------------------------------------------------------------
+
+
+def compare(
+    mine: Mapping[str, Tensor], shared: Mapping[str, Tensor], reads: list[str] | None = None
+) -> tuple[float, float]:
+    """‖s g' − g‖ / ‖g‖ with the best s, the largest of all tensors' together and of each in ``reads``; and s.
+
+    >>> g = {"weight": torch.tensor([1.0, 2.0])}
+    >>> compare({"weight": torch.tensor([0.5, 1.0])}, g)
+    (0.0, 2.0)
+    """
+    pairs = {
+        name: (mine[name].double(), g.to(mine[name].device).double()) for name, g in shared.items() if name in mine
+    }
+    products = sum(float((a * b).sum()) for a, b in pairs.values())
+    squares = sum(float(a.square().sum()) for a, _ in pairs.values())
+    factor = products / squares if squares > 0 else 0.0
+    misses = {name: (float((factor * a - b).norm()), float(b.norm())) for name, (a, b) in pairs.items()}
+    size = sum(b**2 for _, b in misses.values()) ** 0.5
+    worst = [sum(a**2 for a, _ in misses.values()) ** 0.5 / max(size, 1e-300)]
+    worst += [
+        a / b for name in reads or () if name in misses and (b := misses[name][1]) > 0 for a in [misses[name][0]]
+    ]
+    return max(worst), factor
+
+
+def _own_factors(mine: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[float, float]:
+    """As :func:`compare`, with a factor for each tensor: the r.m.s. of the tensors' misses, weighted by size; and
+    the largest factor over the least.
+    """
+    missed, size, factors = 0.0, 0.0, []
+    for name, g in shared.items():
+        if name not in mine or not g.any() or not mine[name].any():
+            continue
+        a, b = mine[name].double(), g.to(mine[name].device).double()
+        factor = float((a * b).sum() / a.square().sum())
+        length = float(b.norm())
+        # All tensors count alike: their sizes say nothing once each has a factor.
+        missed, size = (
+            missed + float((factor * a - b).norm() / length) ** 2 * b.numel() ** 0.5,
+            size + b.numel() ** 0.5,
+        )
+        factors.append(abs(factor))
+    return (missed / size) ** 0.5 if size else 1.0, max(factors) / max(min(factors), 1e-300) if factors else 1.0
+
+
+def _with_factors(
+    found: Reconstruction, play: Player, update: ClientUpdate, residual: float, limit: float, factor: float,
+    preprocessing: Preprocessing,
+) -> tuple[Reconstruction, Replay]:  # fmt: skip
+    """The replay with a factor for each tensor, as layers' learning rates leave: it shows the brightness too.
+
+    With them ∂W_e and G have two factors, so that the patch-embedding system returns the picture's
+    model input times their ratio, with no residual.
+    """
+    gap = lambda c: _own_factors(play(float(c) * images), update.gradients)[0]  # noqa: E731
+    images = found.images.to(next(iter(update.gradients.values())).device)
+    best, left = 1.0, gap(1.0)
+    if left > limit and found.attack == "embedding_closed_form":
+        best, left = _brightness(found.images, gap, preprocessing)
+    if not left <= limit:
+        words = (
+            "played back, the picture misses this update by {residual:.1e} (limit {limit:.1e}): other weights, another "
+            "mode or another protocol than the client's, or factors that differ within a tensor"
+        )
+        return found, _replay("contradicted", words, residual, limit, factor)
+    spread = _own_factors(play(best * images), update.gradients)[1]
+    if best != 1.0:
+        found = replace(found, images=best * found.images, pixels=preprocessing.to_pixels(best * found.images))
+    words = f"played back with a factor for each tensor (largest over least {spread:.3g}), the picture"
+    words += f", its model input times {best:.4g}," if best != 1.0 else ""
+    words += " gives this update up to {residual:.1e} (limit {limit:.1e})"
+    return found, _replay("shown", words, left, limit, factor)
+
+
+def _brightness(images: Tensor, gap: Callable[[float], float], preprocessing: Preprocessing) -> tuple[float, float]:
+    """The factor of the model input with which the replay fits best, and what it leaves."""
+    black_white = torch.stack([torch.zeros(images.shape[1:]), torch.ones(images.shape[1:])]).double()
+    brightest = float(preprocessing.to_input(black_white).abs().max()) / max(float(images.abs().max()), 1e-300)
+    tried = [1.05 * brightest * 2 ** (-k / 2) for k in range(_BRIGHTNESSES)]
+    gaps = [gap(c) for c in tried]
+    k = min(range(len(tried)), key=gaps.__getitem__)
+    ends = tried[min(k + 1, len(tried) - 1)], tried[max(k - 1, 0)]
+    fit = minimize_scalar(gap, bounds=ends, method="bounded", options={"xatol": 1e-9 * ends[1], "maxiter": 60})
+    return (float(fit.x), float(fit.fun)) if fit.fun < gaps[k] else (tried[k], gaps[k])
+
+
+# --- Several local steps ------------------------------------------------------------------------------------------
+
+
+def _by_steps(
+    client: nn.Module, update: ClientUpdate, images: Tensor, labels: Tensor | None, loss: Loss | None, limit: float
+) -> Replay:
+    """The client's local steps, one after another, on the picture."""
+    if update.learning_rate is None:
+        return Replay("not checked", "not played back: several local steps, and no learning rate is known")
+    if labels is None:
+        return Replay("not checked", "not played back: several local steps, and no label is known")
+    momenta = _MOMENTA if update.momentum is None else (update.momentum,)
+    tried = {}
+    for momentum in momenta:
+        mine = _steps(client, replace(update, momentum=momentum), images, labels, loss or nn.functional.cross_entropy)
+        tried[momentum] = compare(mine, update.gradients)
+        if tried[momentum][0] <= limit:
+            break
+    momentum = min(tried, key=lambda m: tried[m][0])
+    residual, factor = tried[momentum]
+    words = f"played back over {update.local_steps} local steps, momentum {momentum:g}, the picture "
+    if residual <= limit:
+        return _replay(
+            "shown", words + "gives this update up to {residual:.1e} (limit {limit:.1e})", residual, limit, factor
+        )
+    words += "misses this update by {residual:.1e} (limit {limit:.1e}): another loss, optimizer or picture"
+    return _replay("contradicted", words, residual, limit, factor)
+
+
+def _steps(client: nn.Module, update: ClientUpdate, images: Tensor, labels: Tensor, loss: Loss) -> dict[str, Tensor]:
+    """What a client would share after its local steps of SGD."""
+    trained = copy.deepcopy(client)
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    protocol = {
+        "learning_rate": update.learning_rate, "local_steps": update.local_steps, "momentum": update.momentum,
+        "nesterov": update.nesterov, "weight_decay": update.weight_decay or 0.0,
+    }  # fmt: skip
+    optimizer = torch.optim.SGD(
+        [p for p in trained.parameters() if p.requires_grad], lr=protocol["learning_rate"],
+        momentum=protocol["momentum"] or 0.0, nesterov=bool(protocol["nesterov"] and protocol["momentum"]),
+        weight_decay=protocol["weight_decay"],
+    )  # fmt: skip
+    for _ in range(update.local_steps):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss(logits_of(trained, images), labels.to(images.device)).backward()
+        optimizer.step()
+    after = {name: p.detach() for name, p in trained.named_parameters()}
+    try:
+        return dict(update_from_states(before, after, **protocol).gradients)
+    except UpdateError:  # nothing moved
+        return {name: torch.zeros_like(p) for name, p in before.items()}
