@@ -165,7 +165,8 @@ REASONS = {
     "zero gradient": ("is zero", "are zero"),
     "too narrow": ("needs n", "equations for", "n ≤ d", "> "),
     "first block": ("first attention",),
-    "weights": ("weights",),
+    "weights sent": ("are weights", "these are weights"),
+    "Adam": ("Adam",),
     "not finite": ("NaN",),
 }
 
