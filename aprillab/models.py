@@ -21,9 +21,8 @@ Block = Literal["april", "prenorm"]
 Position = Literal["learned", "frozen", "sinusoidal", "none"]
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into non-overlapping square patches, row by row, each flattened as (channel, y,
-    x).
+def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """Cut images into non-overlapping patches, row by row, each flattened as (channel, y, x).
 
     This is the order in which a convolution with ``kernel_size = stride = patch_size`` reads them,
     so ``patchify(images, P) @ conv.weight.flatten(1).T + conv.bias`` is the patch embedding.
@@ -31,7 +30,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Parameters
     ----------
     images : Tensor of shape (B, C, H, W), with H and W multiples of ``patch_size``
-    patch_size : int, in pixels
+    patch_size : int or (height, width), in pixels
 
     Returns
     -------
@@ -50,19 +49,20 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     tensor([2., 3., 6., 7.])
     """
     b, c, h, w = images.shape
-    if h % patch_size or w % patch_size:
+    ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if h % ph or w % pw:
         raise ValueError(f"patch_size={patch_size} does not tile an image of {h}×{w} pixels")
-    x = images.reshape(b, c, h // patch_size, patch_size, w // patch_size, patch_size)  # (B, C, gy, P, gx, P)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch_size**2)  # (B, n, p)
+    x = images.reshape(b, c, h // ph, ph, w // pw, pw)  # (B, C, gy, P, gx, P)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * ph * pw)  # (B, n, p)
 
 
-def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) -> Tensor:
+def unpatchify(patches: Tensor, patch_size: int | tuple[int, int], image_size: tuple[int, int]) -> Tensor:
     """Put patches back into images: the inverse of :func:`patchify`.
 
     Parameters
     ----------
     patches : Tensor of shape (B, n, p)
-    patch_size : int, in pixels
+    patch_size : int or (height, width), in pixels
     image_size : (H, W), in pixels
 
     Returns
@@ -82,10 +82,11 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) ->
     """
     b, n, p = patches.shape
     h, w = image_size
-    gy, gx = h // patch_size, w // patch_size
-    if h % patch_size or w % patch_size or gy * gx != n or p % patch_size**2:
+    ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    gy, gx = h // ph, w // pw
+    if h % ph or w % pw or gy * gx != n or p % (ph * pw):
         raise ValueError(f"{n} patches of {p} numbers do not make an image of {h}×{w} at patch_size={patch_size}")
-    x = patches.reshape(b, gy, gx, -1, patch_size, patch_size)  # (B, gy, gx, C, P, P)
+    x = patches.reshape(b, gy, gx, -1, ph, pw)  # (B, gy, gx, C, P, P)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, h, w)
 
 

@@ -3,6 +3,18 @@
 """
 
 from .dissect import dissect
+from .positions import likely_size, position_gradient, position_values
 from .record import Anatomy, Rows, UnknownModelError, tensors_of
+from .tiling import Tiling
 
-__all__ = ["Anatomy", "Rows", "UnknownModelError", "dissect", "tensors_of"]
+__all__ = [
+    "Anatomy",
+    "Rows",
+    "Tiling",
+    "UnknownModelError",
+    "dissect",
+    "likely_size",
+    "position_gradient",
+    "position_values",
+    "tensors_of",
+]

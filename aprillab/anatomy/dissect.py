@@ -1,38 +1,46 @@
 """Where a Vision Transformer keeps what an attack reads: one place that knows every library's
 names.
 
-``dissect(model)`` returns an :class:`Anatomy`, names only, no tensors; the attacks look the names
-up in the model (its weights) and in the update (its gradients).
+``dissect(model)`` returns an :class:`Anatomy`, names only; the attacks look the names up in the
+model (its weights) and in the update (its gradients).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .readers import READERS
-from .record import NAME_FIELDS, ROW_FIELDS, Anatomy, Rows, UnknownModelError, tensors_of
+from ..preprocessing import UNIT
+from .checks import check, check_stem, with_patch
+from .readers.known import NO_POSITIONS, READERS
+from .record import ROW_FIELDS, Anatomy, Rows, UnknownModelError, tensors_of
+from .wrappers import choose, is_in, last_head, seen_from_outside, vits_in
 
 
-def dissect(model: nn.Module, **parts: Any) -> Anatomy:
+def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatomy:
     """Find the parts of a Vision Transformer that an attack reads.
 
-    Known are this package's :class:`~aprillab.models.VisionTransformer`, torchvision's
-    ``VisionTransformer`` (``vit_b_16`` and alike), timm's ``VisionTransformer`` (``vit_*``,
-    ``deit*``, with distillation or register tokens) and transformers'
-    ``ViTForImageClassification``, alone or inside a wrapper such as ``nn.Sequential(normalize,
-    vit)``.
+    Known are this package's :class:`~aprillab.models.VisionTransformer`; torchvision's
+    ``VisionTransformer`` (``vit_b_16`` and alike); timm's ``VisionTransformer`` (``vit_*``,
+    ``deit*``, with distillation or register tokens), ``Eva``, ``Beit`` and ``Cait``; transformers'
+    ViT, DeiT, Dinov2, ViTMSN, BEiT, CLIP and SigLIP, classifiers and backbones; MONAI's ``ViT`` of
+    pictures. Each is found alone or inside a wrapper such as ``nn.Sequential(normalize, vit)``,
+    ``torch.compile``'s or a module of teacher and student, of which the trained one is read.
 
     Parameters
     ----------
     model : nn.Module
+    vit : str, optional
+        Path of the ViT that is meant, where the model trains several.
     **parts
         Fields of :class:`Anatomy` by name, to correct what was found or to describe a model that is
         not known. A projection may be given as ``"name"`` or ``"name[start:stop]"``. For an unknown
-        model at least ``patch_weight`` and ``image_size`` (an int or a pair) are needed.
+        model at least ``patch_weight`` and ``image_size`` (an int or a pair) are needed, and for a
+        linear map of flattened patches ``patch_size`` and ``pixel_order``. For a known model
+        ``image_size`` names the size of the pictures, where the library interpolates the position
+        embedding for it.
 
     Returns
     -------
@@ -41,10 +49,11 @@ def dissect(model: nn.Module, **parts: Any) -> Anatomy:
     Raises
     ------
     UnknownModelError
-        If the model is not known and ``parts`` do not describe it.
+        If the model is not known and ``parts`` do not describe it, or it trains several ViTs and
+        none is named.
     ValueError
         If a part that was handed over has an unknown field, names a tensor the model does not have,
-        or one whose shape does not fit the others.
+        or one whose shape does not fit the others; or if the model cannot take that image size.
 
     Examples
     --------
@@ -55,110 +64,111 @@ def dissect(model: nn.Module, **parts: Any) -> Anatomy:
     >>> str(anatomy.key)
     'encoder.layers.encoder_layer_0.self_attention.in_proj_weight[64:128]'
     """
-    known = {field.name for field in fields(Anatomy)}
+    known = {field.name for field in fields(Anatomy)} - {"resampling"}
     if wrong := sorted(set(parts) - known):
-        raise ValueError(f"dissect: no part is called {', '.join(wrong)}; there are {', '.join(sorted(known))}")
+        raise ValueError(f"dissect: no part is called {', '.join(wrong)}; there are {', '.join(sorted(known))}, vit")
     given = {name: _as_field(name, value) for name, value in parts.items()}
-    anatomy = _recognize(model)
+    anatomy = _read(model, vit, given)
     if anatomy is not None:
-        anatomy = replace(anatomy, **given)
+        anatomy = with_patch(model, replace(anatomy, **given))
     elif {"patch_weight", "image_size"} <= set(given):
-        anatomy = Anatomy(**{"family": "described by the caller", **given})
+        anatomy = with_patch(model, Anatomy(**{"family": "described by the caller", **given}))
+        check_stem(model, anatomy)
+        if anatomy.head_weight is None:
+            width = len(tensors_of(model)[anatomy.patch_weight])
+            anatomy = replace(anatomy, **last_head(model, width))
     else:
         raise UnknownModelError(_what_was_looked_for(model))
-    _check(model, anatomy)
-    return anatomy
+    check(model, anatomy)
+    return anatomy if "preprocessing" in given else _with_fitting_preprocessing(anatomy)
 
 
 def _as_field(name: str, value: Any) -> Any:
     """A part as the caller wrote it, in the type of its field."""
     if name in ROW_FIELDS and isinstance(value, str):
         return Rows.parse(value)
-    if name == "image_size":
-        return (value, value) if isinstance(value, int) else tuple(value)
+    if name in ("image_size", "patch_size"):
+        sizes = (value, value) if isinstance(value, int) else tuple(value)
+        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"{name} must be a number of pixels or (height, width), not {value!r}")
+        return sizes
+    if name == "pixel_order" and sorted(str(value).split()) != ["c", "h", "w"]:
+        raise ValueError(f"pixel_order must have the letters c, h and w, as in 'h w c', not {value!r}")
     if name == "prefix":
         return (value,) if isinstance(value, str) else tuple(value)
     return value
 
 
-def _check(model: nn.Module, anatomy: Anatomy) -> None:
-    """Every name must be a tensor of the model, and the tensors must have the shapes the attacks
-    read.
-    """
-    tensors = tensors_of(model)
-    wanted = [getattr(anatomy, f) for f in NAME_FIELDS] + list(anatomy.prefix)
-    wanted += [getattr(anatomy, f).name for f in ROW_FIELDS if getattr(anatomy, f) is not None]
-    if missing := [name for name in wanted if name is not None and name not in tensors]:
-        raise ValueError(
-            f"{type(model).__name__} has no tensor called {', '.join(missing)}; "
-            f"its tensors are {', '.join(list(tensors)[:12])}, … ({len(tensors)} in all)"
-        )
-    shape = tuple(tensors[anatomy.patch_weight].shape)
-    if len(shape) != 4 or shape[2] != shape[3]:
-        raise ValueError(f"patch_weight {anatomy.patch_weight!r} must have shape (d, C, P, P), not {shape}")
-    if any(size % shape[-1] for size in anatomy.image_size):
-        raise ValueError(f"patches of {shape[-1]} pixels do not tile an image of {anatomy.image_size}")
-    _check_shapes(anatomy, tensors)
+def _read(model: nn.Module, vit: str | None, given: dict[str, Any]) -> Anatomy | None:
+    """The anatomy of the ViT that is meant, with names from the outermost model."""
+    vits = vits_in(model)
+    if not vits:
+        if vit is not None:
+            raise UnknownModelError(f"vit={vit!r}: {_what_was_looked_for(model)}")
+        return None
+    weight = given.get("patch_weight")
+    if weight is not None and vit is None:
+        if not any(is_in(weight, found.path) for found in vits):
+            return None  # the caller describes another part of the model
+        vit = weight
+    elif vit is not None and vit not in dict(model.named_modules()):
+        at = ", ".join(repr(found.path) for found in vits)
+        raise UnknownModelError(f"vit={vit!r} is no module of this model; its Vision Transformers are at {at}")
+    found, remark = choose(vits, vit)
+    anatomy = seen_from_outside(model, found.reader(found.module, given.get("image_size")), found.path, vits)
+    return replace(anatomy, remark="; ".join(word for word in (remark, anatomy.remark) if word))
 
 
-def _check_shapes(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> None:
-    """The parts must fit the patch embedding's width d and each other."""
-    d, _, patch, _ = tensors[anatomy.patch_weight].shape
-    for part in ("patch_bias", "norm_weight", "norm_bias"):
-        name = getattr(anatomy, part)
-        if name is not None and tensors[name].shape != (d,):
-            raise ValueError(f"{part} {name!r} must have shape {(d,)}, not {tuple(tensors[name].shape)}")
-    for triple, tail in ((ROW_FIELDS[:3], (d,)), (ROW_FIELDS[3:], ())):
-        rows = [getattr(anatomy, part) for part in triple if getattr(anatomy, part) is not None]
-        shapes = [tuple(tensors[r.name][r.start : r.stop].shape) for r in rows]
-        if any(shape != shapes[0] or not shape[0] or shape[1:] != tail for shape in shapes):
-            seen = ", ".join(f"{r} {shape}" for r, shape in zip(rows, shapes, strict=True))
-            raise ValueError(f"{', '.join(triple)} must be rows of one shape, {('m', *tail)}, not {seen}")
-    if anatomy.position is not None:
-        shape, prefix = tensors[anatomy.position].shape, anatomy.position_prefix
-        n = (anatomy.image_size[0] // patch) * (anatomy.image_size[1] // patch)
-        if shape[-1] != d or shape[:-1].numel() != prefix + n:
-            raise ValueError(
-                f"position {anatomy.position!r} must have position_prefix + patches = {prefix} + {n} rows of "
-                f"width {d}, not shape {tuple(shape)}"
-            )
-
-
-def _recognize(model: nn.Module) -> Anatomy | None:
-    """The anatomy of the first ViT among the model and its submodules, with names from the
-    outermost model.
-    """
-    for prefix, module in model.named_modules():
-        for base in type(module).__mro__:
-            reader = READERS.get(f"{base.__module__}.{base.__name__}")
-            if reader is not None:
-                return _with_prefix(reader(module), f"{prefix}." if prefix else "")
-    return None
-
-
-def _with_prefix(anatomy: Anatomy, prefix: str) -> Anatomy:
-    """The same anatomy seen from a model that holds the ViT as a submodule."""
-    changes: dict[str, Any] = {"prefix": tuple(prefix + name for name in anatomy.prefix)}
-    for field in NAME_FIELDS:
-        if (name := getattr(anatomy, field)) is not None:
-            changes[field] = prefix + name
-    for field in ROW_FIELDS:
-        if (rows := getattr(anatomy, field)) is not None:
-            changes[field] = replace(rows, name=prefix + rows.name)
-    return replace(anatomy, **changes)
+def _with_fitting_preprocessing(anatomy: Anatomy) -> Anatomy:
+    """Without the family's recipe where the model's pictures have another number of channels."""
+    recipe = anatomy.preprocessing
+    if max(len(recipe.mean), len(recipe.std)) in (1, anatomy.channels):
+        return anatomy
+    word = f"pictures of {anatomy.channels} channels: the model's input is taken for the pixels"
+    remark = f"{anatomy.remark}; {word}" if anatomy.remark else word
+    return replace(anatomy, preprocessing=UNIT, remark=remark)
 
 
 def _what_was_looked_for(model: nn.Module) -> str:
+    """Why the model is not known, and what its owner can do."""
+    name = f"{type(model).__module__}.{type(model).__name__}"
+    for module in model.modules():
+        for base in type(module).__mro__:
+            full = f"{base.__module__}.{base.__name__}"
+            reason = next((why for start, why in NO_POSITIONS.items() if full.startswith(start)), None)
+            if reason is not None:
+                return f"{name} is not a Vision Transformer known to aprillab: {reason}"
+    convolutions = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    if convolutions and not _attends(model):
+        return (
+            f"{name} is no Vision Transformer: it has convolutions and no attention. The closed forms read ViTs; "
+            "al.match_gradients(model, update, image_shape=(C, H, W)) needs no anatomy"
+        )
     kernels = [
-        f"{name}.weight {tuple(m.weight.shape)}"
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride and m.kernel_size[0] > 1
+        f"{path}.weight {tuple(m.weight.shape)}"
+        for path, m in convolutions
+        if m.kernel_size == m.stride and max(m.kernel_size) > 1
     ]
-    seen = "; ".join(kernels[:3]) if kernels else "none"
+    known: dict[str, list[str]] = {}
+    for reader in READERS:
+        known.setdefault(reader.partition(".")[0], []).append(reader.rpartition(".")[2])
+    listed = "; ".join(
+        f"{library}'{'s' * (library[-1] != 's')} {', '.join(classes)}" for library, classes in known.items()
+    )
     return (
-        f"{type(model).__module__}.{type(model).__name__} is not a Vision Transformer known to aprillab. "
-        f"Looked for, in the model and its submodules: {', '.join(sorted(READERS))}. "
+        f"{name} is not a Vision Transformer known to aprillab. "
+        f"Looked for, in the model and its submodules: {listed}. "
         f"Convolutions that could be a patch embedding "
-        f"(kernel = stride): {seen}. Name the parts yourself: dissect(model, patch_weight=…, image_size=…, "
+        f"(kernel = stride): {'; '.join(kernels[:3]) if kernels else 'none'}. "
+        "Name the parts yourself: dissect(model, patch_weight=…, image_size=…, "
         "position=…, query=…, key=…, value=…, …)."
+    )
+
+
+def _attends(model: nn.Module) -> bool:
+    """Whether a module is called an attention."""
+    words = ("attention", "attn", "qkv", "transformer")
+    return any(
+        any(word in f"{path} {type(module).__name__}".lower() for word in words)
+        for path, module in model.named_modules()
     )

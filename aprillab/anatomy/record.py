@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor, nn
 
 from ..preprocessing import UNIT, Preprocessing
+from .tiling import CONVOLUTION, Tiling
 
 
 class UnknownModelError(ValueError):
@@ -77,35 +78,58 @@ class Anatomy:
     image_size : (int, int)
         Height and width in pixels.
     patch_weight, patch_bias : str, str or None
-        Patch embedding: weight of shape (d, C, P, P), bias of shape (d,).
+        Patch embedding: weight of shape (d, C, P, P) or, of flattened patches, (d, p); bias (d,).
+    patch_size : (int, int) or None
+        Height and width in pixels; ``dissect`` reads it off a convolution.
+    channels : int or None
+        C, of the picture; ``dissect`` reads it off the weight.
+    pixel_order : str
+        In which order the weight reads a patch, the slowest first: ``"c h w"`` of a convolution.
     head_weight, head_bias : str or None
-        The classifier: (classes, d) and (classes,).
+        The layer that gives the logits: (classes, d) and (classes,).
     position : str or None
         Position embedding, parameter or buffer, of shape (…, rows, d).
     position_prefix : int
         Its rows before the first patch (class token, registers); 0 where only patches are embedded.
+    resizes : bool
+        Whether the library can interpolate the position embedding for pictures of another size.
+    resampling : Tensor (rows', rows) or None
+        R, where it does: the tokens get E' = R E, the prefix's rows among them.
     prefix : tuple of str
         Parameters of the tokens before the patches: class token, distillation token, registers.
     query, key, value, query_bias, key_bias, value_bias : Rows or None
         The first attention's projections, (d, d) and (d,).
     norm_weight, norm_bias : str or None
-        LayerNorm before the first attention, (d,) each; None in architecture A.
-    first_block : {"april", "prenorm", "unknown"}
-        What stands between the tokens and the first attention: nothing, one LayerNorm, something
-        else.
+        The norm right before the first attention, (d,) each; None in architecture A.
+    embedding_norm_weight, embedding_norm_bias : str or None
+        LayerNorm between the embedding and the first block (CLIP), (d,) each.
+    first_block : {"april", "postnorm", "prenorm", "two norms", "rmsnorm", "unknown"}
+        What stands between the tokens and the first attention: nothing and no way around the
+        attention; nothing, with a residual around it; one LayerNorm; one LayerNorm after another;
+        one RMSNorm; something else.
     heads : int or None
     preprocessing : Preprocessing
         Pixels to model input, as the library's own recipe for this model has it (public knowledge).
+    root : str
+        Path of the module that turns model input into logits: ``""`` where it is the whole model,
+        ``"1"`` in ``nn.Sequential(normalize, vit)``.
+    remark : str
+        What the reader should know: a second ViT in the model, positions that are rotary.
     """
 
     family: str
     image_size: tuple[int, int]
     patch_weight: str
     patch_bias: str | None = None
+    patch_size: tuple[int, int] | None = None
+    channels: int | None = None
+    pixel_order: str = CONVOLUTION
     head_weight: str | None = None
     head_bias: str | None = None
     position: str | None = None
     position_prefix: int = 0
+    resizes: bool = False
+    resampling: Tensor | None = field(default=None, repr=False, compare=False)
     prefix: tuple[str, ...] = ()
     query: Rows | None = None
     key: Rows | None = None
@@ -115,15 +139,31 @@ class Anatomy:
     value_bias: Rows | None = None
     norm_weight: str | None = None
     norm_bias: str | None = None
+    embedding_norm_weight: str | None = None
+    embedding_norm_bias: str | None = None
     first_block: str = "unknown"
     heads: int | None = None
     preprocessing: Preprocessing = UNIT
     root: str = ""
+    remark: str = ""
+
+    @property
+    def tiling(self) -> Tiling:
+        """How the picture is cut into patches.
+
+        Raises
+        ------
+        ValueError
+            If the size of a patch is not known: this is no anatomy that ``dissect`` made.
+        """
+        if self.patch_size is None:
+            raise ValueError("the anatomy has no patch_size: take it from dissect(model, …)")
+        return Tiling(self.patch_size, self.image_size, self.pixel_order)
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors of the model that an attack may read."""
-        found = {name for field in NAME_FIELDS if (name := getattr(self, field)) is not None}
-        found |= {rows.name for field in ROW_FIELDS if (rows := getattr(self, field)) is not None}
+        found = {name for part in NAME_FIELDS if (name := getattr(self, part)) is not None}
+        found |= {rows.name for part in ROW_FIELDS if (rows := getattr(self, part)) is not None}
         return found | set(self.prefix)
 
     def names(self) -> dict[str, str]:
@@ -135,19 +175,22 @@ class Anatomy:
         {'patch_weight': 'stem.weight', 'query': 'qkv.weight[0:64]'}
         """
         found = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for part in fields(self):
+            value = getattr(self, part.name)
             if isinstance(value, Rows):
-                found[field.name] = str(value)
-            elif field.name == "prefix" and value:
-                found[field.name] = ", ".join(value)
-            elif field.name in NAME_FIELDS and value is not None:
-                found[field.name] = value
+                found[part.name] = str(value)
+            elif part.name == "prefix" and value:
+                found[part.name] = ", ".join(value)
+            elif part.name in NAME_FIELDS and value is not None:
+                found[part.name] = value
         return found
 
 
 #: Fields of :class:`Anatomy` that name one tensor, and those that name rows of one.
-NAME_FIELDS = ("patch_weight", "patch_bias", "head_weight", "head_bias", "position", "norm_weight", "norm_bias")
+NAME_FIELDS = (
+    "patch_weight", "patch_bias", "head_weight", "head_bias", "position", "norm_weight", "norm_bias",
+    "embedding_norm_weight", "embedding_norm_bias",
+)  # fmt: skip
 ROW_FIELDS = ("query", "key", "value", "query_bias", "key_bias", "value_bias")
 
 

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ..anatomy import Anatomy
 from ..update import ClientUpdate
+from .reading import measured_noise
 from .result import Condition, State
 
 _NAME = "one image"
 #: What a second image leaves of a system, relative to what is there to be left. Measured at 32×32 on 64 batches of
 #: two: 0.001 to 0.7, median 0.04 to 0.4. Beyond this no noise explains it; below, noise must.
 _SECOND = 0.1
+_OF_A_PRODUCT = 30.0  # times the noise: what rounding or noise leaves of an outer product
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,16 @@ def one_image(
     system : System, optional
         Of the attack that asks; without one, or with no equation to spare, the head decides.
     noise : float, optional
-        Of the update, as :func:`~aprillab.attacks.reading.read_update` measures it; default is the
-        format's ε.
+        Of the update; default is what :func:`~aprillab.attacks.reading.measured_noise` says, at
+        least the format's ε.
 
     Returns
     -------
     Condition
         Shown for several images with the same pixels, too: their mixture is the picture.
     """
-    noise = max(noise or 0.0, torch.finfo(torch.float64).eps) if noise else torch.finfo(update.dtype).eps
+    if noise is None:
+        noise = max(measured_noise(anatomy, update.gradients) or 0.0, torch.finfo(update.dtype).eps)
     if system is not None and system.spare > 0:
         return _by_system(system, noise)
     if update.batch_size is not None and update.batch_size > 1:
@@ -106,13 +109,13 @@ def _by_system(system: System, noise: float) -> Condition:
 def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
     """The head's gradient: signs of its bias, rank of its weight."""
     bias = update.gradients.get(anatomy.head_bias or "")
-    if bias is not None and len(bias) > 2 and (several := _both_signs(bias)) > 1:
+    if bias is not None and len(bias) > 2 and (several := min(clear_signs(bias, noise))) > 1:
         words = "{several} entries of the head's bias gradient have the sign of a label: at least {several} labels"
         return _said("contradicted", words, several=several)
     weight = update.gradients.get(anatomy.head_weight or "")
     if weight is None or not weight.any():
         return _said("not checked", "not checked: no equation is to spare, and the head's gradient is not shared")
-    residual, limit = one_image_residual(weight), limit_of(noise)
+    residual, limit = one_image_residual(weight), _OF_A_PRODUCT * noise
     if residual > limit:
         words = "head weight gradient misses rank one by {residual:.1e} (limit {limit:.1e})"
         return _said("contradicted", words, residual=residual, limit=limit)
@@ -128,9 +131,16 @@ def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
     return _said("shown", words, residual=residual, limit=limit)
 
 
-def _both_signs(bias: Tensor) -> int:
-    """How many entries have the rarer sign: one for one image, also where the update's sign is reversed."""
-    return min(int((bias < 0).sum()), int((bias > 0).sum()))
+def clear_signs(bias: Tensor, noise: float) -> tuple[int, int]:
+    """How many entries are negative, and how many positive, beyond noise relative to their r.m.s.
+
+    One entry has the rarer sign if there is one image, also where the update's sign is reversed.
+
+    >>> clear_signs(torch.tensor([0.1, -0.9, 0.8, -1e-9]), 1e-7)
+    (1, 2)
+    """
+    clear = 4 * noise * float(bias.double().square().mean()) ** 0.5
+    return int((bias < -clear).sum()), int((bias > clear).sum())
 
 
 def one_image_residual(head_gradient: Tensor) -> float:

@@ -21,6 +21,7 @@ from .result import AttackNotApplicable
 # Mean over r.m.s. of |entries|: 1 for signs, 0.80 Gaussian. Measured at 32×32, the mean over patch embedding,
 # queries and head: gradients 0.57 to 0.74, one to twenty steps of Adam 0.83 to 1.00 (batches of one and eight).
 _ONE_SIZE, _EACH = 0.83, 0.79
+CENTRED = ("prenorm", "two norms")  # first blocks of models whose tokens only LayerNorms read
 _ENOUGH = 256  # entries a tensor, to say so
 _CLEAR = 30.0  # a sum that misses by this many times the format's ε is no rounding
 _EXPLAINED = 0.1  # of a sum may be left when weight decay has been taken off
@@ -38,6 +39,8 @@ class Reading:
         Of an entry, relative to the r.m.s. of its tensor: measured, at least that of the format.
     measured : bool
         False where no sum was there to measure it by; then ``noise`` is the format's ε.
+    noise_of_position : float
+        Of an entry of the position embedding's gradient, as it stands.
     decay : float
         What multiple of the weights was in the update and was taken off.
     """
@@ -45,6 +48,7 @@ class Reading:
     update: ClientUpdate
     noise: float
     measured: bool
+    noise_of_position: float
     decay: float = 0.0
 
     @property
@@ -78,12 +82,36 @@ def read_update(
     check_update(model, update, finite=anatomy.tensor_names() if finite is None else finite)
     _refuse_one_size(update, anatomy)
     noise = measured_noise(anatomy, update.gradients)
-    eps = torch.finfo(update.dtype).eps
-    if noise is None:
-        return Reading(update, eps, False)
-    if noise < _CLEAR * eps:
-        return Reading(update, max(noise, eps), True)
+    if noise is None or noise < _CLEAR * torch.finfo(update.dtype).eps:
+        return _reading(update, anatomy, noise)
     return _without_decay(update, anatomy, tensors_of(model), noise)
+
+
+def _reading(update: ClientUpdate, anatomy: Anatomy, noise: float | None, decay: float = 0.0) -> Reading:
+    """The noise, at least that of the format, of all and of the position's rows."""
+    eps = torch.finfo(update.dtype).eps
+    known = max(noise or 0.0, eps)
+    of_position = _noise_of_position(anatomy, update.gradients, known, eps)
+    return Reading(update, known, noise is not None, of_position, decay)
+
+
+def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise: float, eps: float) -> float:
+    """Of an entry of the patches' rows: the least that the tensor's size and two sums allow.
+
+    Noise in the bias's gradient can only add to what its sum over n rows misses, and in architecture
+    B each row of d entries must sum to zero by itself.
+    """
+    position = gradients.get(anatomy.position or "")
+    if position is None:
+        return 0.0
+    rows = position.double().flatten(0, -2)[anatomy.position_prefix :]
+    found = [noise * float(position.double().square().mean().sqrt())]
+    miss, size = _bias_sum(anatomy, gradients)
+    if size:
+        found.append(float(miss.norm()) / rows.numel() ** 0.5)
+    if anatomy.first_block in CENTRED:
+        found.append(float(rows.sum(1).norm()) / rows.numel() ** 0.5)
+    return max(min(found), eps * float(rows.square().mean().sqrt()))
 
 
 def measured_noise(anatomy: Anatomy, gradients: Mapping[str, Tensor]) -> float | None:
@@ -123,7 +151,7 @@ def _head_sum(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, 
 def _row_sums(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
     """The sum of each row of G, in architecture B."""
     position = tensors.get(anatomy.position or "")
-    if position is None or anatomy.first_block != "prenorm":
+    if position is None or anatomy.first_block not in CENTRED:
         return torch.zeros(1), 0.0
     return position.double().flatten(0, -2).sum(1), float(position.double().norm())
 
@@ -142,7 +170,7 @@ def _without_decay(update: ClientUpdate, anatomy: Anatomy, weights: Mapping[str,
     if of_matrices is None:  # of another loss, or no head: what holds for the position holds for all
         of_matrices = of_rest
     if not of_matrices:
-        return Reading(update, noise, True)
+        return _reading(update, anatomy, noise)
     apart = {anatomy.position, *anatomy.prefix}
     cleaned = {}
     for name, g in gradients.items():
@@ -150,9 +178,8 @@ def _without_decay(update: ClientUpdate, anatomy: Anatomy, weights: Mapping[str,
         cleaned[name] = (g.double() - multiple * at[name].double()).to(torch.promote_types(g.dtype, torch.float32))
     left = measured_noise(anatomy, cleaned) or noise
     if not left < noise:
-        return Reading(update, noise, True)
-    eps = torch.finfo(update.dtype).eps
-    return Reading(replace(update, gradients=cleaned), max(left, eps), True, of_matrices)
+        return _reading(update, anatomy, noise)
+    return _reading(replace(update, gradients=cleaned), anatomy, left, of_matrices)
 
 
 def _multiple(shared: tuple[Tensor, float], weights: tuple[Tensor, float]) -> float | None:

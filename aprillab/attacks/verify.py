@@ -24,10 +24,11 @@ from ..update import ClientUpdate, UpdateError, client_update, logits_of, update
 from .pixels import normalization
 from .reading import Reading
 from .replay import Loss, as_shared
-from .result import REPLAY, Reconstruction, Replay, verdict
+from .result import REPLAY, Reconstruction, Replay, State, verdict
 
+EMBEDDING = "embedding_closed_form"
 # How far a picture with this predicted error may miss its update: data/results/fuzz.md.
-_OF_NOISE, _OF_ERROR = 30.0, 10.0
+_OF_NOISE, _OF_ERROR = 300.0, 10.0
 _BEST_FOR_MISS = 10.0  # dB: no picture was better than −20 log₁₀ of its miss by more
 _MOST_LIMIT = 0.1  # a picture that is not the client's misses by about the whole norm
 _BRIGHTNESSES = 15  # tried where tensors have factors of their own, in steps of √2 down from the brightest possible
@@ -78,7 +79,8 @@ def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preproces
     """The verdict, drawn from conditions, prediction and replay; and how its pixels fit what was assumed of them."""
     conditions = (*(c for c in found.conditions if c.name != REPLAY), replay.condition)
     predicted = found.predicted_psnr if found.predicted_psnr is not None else float("nan")
-    if replay.state == "contradicted" and replay.residual:
+    # The patch-embedding system predicts without the weights; where they decide, the replay has the last word.
+    if replay.state == "contradicted" and replay.residual and found.attack != EMBEDDING:
         predicted = min(predicted, _BEST_FOR_MISS - 20 * math.log10(replay.residual))
     exact, reason = verdict(conditions, predicted)
     fit = normalization(found.images, preprocessing)
@@ -120,10 +122,10 @@ def _played(
     if not found.determined:
         words = words.replace("gives this update up to", "misses this update by")
         return found, _replay("contradicted", words, residual, limit, factor)
-    return _with_factors(found, play, update, residual, limit, factor, preprocessing)
+    return _with_factors(found, images, play, update, residual, limit, factor, preprocessing)
 
 
-def _replay(state, words: str, residual: float, limit: float, factor: float) -> Replay:
+def _replay(state: State, words: str, residual: float, limit: float, factor: float) -> Replay:
     numbers = {"residual": residual, "limit": limit, "factor": factor}
     return Replay(state, words.format(**numbers), **numbers)
 
@@ -253,18 +255,20 @@ def _own_factors(mine: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tu
 
 
 def _with_factors(
-    found: Reconstruction, play: Player, update: ClientUpdate, residual: float, limit: float, factor: float,
-    preprocessing: Preprocessing,
+    found: Reconstruction, images: Tensor, play: Player, update: ClientUpdate, residual: float, limit: float,
+    factor: float, preprocessing: Preprocessing,
 ) -> tuple[Reconstruction, Replay]:  # fmt: skip
     """The replay with a factor for each tensor, as layers' learning rates leave: it shows the brightness too.
 
     With them ∂W_e and G have two factors, so that the patch-embedding system returns the picture's
     model input times their ratio, with no residual.
     """
-    gap = lambda c: _own_factors(play(float(c) * images), update.gradients)[0]  # noqa: E731
-    images = found.images.to(next(iter(update.gradients.values())).device)
+
+    def gap(brightness: float) -> float:
+        return _own_factors(play(brightness * images), update.gradients)[0]
+
     best, left = 1.0, gap(1.0)
-    if left > limit and found.attack == "embedding_closed_form":
+    if left > limit and found.attack == EMBEDDING:
         best, left = _brightness(found.images, gap, preprocessing)
     if not left <= limit:
         words = (

@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 
 from ..anatomy import Anatomy, Rows, dissect
 from ..attacks.catalogue import CLOSED_FORMS, Attack
-from ..attacks.evidence import one_image
+from ..attacks.evidence import clear_signs, one_image
 from ..attacks.labels import Labels, recover_labels
 from ..attacks.pixels import normalization
+from ..attacks.reading import measured_noise
 from ..attacks.replay import Loss
-from ..attacks.result import AttackNotApplicable, Condition, Reconstruction
+from ..attacks.result import MARGIN, REPLAY, AttackNotApplicable, Condition, Reconstruction
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, check_update
 from .findings import Audit, Finding, Part
@@ -31,6 +32,7 @@ from .words import Trust
 # Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to
 # 0.08 at 18 to 31 dB, above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
 _GOOD_REPLAY, _BAD_REPLAY = 0.01, 0.1
+_FORESEEN = ("rank(G) = n", MARGIN, REPLAY)  # conditions whose failure the predicted error allows for
 _WORTH_A_WORD = 1e-5  # of noise
 _CLOSE, _COARSE = 40.0, 20.0  # dB, predicted: too good for the eye; recognizable
 
@@ -146,26 +148,31 @@ def _trust(result: Reconstruction) -> Trust:
     """
     predicted, miss = result.predicted_psnr or 0.0, _replayed(result)
     misses, fits = miss is not None and not miss < _BAD_REPLAY, miss is not None and miss < _GOOD_REPLAY
-    one = {condition.name: condition.state for condition in result.conditions}["one image"]
+    states = {condition.name: condition.state for condition in result.conditions}
+    one = states.pop("one image")
+    # A rank that is missing is in the predicted error; what else is contradicted is not.
+    unforeseen = [name for name, state in states.items() if state == "contradicted" and name not in _FORESEEN]
     if result.exact:
         return "exact"
     if one == "contradicted" and not fits:
         return "mixture" if misses or miss is None else "unverified"
-    if result.determined and misses:
+    if result.determined and misses and predicted >= _CLOSE:
         return "contradicted"
-    if result.determined and predicted >= _CLOSE:
+    if result.determined and predicted >= _CLOSE and not misses:
         return "close" if fits or miss is None else "coarse"
     if fits and predicted >= _COARSE:
         return "likely"
     if misses or predicted < _COARSE:
         return "poor"
-    return "coarse" if one == "shown" else "unverified"
+    return "coarse" if one == "shown" and not unforeseen else "unverified"
 
 
 def _labels(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, one: Condition) -> tuple[Labels | None, str]:
     """Recovered labels, as many as the client says, or at least as many as have a negative entry."""
     bias = update.gradients.get(anatomy.head_bias or "")
-    at_least = 1 if bias is None or one.holds else max(int((bias < 0).sum()), 2)
+    at_least = 1
+    if bias is not None and one.state == "contradicted":
+        at_least = max(clear_signs(bias, measured_noise(anatomy, update.gradients) or 0.0)[0], 2)
     try:
         found = recover_labels(model, update, batch_size=update.batch_size or at_least, anatomy=anatomy)
     except AttackNotApplicable as refusal:

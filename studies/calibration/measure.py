@@ -375,7 +375,7 @@ def lengths(add: Add, setting: Setting, count: int, evaluations: int = 60) -> Ro
         for one in clients(setting, min(count, 2)):
             directions, predicted = one.solution.directions()
             basis = rule(predicted)[:, None] * directions
-            coordinates = Coordinates(one.solution.patches.T, basis, one.grid.patch_size, one.grid.image_size)
+            coordinates = Coordinates(one.solution.patches.T, basis, one.grid.tiling)
             result = al.match_gradients(
                 one.model, one.update, labels=one.labels, coordinates=coordinates, start=one.solution.images,
                 recipe=spans.FROM_THE_SPAN, dtype=torch.float32, max_evaluations=evaluations, progress=False,

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, int, tuple[str, ...]]] = {
         ("cls_token", "reg_token"),
     ),
     "siglip": (lambda: of_timm("vit_base_patch16_siglip_224"), "prenorm", 0, ()),
-    "clip": (lambda: of_timm("vit_base_patch16_clip_224"), "unknown", 1, ("cls_token",)),
+    "clip": (lambda: of_timm("vit_base_patch16_clip_224"), "two norms", 1, ("cls_token",)),
     "transformers": (of_transformers, "prenorm", 1, ("vit.embeddings.cls_token",)),
     "transformers no qkv bias": (
         lambda: of_transformers(qkv_bias=False),
@@ -298,7 +298,10 @@ def test_blocks_of_timm_that_are_not_prenorm_are_unknown() -> None:
         parallel_layers = timm.create_model("vit_small_patch16_18x2_224", depth=1)
         fused_parallel = timm.create_model("vit_base_patch16_xp_224", depth=1)
         rms = timm.create_model("vit_small_patch16_224", depth=1, norm_layer="rmsnorm")
-    assert {dissect(m).first_block for m in (residual_post_norm, parallel_layers, fused_parallel, rms)} == {"unknown"}
+    assert {dissect(m).first_block for m in (parallel_layers, fused_parallel)} == {"unknown"}
+    assert dissect(residual_post_norm).first_block == "postnorm"
+    assert dissect(residual_post_norm).norm_weight is None
+    assert dissect(rms).first_block == "rmsnorm"
     assert dissect(parallel_layers).query is None
     assert dissect(fused_parallel).query is None
 
@@ -340,11 +343,11 @@ def test_a_convolutional_stem_is_refused() -> None:
 
 def test_an_unknown_model_is_told_what_was_looked_for() -> None:
     with pytest.raises(UnknownModelError) as error:
-        dissect(nn.Sequential(nn.Conv2d(3, 16, 8, stride=8), nn.Flatten(), nn.Linear(16, 2)))
+        dissect(nn.Sequential(nn.Conv2d(3, 16, 8, stride=8), nn.Flatten(2), nn.TransformerEncoderLayer(16, 2)))
     for word in (
         "torch.nn.modules.container.Sequential",
-        "torchvision.models.vision_transformer.VisionTransformer",
-        "transformers.models.vit.modeling_vit.ViTForImageClassification",
+        "torchvision's VisionTransformer",
+        "transformers' ViTForImageClassification",
         "0.weight (16, 3, 8, 8)",
         "dissect(model, patch_weight=",
     ):
@@ -359,14 +362,25 @@ QKV = "blocks.0.attn.qkv.weight"
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"pach_weight": "x"}, "no part is called pach_weight; there are family, first_block"),
+        ({"pach_weight": "x"}, "no part is called pach_weight; there are channels, embedding_norm_bias"),
         ({"position": "pos"}, "has no tensor called pos; its tensors are cls_token"),
         ({"prefix": ("cls_token", "registers")}, "has no tensor called registers"),
         ({"query": "blocks.0.attn.q.weight[0:3]"}, r"has no tensor called blocks.0.attn.q.weight"),
         ({"query": "blocks.0.attn.qkv.weight[0:"}, r"is neither 'name' nor 'name\[start:stop\]'"),
-        ({"patch_weight": "head.weight"}, r"must have shape \(d, C, P, P\), not \(5, 192\)"),
+        (
+            {"patch_weight": "head.weight"},
+            r"of shape \(5, 192\) is a linear map of flattened patches: give patch_size",
+        ),
         ({"image_size": 50}, r"patches of 16 pixels do not tile an image of \(50, 50\)"),
-        ({"image_size": (32, 48)}, "position_prefix \\+ patches = 1 \\+ 6 rows"),
+        ({"image_size": (32, 48)}, r"takes pictures of 48×48 only \(dynamic_img_size=False\)"),
+        ({"image_size": 0}, r"image_size must be a number of pixels or \(height, width\), not 0"),
+        ({"pixel_order": "h w"}, "pixel_order must have the letters c, h and w"),
+        ({"pixel_order": "h w c"}, "is a convolution's: it reads 'c h w'"),
+        ({"patch_size": 8}, r"has patches of 16×16 pixels and 3 channels, not patch_size=\(8, 8\)"),
+        ({"patch_weight": "head.bias"}, r"must have shape \(d, C, P, P\) or \(d, p\), not \(5,\)"),
+        ({"prefix": ("head.bias",)}, r"prefix 'head.bias' must have width 192, not shape \(5,\)"),
+        ({"head_weight": "head.bias"}, r"head_weight 'head.bias' must have 2 dimensions"),
+        ({"vit": "encoder"}, r"vit='encoder' is no module of this model; its Vision Transformers are at ''"),
         ({"position_prefix": 0}, "position_prefix \\+ patches = 0 \\+ 9 rows"),
         ({"position": "head.weight"}, r"not shape \(5, 192\)"),
         ({"query": QKV}, r"query, key, value must be rows of one shape, \('m', 192\), not .*\(576, 192\)"),
@@ -445,9 +459,11 @@ def test_a_model_in_a_wrapper_is_found_under_its_full_names(build: Callable[[], 
             assert outer.name in tensors
         elif field.name == "prefix":
             assert outer == tuple(f"1.vit.{name}" for name in inner)
-        elif isinstance(inner, str) and field.name not in ("family", "first_block"):
+        elif isinstance(inner, str) and field.name not in ("family", "first_block", "pixel_order", "root", "remark"):
             assert outer == f"1.vit.{inner}"
             assert outer in tensors
+        elif field.name == "root":
+            assert (inner, outer) == ("", "1.vit")
         else:
             assert outer == inner
 
@@ -459,7 +475,9 @@ def test_replaced_heads_are_found_or_absent() -> None:
     model.heads = nn.Identity()
     assert dissect(model).head_weight is None
     own = tiny_vit()
-    own.head = nn.Sequential(nn.Linear(24, 5))
+    own.head = nn.Sequential(nn.Linear(24, 7), nn.GELU(), nn.Linear(7, 5, bias=False))
+    assert (dissect(own).head_weight, dissect(own).head_bias) == ("head.2.weight", None)
+    own.head = nn.Identity()
     assert dissect(own).head_weight is None
     hugging = of_transformers(num_labels=0)
     assert dissect(hugging).head_weight is None

@@ -1,11 +1,13 @@
 """What an update proves of the number of its images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attacked import make, private
 
 import aprillab as al
-from aprillab.attacks.evidence import is_batch, one_image, one_image_residual
+from aprillab.attacks.evidence import System, is_batch, one_image, one_image_residual
 
 
 def test_one_image_residual_tells_one_from_two():
@@ -48,16 +50,54 @@ def test_the_evidence_says_what_it_rests_on():
     assert said.numbers == {"batch_size": 2}
     signs = one_image(anatomy, al.ClientUpdate(two.gradients))
     assert not signs.holds
-    assert signs.numbers == {"negative": 2}
+    assert signs.numbers == {"several": 2}
     rank = one_image(anatomy, al.ClientUpdate(alike.gradients))
     assert not rank.holds
     assert rank.numbers["residual"] > rank.numbers["limit"]
     headless = al.ClientUpdate({k: g for k, g in two.gradients.items() if not k.startswith("head")})
     nothing = one_image(anatomy, headless)
-    assert nothing.holds
-    assert "not checked" in nothing.text
+    assert nothing.state == "not checked"
+    assert "not shared" in nothing.text
     for update, condition in ((two, said), (alike, one_image(anatomy, alike))):
-        assert is_batch(anatomy, update) == (not condition.holds, condition.text)
+        assert is_batch(anatomy, update) == (True, condition.text)
+    assert is_batch(anatomy, headless) == (False, nothing.text)
+
+
+def test_two_classes_prove_nothing():
+    """With two classes r is always a multiple of (1, −1): the head's gradient has rank one for any batch."""
+    model = make("prenorm", classes=2)
+    update = al.client_update(model, al.HALF.to_input(private(model, 3)), torch.tensor([0, 1, 1]))
+    said = one_image(al.dissect(model), al.ClientUpdate(update.gradients))
+    assert said.state == "not checked"
+    assert "2 classes" in said.text
+
+
+@pytest.mark.parametrize(
+    ("residual", "noise", "spare", "state"),
+    [
+        (1e-7, 1e-7, 50, "shown"),
+        (5e-3, 1e-7, 50, "contradicted"),
+        (5e-3, 1e-3, 50, "shown"),
+        (0.3, 1e-3, 50, "contradicted"),
+        (5e-3, 3e-2, 50, "not checked"),  # noise of which as much as a second image leaves is no news
+        (1e-7, 1e-7, 0, "shown"),  # by the head then
+    ],
+)
+def test_a_system_shows_one_image_as_far_as_its_noise_allows(residual, noise, spare, state):
+    model = make("prenorm")
+    update = al.client_update(model, al.HALF.to_input(private(model)), torch.tensor([3]))
+    system = System("Ax = b", residual, spare, 100)
+    said = one_image(al.dissect(model), update, system=system, noise=noise)
+    assert said.state == state
+    assert ("Ax = b" in said.text) == (spare > 0)
+
+
+def test_the_system_is_believed_before_the_client():
+    model = make("prenorm")
+    update = al.client_update(model, al.HALF.to_input(private(model)), torch.tensor([3]))
+    said = replace(update, batch_size=2)
+    assert one_image(al.dissect(model), said, system=System("Ax = b", 1e-15, 5, 100)).holds
+    assert not one_image(al.dissect(model), said).holds
 
 
 def test_the_same_picture_twice_cannot_be_told_from_one():

@@ -28,11 +28,29 @@ def test_invert_falls_back_where_pixels_exceed_the_width():
     assert set(refusal.value.numbers) == set(CLOSED_FORMS)
 
 
-def test_invert_tries_one_closed_form_on_a_batch():
+def test_invert_returns_the_best_of_what_is_not_exact():
     model = make("prenorm")
     result = attack(model, private(model, batch=2), "auto", labels=(3, 4))
     assert not result.exact
-    assert "not tried" in result.diagnostics["attacks"]["span"]
+    assert result.diagnostics["attacks"]["span"].startswith("not exact: one image fails")
+
+
+def test_without_a_replay_nothing_is_exact():
+    model = make("prenorm")
+    result = attack(model, private(model), "auto", verify=False)
+    assert not result.exact
+    assert result.determined
+    assert result.replay.state == "not checked"
+    assert "verify=False" in result.reason
+
+
+def test_strict_and_loss_are_for_all_closed_forms():
+    narrow = make("prenorm", image_size=32, patch_size=4, width=48)
+    with pytest.raises(al.AttackNotApplicable):
+        attack(narrow, private(narrow), "auto")
+    result = attack(narrow, private(narrow), "auto", strict=False)
+    assert not result.determined
+    assert result.diagnostics["missing"] == 64 - 47
 
 
 def test_invert_with_bad_arguments():
@@ -40,7 +58,7 @@ def test_invert_with_bad_arguments():
     with pytest.raises(ValueError, match="neither 'auto'"):
         attack(model, private(model), "magic")
     with pytest.raises(ValueError, match="named attack"):
-        attack(model, private(model), "auto", strict=False)
+        attack(model, private(model), "auto", regularization="none")
 
 
 def test_labels_known_to_the_attacker_are_kept():

@@ -18,8 +18,10 @@ from aprillab.attacks.result import (
 from aprillab.metrics import EXACT_TO_8_BITS_DB
 from aprillab.preprocessing import HALF, IMAGENET
 
-HOLDS = Condition("rank(G) = n", True, {"rank": 16, "n": 16}, "rank {rank} of {n}")
-FAILS = Condition("one image", False, {"negative": 2}, "{negative} entries are negative")
+HOLDS = Condition("rank(G) = n", "shown", {"rank": 16, "n": 16}, "rank {rank} of {n}")
+FAILS = Condition("one image", "contradicted", {"negative": 2}, "{negative} entries are negative")
+OPEN = Condition("one image", "not checked", {}, "no head")
+REPLAYED = Condition("replay", "contradicted", {}, "misses")
 
 
 def result_of(conditions, psnr=100.0):
@@ -47,9 +49,9 @@ def test_exact_needs_every_condition_and_the_precision():
 def test_a_report_has_what_was_measured():
     result = result_of([HOLDS])
     assert isinstance(result, Reconstruction)
-    assert result.exact
+    assert not result.exact  # nobody has replayed it
     assert result.conditions == (HOLDS,)
-    assert result.conditions_hold
+    assert result.determined
     assert result.predicted_psnr == 100.0
     assert result.pixels.max() == 1.0
     assert result.images.max() == 3.0
@@ -61,14 +63,25 @@ def test_a_report_has_what_was_measured():
 
 def test_conditions_that_were_not_checked_do_not_hold():
     result = result_of([HOLDS])
-    assert not replace(result, conditions=()).conditions_hold
-    assert not replace(result, conditions=(HOLDS, FAILS)).conditions_hold
+    assert not replace(result, conditions=()).determined
+    assert not replace(result, conditions=(HOLDS, FAILS)).determined
+    assert not replace(result, conditions=(HOLDS, OPEN)).determined
+    exact, reason = verdict([HOLDS, OPEN], 200.0)
+    assert not exact
+    assert "one image was not checked (no head)" in reason
+
+
+def test_a_replay_decides_what_is_exact_and_not_what_is_determined():
+    result = replace(result_of([HOLDS]), conditions=(HOLDS, REPLAYED))
+    assert result.determined
+    assert result.conditions_hold
+    assert not verdict(result.conditions, 200.0)[0]
 
 
 def test_precision_alone_can_be_what_is_missing():
     result = result_of([HOLDS], psnr=30.0)
     assert not result.exact
-    assert result.conditions_hold
+    assert result.determined
 
 
 def test_decibels():

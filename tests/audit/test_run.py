@@ -73,8 +73,9 @@ def test_noise_is_not_taken_for_a_batch() -> None:
         name: g + 1e-4 * g.std() * torch.randn(g.shape, generator=generator) for name, g in clean.gradients.items()
     }
     found = audit(model, replace(clean, gradients=noisy))
-    assert not found.one_image.holds  # the head's gradient is not of rank one, which is all it shows
-    assert by_attack(found)["span"] == "likely"
+    assert found.one_image.holds
+    assert by_attack(found)["span"] in ("likely", "close")
+    assert any("noise" in note for note in found.notes)
     assert psnr(found.applied[0].result.pixels[0], pixels.double()) > 35
 
 
@@ -84,8 +85,8 @@ def test_replay_catches_an_optimistic_prediction() -> None:
     found = audit(model, update_of(model, pixels[None]))
     (finding,) = found.applied
     assert psnr(finding.result.pixels[0], pixels.double()) < 20
-    assert finding.result.predicted_psnr > 20
     assert finding.replay > 0.1
+    assert finding.result.predicted_psnr < 30  # 26 dB by its own residual
     assert finding.trust == "poor"
     assert "gives the private picture away" not in found.verdict
 
@@ -127,9 +128,10 @@ def test_without_the_head_nothing_is_played_back() -> None:
     model = vit()
     found = audit(model, update_of(model, withhold=["head.weight", "head.bias"]))
     assert found.labels is None
-    assert by_attack(found)["embedding"] == "exact"
+    assert by_attack(found)["embedding"] == "close"  # fixed by its equations, but not played back
+    assert found.applied[0].result.determined
     assert all(finding.replay is None for finding in found.findings)
-    assert any("was not checked" in note for note in found.notes)
+    assert any("no label was read" in note for note in found.notes)
     assert "gradient residual: not computed" in markdown(found)
 
 
@@ -143,7 +145,7 @@ def test_notes_name_dropout_several_steps_and_a_forward_pass_that_fails() -> Non
     model = Moody(inner, nn.Dropout(0.1))
     renamed = {f"0.{name}": g for name, g in update.gradients.items()}
     found = audit(model, replace(update, gradients=renamed, source="fedavg"))
-    assert by_attack(found)["embedding"] == "exact"
+    assert by_attack(found)["embedding"] == "close"
     text = " ".join(found.notes)
     assert all(word in text for word in ("dropout", "local step", "RuntimeError: needs a mask"))
     assert len(found.notes) == 3

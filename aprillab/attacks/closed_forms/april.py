@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect
-from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System as Spare
@@ -239,8 +238,8 @@ def april_closed_form(
     if regularization == "none" and systems == "attention":
         solution = _solve_in_two_steps(system)
     else:
-        grey = torch.full((1, system.channels, 1, 1), prior_pixel).to(system.G)
-        X0 = preprocessing.to_input(grey).flatten().repeat_interleave(system.patch_size**2).expand(n, p)
+        grey = system.tiling.images(torch.full((1, n, p), prior_pixel).to(system.G))
+        X0 = system.tiling.patches(preprocessing.to_input(grey))[0]  # (n, p)
         dW = patch_gradient(reading.update, anatomy, systems, like=system.G)
         solution = _solve_as_one(system, X0, dW, systems, regularization, reading.noise)
 
@@ -251,7 +250,7 @@ def april_closed_form(
     conditions, numbers = _evidence(system, solution, systems, reading.noise)
     result = report(
         "april_closed_form",
-        unpatchify(solution.X[None], system.patch_size, anatomy.image_size),
+        system.tiling.images(solution.X[None]),
         conditions=(*conditions, one),
         predicted_psnr=predicted,
         labels=labels_or_none(model, update, anatomy, labels, one=one),

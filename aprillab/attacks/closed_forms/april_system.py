@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, tensors_of
+from ...anatomy import Anatomy, Tiling, position_values, tensors_of
 from ...update import ClientUpdate
 from ..result import AttackNotApplicable
 from .attention_identity import attention_product
@@ -25,8 +25,8 @@ Systems = Literal["attention", "row_space", "both"]
 class System:
     """What the attack reads: M (d, d), G (t, d), E (t, d) with what is added, W_e (d, p), float64.
 
-    The first ``prefix`` of the t tokens are no patches. ``channels`` and ``patch_size`` (pixels)
-    give p = C·P².
+    The first ``prefix`` of the t tokens are no patches. ``tiling`` says how a picture is cut into
+    patches.
     """
 
     M: Tensor
@@ -34,8 +34,7 @@ class System:
     E: Tensor
     W_e: Tensor
     prefix: int
-    channels: int
-    patch_size: int
+    tiling: Tiling
 
     @property
     def G_p(self) -> Tensor:
@@ -70,7 +69,7 @@ def read_system(
     shared = shared_gradients(name, update, anatomy, NEEDS, device=device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
     M = attention_product(anatomy, weights, update.to(device).gradients)  # (d, d)
-    G = shared["position"].flatten(0, -2)  # (t, d)
+    G = shared["position"]  # (t, d)
     if len(G) > len(M) and strict:
         raise AttackNotApplicable(
             name,
@@ -83,13 +82,14 @@ def read_system(
         raise AttackNotApplicable(
             name, "the position embedding's gradient is zero: it may be frozen, or the head passes nothing down"
         )
-    E = weights[anatomy.position or ""].to(G).flatten(0, -2).clone()  # (t, d)
+    E = position_values(anatomy, weights).to(G, copy=True)  # (t, d)
     if anatomy.prefix:
-        E[: anatomy.position_prefix] += torch.cat([weights[token].to(G).flatten(0, -2) for token in anatomy.prefix])
+        tokens = torch.cat([weights[token].to(G).reshape(-1, E.shape[1]) for token in anatomy.prefix])
+        E[: anatomy.position_prefix] += tokens
     if anatomy.patch_bias is not None:
         E[anatomy.position_prefix :] += weights[anatomy.patch_bias].to(G)
-    kernel = weights[anatomy.patch_weight].to(G)  # (d, C, P, P)
-    return System(M, G, E, kernel.flatten(1), anatomy.position_prefix, kernel.shape[1], kernel.shape[-1])
+    W_e = weights[anatomy.patch_weight].to(G).flatten(1)  # (d, p)
+    return System(M, G, E, W_e, anatomy.position_prefix, anatomy.tiling)
 
 
 def patch_gradient(update: ClientUpdate, anatomy: Anatomy, systems: Systems, *, like: Tensor) -> Tensor:

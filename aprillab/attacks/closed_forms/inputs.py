@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...anatomy import Anatomy, Rows
+from ...anatomy import Anatomy, Rows, Tiling, position_gradient
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..result import AttackNotApplicable
@@ -22,6 +22,8 @@ def shared_gradients(
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """The gradients that an attack needs, by their field of :class:`~aprillab.Anatomy`, in float64.
+
+    That of the position embedding is the one at the tokens, (prefix + n, d), interpolation undone.
 
     Parameters
     ----------
@@ -49,13 +51,18 @@ def shared_gradients(
             if part == "position":
                 raise AttackNotApplicable(attack, f"no {words} gradient is shared: {rows} is fixed or withheld")
             raise AttackNotApplicable(attack, f"the gradient of the {words} ({rows}) is not shared")
+        if part == "position":
+            gradient = _at_the_tokens(attack, anatomy, update)
         found[part] = gradient.to(device, torch.float64)
     return found
 
 
-def grey_input(preprocessing: Preprocessing, channels: int, *, grey: float = 0.5) -> Tensor:
-    """The model input of a grey level, one number a channel (C,), float64."""
-    return preprocessing.to_input(torch.full((channels, 1, 1), grey, dtype=torch.float64)).flatten()
+def _at_the_tokens(attack: str, anatomy: Anatomy, update: ClientUpdate) -> Tensor:
+    """∂l/∂E at the size of the picture, or a refusal where that is not determined."""
+    try:
+        return position_gradient(anatomy, update.gradients)
+    except ValueError as error:
+        raise AttackNotApplicable(attack, str(error)) from None
 
 
 def pixel_variance(preprocessing: Preprocessing) -> float:
@@ -66,3 +73,9 @@ def pixel_variance(preprocessing: Preprocessing) -> float:
     0.3333
     """
     return sum(1 / 12 / std**2 for std in preprocessing.std) / len(preprocessing.std)
+
+
+def grey_patches(tiling: Tiling, preprocessing: Preprocessing, shape: tuple[int, int], grey: float = 0.5) -> Tensor:
+    """The patches (n, p) of a picture of one grey level, in model-input space, float64."""
+    pixels = tiling.images(torch.full((1, *shape), grey, dtype=torch.float64))
+    return tiling.patches(preprocessing.to_input(pixels))[0]

@@ -18,19 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect
-from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
 from ..labels import labels_or_none
-from ..reading import Reading, read_update
+from ..reading import CENTRED, Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, predicted_psnr, report, shown_if
 from ..verify import verified
-from .inputs import grey_input, pixel_variance, shared_gradients
+from .inputs import grey_patches, pixel_variance, shared_gradients
 from .linear_algebra import condition_number, thin_svd
 
 NEEDS = ("patch_weight", "position")
+
+_TINY = torch.finfo(torch.float64).tiny
+_LEAST_PIXELS = 0.01  # of their variance: what a nearly flat grey picture has in model-input space
+_SEEN, _FEW = 0.3, 4  # the part of a direction that noise may take; directions enough to judge others by
+_ROUNDING = 1e-6  # noise below this is a format's rounding, relative to each number and not to all
 
 
 # --- The equations: tensors in, tensors out. G (n, d), dW = ∂l/∂W_e (d, p), X (n, p), Gᵀ = U diag(s
@@ -64,16 +68,14 @@ def predicted_mse(noise: float, s: Tensor) -> float:
     return noise * float((1 / s**2).mean())
 
 
-def least_singular_value(s: Tensor, shape: torch.Size, noise: float) -> float:
-    """Below this a singular value of G may be the doing of noise in its entries (relative to their
-    r.m.s.): Bai and Yin's √n + √d times an entry's, or rounding of the largest.
+def least_singular_value(s: Tensor, shape: torch.Size, noise: float, entry: float) -> float:
+    """Below this a singular value of G (n, d) may be the doing of noise.
+
+    Of ``noise`` relative to the largest, as rounding is; or of noise of size ``entry`` in each entry,
+    which has up to √n + √d of them (Bai and Yin), once it is more than rounding.
     """
-    entry = noise * float(s.square().sum() / shape.numel()) ** 0.5
-    return (
-        max(noise * float(s.max()), entry * sum(size**0.5 for size in shape))
-        if noise > 1e-6
-        else noise * float(s.max())
-    )
+    rounding = noise * float(s.max())
+    return rounding if noise < _ROUNDING else max(rounding, entry * sum(size**0.5 for size in shape))
 
 
 @dataclass(frozen=True)
@@ -103,34 +105,50 @@ class Patches:
     gain: float
 
 
-def most_probable(dW: Tensor, G: Tensor, noise: float, prior: tuple[Tensor, float]) -> Patches:
+def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tuple[Tensor, float]) -> Patches:
     """Least squares where the update says more than noise, grey where it does not.
 
-    Patches have the mean ``prior[0]`` (p,) and the variance ``prior[1]`` before anything is read, so
+    The noise is relative to an entry's r.m.s. in dW, and of size ``entry`` in G. Patches have the mean ``prior[0]`` (n, p) and the variance ``prior[1]`` before anything is read, so
     a direction with singular value s is divided by s + λ/s, with λ the noise's variance over theirs.
     Where nothing is damped this is (4.3), its error (4.7).
     """
     (n, d), p = G.shape, dW.shape[1]
-    X0, variance = prior[0].expand(n, p), prior[1]
-    U, every, Vt = thin_svd(G.T)
-    rank = int((every > least_singular_value(every, G.shape, noise)).sum())
-    U, s, Vt = U[:, :rank], every[:rank], Vt[:rank]
+    X0, variance = prior
+    U, s, Vt = thin_svd(G.T)
+    rank = int((s > least_singular_value(s, G.shape, noise, entry)).sum())
+    s = s.clamp_min(_TINY)
     B = dW - G.T @ X0
     residual = B - U @ (U.T @ B)
-    # Noise in G comes back multiplied by the pixels, which are no larger than the prior allows.
-    pixels = float(X0.square().mean()) + variance
-    entry_of_G = noise * float(G.square().mean()) ** 0.5
-    carried = n * entry_of_G**2 * pixels
     scale = float(dW.square().mean()) ** 0.5
-    sigma2 = max(noise_variance(residual, rank, noise, scale), carried)
-    # Noise in G itself bends a direction towards grey once its singular value is no larger, (4.8).
-    bent = (d * entry_of_G**2 / s**2).clamp_max(1.0) ** 2 * variance
+    seen = noise_variance(residual, n, noise, scale)
+    if d > n:
+        # Noise in G is in the residual, multiplied by the pixels: it cannot be more than is seen there.
+        rough = float((X0 + solve_patches(B, U, s + seen / variance / s, Vt)).square().mean())
+        entry = min(entry, (seen / (n * max(rough, _LEAST_PIXELS * variance))) ** 0.5)
+    carried = n * entry**2 * (float(X0.square().mean()) + variance)
+    sigma2 = seen if d > n else max(seen, carried)
     damping = sigma2 / variance
     X = X0 + solve_patches(B, U, s + damping / s, Vt)
-    known = (sigma2 / (s**2 + damping) + bent).clamp_max(variance)
-    mse = (float(known.sum()) + (n - rank) * variance) / n
+    # Noise in G itself bends a direction towards grey once its singular value is no larger, (4.8).
+    bent = (d * entry**2 / s**2).clamp_max(1.0) ** 2
+    unseen = _energy_of_the_unseen((Vt @ (X - X0)).square().mean(1), bent + damping / (s**2 + damping), variance)
+    known = (sigma2 / (s**2 + damping)).clamp_max(variance) + bent * unseen
+    mse = (float(known.sum()) + (n - len(s)) * unseen) / n
     gain = (1 + carried / max((noise * scale) ** 2, 1e-300)) ** 0.5
-    return Patches(X, residual, every, rank, mse, gain)
+    return Patches(X, residual, s, rank, mse, gain)
+
+
+def _energy_of_the_unseen(energy: Tensor, lost: Tensor, variance: float) -> float:
+    """What directions that the update does not show are expected to hold: as much as the last of those
+    that it does, at most what any pixels have.
+
+    ``energy`` (r,) is that of the patches in each direction, the strongest of G first, ``lost`` (r,)
+    how much of it noise took. Where less than a few are seen, anything may be in the others.
+    """
+    seen = energy[lost < _SEEN]
+    if len(seen) < _FEW:
+        return variance
+    return min(float(seen[-max(len(seen) // 8, _FEW) :].mean()), variance)
 
 
 # --- The attack -----------------------------------------------------------------------------------
@@ -187,20 +205,20 @@ def embedding_closed_form(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     reading = read_update(model, update, anatomy)
-    dW, G, patch_size = _check(reading, anatomy, strict, device)
+    dW, G = _check(reading, anatomy, strict, device)
     (d, p), n = dW.shape, len(G)
-    grey = grey_input(preprocessing, p // patch_size**2).to(G).repeat_interleave(patch_size**2)
-    found = most_probable(dW, G, reading.noise, (grey, pixel_variance(preprocessing)))
+    grey = grey_patches(anatomy.tiling, preprocessing, (n, p)).to(G)
+    found = most_probable(dW, G, reading.noise, reading.noise_of_position, (grey, pixel_variance(preprocessing)))
     relative = float(found.residual.norm() / dW.norm()) if dW.any() else 0.0
     # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
-    of = d - (anatomy.first_block == "prenorm")
+    of = d - (anatomy.first_block in CENTRED)
     one = one_image(
         anatomy, reading.update, noise=reading.noise,
         system=System("∂W_e = GᵀX", relative, max(of - n, 0), of, found.gain),
     )  # fmt: skip
     result = report(
         "embedding_closed_form",
-        unpatchify(found.X[None], patch_size, anatomy.image_size),
+        anatomy.tiling.images(found.X[None]),
         conditions=(
             Condition(
                 "rank(G) = n", shown_if(found.rank == n), {"rank": found.rank, "n": n, "d": d},
@@ -224,12 +242,12 @@ def embedding_closed_form(
 
 def _check(
     reading: Reading, anatomy: Anatomy, strict: bool, device: torch.device | str | None
-) -> tuple[Tensor, Tensor, int]:
-    """∂l/∂W_e (d, p), G (n, d) and the patch size, in pixels, or a refusal."""
+) -> tuple[Tensor, Tensor]:
+    """∂l/∂W_e (d, p) and G (n, d), or a refusal."""
     name = "embedding_closed_form"
     shared = shared_gradients(name, reading.update, anatomy, NEEDS, device=device)
     dW = shared["patch_weight"].flatten(1)
-    G = shared["position"].flatten(0, -2)[anatomy.position_prefix :]
+    G = shared["position"][anatomy.position_prefix :]
     if len(G) > len(dW) and strict:
         raise AttackNotApplicable(
             name,
@@ -244,4 +262,4 @@ def _check(
             "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
             "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
         )
-    return dW, G, shared["patch_weight"].shape[-1]
+    return dW, G

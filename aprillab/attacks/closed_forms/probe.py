@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy
-from ...models import patchify
+from ...anatomy import Anatomy, position_values
 from ..result import Condition, shown_if
 
 _NAME = "tokens as the equations have them"
@@ -35,10 +34,11 @@ def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Ten
     anatomy : Anatomy
     weights : tensors of the model by name
     """
-    owner = anatomy.norm_weight or (anatomy.query.name if anatomy.query else "")
-    kernel = weights[anatomy.patch_weight]
+    owner = anatomy.embedding_norm_weight or anatomy.norm_weight or (anatomy.query.name if anatomy.query else "")
+    kernel, tiling = weights[anatomy.patch_weight].flatten(1), anatomy.tiling
     generator = torch.Generator().manual_seed(0)
-    picture = torch.randn(1, kernel.shape[1], *anatomy.image_size, generator=generator).to(kernel)
+    patches = torch.randn(1, tiling.count, kernel.shape[1], generator=generator).to(kernel)
+    picture = tiling.images(patches)
     try:
         seen = _tokens_before(model, owner.rpartition(".")[0], picture, anatomy)
     # The model is the user's, and so is whatever its forward pass raises.
@@ -46,8 +46,7 @@ def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Ten
         seen, why = None, f"the model could not be run ({type(error).__name__})"
     else:
         why = "the module before the first attention was not reached"
-    patches = patchify(picture.double(), kernel.shape[-1])[0]  # (n, p)
-    expected = patches @ kernel.double().flatten(1).T + places_of(anatomy, weights)
+    expected = patches[0].double() @ kernel.double().T + places_of(anatomy, weights)
     if seen is None or seen.shape[-1] != expected.shape[-1] or seen.numel() < expected.numel():
         return Condition(_NAME, "not checked", {}, f"not checked: {why}")
     tokens = seen.double().reshape(-1, seen.shape[-1])[-len(expected) :]
@@ -60,7 +59,7 @@ def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Ten
 
 def places_of(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Tensor:
     """b_e + E_i, one patch a row (n, d), float64."""
-    places = weights[anatomy.position or ""].double().flatten(0, -2)[anatomy.position_prefix :]
+    places = position_values(anatomy, weights)[anatomy.position_prefix :]
     return places if anatomy.patch_bias is None else places + weights[anatomy.patch_bias].double()
 
 

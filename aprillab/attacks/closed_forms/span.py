@@ -7,7 +7,8 @@ lies in the span of the rows of D/γ and of β/γ:
 
     C (W_e x_i + b_e + E_i) = (D/γ)ᵀ c_i (+ t β/γ)        for some coefficients c_i.
 
-In architecture A the same holds without C, γ and β. Likewise x_i = (∂l/∂W_e)ᵀ c'_i, for the patch
+In architecture A the same holds without C, γ and β; token_equations.py has this and other norms.
+Likewise x_i = (∂l/∂W_e)ᵀ c'_i, for the patch
 embedding reads the patches. W_e, b_e and E_i are known to the server, so both are linear in the
 pixels of patch i alone. Chapter 07 derives it. We know of no publication that attacks a ViT this
 way; the nearest are DAGER (Petrov et al., NeurIPS 2024, arXiv 2405.15586) and TIGER (arXiv
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, dissect, tensors_of
+from ...anatomy import Anatomy, dissect, position_values, tensors_of
 from ...metrics import EXACT_TO_8_BITS_DB
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
@@ -37,14 +38,15 @@ from .inputs import pixel_variance, shared_gradients
 from .noisy_span import NoisySpan, noisy_span
 from .probe import places_of, tokens_as_read
 from .span_solution import SpanSolution
+from .token_equations import TokenEquations, token_equations
 
 NEEDS = ("patch_weight", "query", "key", "value")
 
 # Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted
 # from the minimum of the least squares was too small by at most this.
 _MARGIN_DB = 7.0
+_READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
-_DEAD = 1e-3  # of the median γ: a feature with less carries nothing to the attention
 # Normal equations square the condition number. Where the factor's diagonal shows a square up to
 # this, one step of refinement leaves no more than QR does; beyond it QR is taken.
 _MOST_SQUARED = 1e8
@@ -53,70 +55,8 @@ _MOST_SQUARED = 1e8
 # --- The equations: tensors in, tensors out -------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TokenEquations:
-    """What is known of the tokens: A x_i + e_i lies in the span of the rows of D.
-
-    Attributes
-    ----------
-    D : Tensor (3d, w), the projections' gradients
-    A : Tensor (w, p), C W_e
-    e : Tensor (w, n), C (b_e + E_i) in columns
-    usable : int
-        The width that counts: without features that do not reach the attention.
-    """
-
-    D: Tensor
-    A: Tensor
-    e: Tensor
-    usable: int
-
-
-def token_equations(
-    D: Tensor, W_e: Tensor, places: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None
-) -> TokenEquations:
-    """Equations (7.3) and (7.4): the LayerNorm, if there is one (γ given), taken off both sides.
-
-    Parameters
-    ----------
-    D : Tensor (3d, d)
-        ∂l/∂W_Q, ∂l/∂W_K and ∂l/∂W_V of the first block, one below the other.
-    W_e : Tensor (d, p)
-    places : Tensor (n, d)
-        b_e + E_i, one patch a row.
-    gamma, beta : Tensor (d,), of the LayerNorm before the attention
-    """
-    A, e = W_e, places.T
-    if gamma is None:
-        return TokenEquations(D, A, e, len(A))
-    # γ⁻¹(u − β) is parallel to C z: centre the tokens, divide the rows by γ.
-    A, e = A - A.mean(0), e - e.mean(0)
-    alive = gamma.abs() > _DEAD * gamma.abs().median()
-    if not alive.all():
-        D, A, e, gamma = D[:, alive], A[alive], e[alive], gamma[alive]
-    D = D / gamma
-    shift = torch.zeros_like(gamma) if beta is None else beta[alive] / gamma
-    if not shift.any():
-        return TokenEquations(D, A, e, len(A))
-    # A multiple of β/γ is in every row: take its direction out of both sides. The mean's goes with
-    # it.
-    mirror = _mirror_onto_first(shift)
-    D = (D - 2 * torch.outer(D @ mirror, mirror))[:, 1:]
-    A, e = ((x - 2 * torch.outer(mirror, mirror @ x))[1:] for x in (A, e))
-    return TokenEquations(D, A, e, int(alive.sum()))
-
-
-def _mirror_onto_first(v: Tensor) -> Tensor:
-    """The unit normal of Householder's reflection that takes v to a multiple of the first basis
-    vector.
-    """
-    normal = v / v.norm()
-    normal[0] += torch.copysign(torch.ones_like(normal[0]), normal[0])
-    return normal / normal.norm()
-
-
-def width_needed(patches: int, pixels_per_patch: int, prefix: int, layernorm: bool, *, batch_size: int = 1) -> int:
-    """The least width d that the count (7.6) allows.
+def width_needed(patches: int, pixels_per_patch: int, prefix: int, norms: int, *, batch_size: int = 1) -> int:
+    """The least width d that the count (7.6) allows: ``norms`` is 1 for a LayerNorm before the attention, 2 for two.
 
     In a batch (B − 1)·n directions stay open at any width: the differences of its images at each
     place.
@@ -125,7 +65,7 @@ def width_needed(patches: int, pixels_per_patch: int, prefix: int, layernorm: bo
     394
     """
     tokens = batch_size * patches + prefix
-    return min(pixels_per_patch, batch_size * patches) + tokens + int(layernorm) - (batch_size - 1) * patches
+    return min(pixels_per_patch, batch_size * patches) + tokens + int(norms) - (batch_size - 1) * patches
 
 
 @dataclass(frozen=True)
@@ -323,10 +263,10 @@ def solve_span(
     (d, p), n = dW.shape, equations.e.shape[1]
     tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
     # Is the model wide enough for one solution? (7.6)
-    prenorm = anatomy.first_block == "prenorm"
-    needed = width_needed(n, p, tokens - batch_size * n, prenorm, batch_size=batch_size)
+    norms = _directions_lost(anatomy, weights)
+    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size)
     if strict and needed > equations.usable:
-        _refuse_width(needed, equations, tokens, min(p, batch_size * n), prenorm)
+        _refuse_width(needed, equations, tokens, min(p, batch_size * n), norms)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
     token_side = noisy_span(equations.D, tokens, reading.noise)
@@ -336,8 +276,7 @@ def solve_span(
         patches=solution.patches,
         root=solution.root,
         variance=variance,
-        patch_size=shared["patch_weight"].shape[-1],
-        image_size=anatomy.image_size,
+        tiling=anatomy.tiling,
         token_side=token_side,
         width_needed=needed,
         usable_width=equations.usable,
@@ -372,10 +311,10 @@ def _noise_gain(D: Tensor, tokens: int) -> float:
 def _check(update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None) -> dict[str, Tensor]:
     """The gradients that the span needs, or a refusal."""
     name = "span_closed_form"
-    if anatomy.first_block not in ("april", "prenorm"):
+    if anatomy.first_block not in _READABLE:
         raise AttackNotApplicable(
             name,
-            "what stands before the first attention is neither nothing (architecture A) nor one LayerNorm "
+            "what stands before the first attention is neither nothing (architecture A) nor one or two norms "
             f'(architecture B): first_block="{anatomy.first_block}"',
         )
     if anatomy.position is None:
@@ -395,24 +334,38 @@ def _equations(shared: Mapping[str, Tensor], anatomy: Anatomy, weights: Mapping[
     W_e = weights[anatomy.patch_weight].double().flatten(1)  # (d, p)
     places = places_of(anatomy, weights)  # (n, d)
     D = torch.cat([shared[part] for part in ("query", "key", "value")])  # (3d, d)
-    if anatomy.first_block == "april":
+    if anatomy.first_block in ("april", "postnorm"):
         return token_equations(D, W_e, places)
-    gamma = weights[anatomy.norm_weight].double() if anatomy.norm_weight else torch.ones_like(W_e[:, 0])
-    beta = weights[anatomy.norm_bias].double() if anatomy.norm_bias else None
-    return token_equations(D, W_e, places, gamma, beta)
+
+    def norm(weight: str | None, bias: str | None) -> tuple[Tensor, Tensor | None]:
+        gamma = weights[weight].double() if weight else torch.ones_like(W_e[:, 0])
+        return gamma, weights[bias].double() if bias else None
+
+    gamma, beta = norm(anatomy.norm_weight, anatomy.norm_bias)
+    if anatomy.first_block == "two norms":
+        before = norm(anatomy.embedding_norm_weight, anatomy.embedding_norm_bias)
+        return token_equations(D, W_e, places, gamma, beta, before=before)
+    return token_equations(D, W_e, places, gamma, beta, centred=anatomy.first_block != "rmsnorm")
+
+
+def _directions_lost(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
+    """Directions of the width that the norms take, besides the tokens': the mean's, and C β₁."""
+    if anatomy.first_block != "two norms":
+        return int(anatomy.first_block == "prenorm")
+    return 1 + int(anatomy.embedding_norm_bias is not None and bool(weights[anatomy.embedding_norm_bias].any()))
 
 
 def _extra_prefix(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
     """Tokens before the patches that have no position of their own (timm's ``no_embed_class``)."""
-    prefix = sum(weights[token].flatten(0, -2).shape[0] for token in anatomy.prefix)
+    prefix = sum(weights[token].numel() // weights[token].shape[-1] for token in anatomy.prefix)
     return max(prefix - anatomy.position_prefix, 0)
 
 
-def _refuse_width(needed: int, equations: TokenEquations, tokens: int, unknowns: int, layernorm: bool) -> None:
+def _refuse_width(needed: int, equations: TokenEquations, tokens: int, unknowns: int, norms: int) -> None:
     usable, width = equations.usable, len(equations.A)
     raise AttackNotApplicable(
         "span_closed_form",
-        f"min(p, n) + tokens{' + 1' if layernorm else ''} = {needed} > {usable} = d: "
+        f"min(p, n) + tokens{f' + {norms}' if norms else ''} = {needed} > {usable} = d: "
         f"the span of {tokens} tokens leaves {width - tokens} equations for {unknowns} unknowns a patch",
         width_needed=needed,
         width=usable,

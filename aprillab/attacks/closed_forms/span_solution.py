@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...models import unpatchify
+from ...anatomy import Tiling
 from .noisy_span import NoisySpan
 
 
@@ -22,7 +22,7 @@ class SpanSolution:
         H, with (HᵀH)⁻¹ · ``variance`` the covariance of a patch's error; it is the same for all
         patches.
     variance : float
-    patch_size, image_size : in pixels
+    tiling : how a picture is cut into patches
     token_side : the noisy span of the tokens
     width_needed, usable_width : int
     numbers : dict, for ``diagnostics``
@@ -31,8 +31,7 @@ class SpanSolution:
     patches: Tensor
     root: Tensor
     variance: float
-    patch_size: int
-    image_size: tuple[int, int]
+    tiling: Tiling
     token_side: NoisySpan
     width_needed: int
     usable_width: int
@@ -41,7 +40,7 @@ class SpanSolution:
     @property
     def images(self) -> Tensor:
         """(1, C, H, W)"""
-        return unpatchify(self.patches.T[None], self.patch_size, self.image_size)
+        return self.tiling.images(self.patches.T[None])
 
     @property
     def mean_square_error(self) -> float:

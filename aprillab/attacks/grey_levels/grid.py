@@ -16,7 +16,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
-from ...models import patchify, unpatchify
+from ...anatomy import Tiling
 from ...preprocessing import Preprocessing
 from ..closed_forms.span_solution import SpanSolution
 from .lattice import ReducedLattice, reduced_lattice
@@ -58,7 +58,7 @@ class Grid:
     scale, offset : Tensor (p,)
         A patch g in levels is scale · x + offset, x in model-input space.
     levels : int
-    patch_size, image_size : in pixels
+    tiling : how a picture is cut into patches
     unknown_above : float
         Directions of larger deviation, in levels, count as not known.
     """
@@ -69,23 +69,20 @@ class Grid:
     scale: Tensor
     offset: Tensor
     levels: int
-    patch_size: int
-    image_size: tuple[int, int]
+    tiling: Tiling
     unknown_above: float = _UNKNOWN_ABOVE
 
     @classmethod
     def of(cls, solution: SpanSolution, preprocessing: Preprocessing, levels: int) -> Grid:
         """What the span says, put into levels, its deviations made honest."""
-        side = solution.patch_size
-        blank = torch.zeros(1, len(solution.patches) // side**2, side, side).to(
-            solution.patches
-        )  # (1, C, side, side)
+        tiling = solution.tiling
+        blank = torch.zeros_like(solution.images)  # (1, C, H, W)
         # Level = (levels − 1) · pixel, and a pixel is linear in the model's input.
-        offset = (levels - 1) * patchify(preprocessing.to_pixels(blank, clamp=False), side).flatten()  # (p,)
-        scale = (levels - 1) * patchify(preprocessing.to_pixels(blank + 1, clamp=False), side).flatten() - offset
+        offset = (levels - 1) * tiling.patches(preprocessing.to_pixels(blank, clamp=False))[0, 0]  # (p,)
+        scale = (levels - 1) * tiling.patches(preprocessing.to_pixels(blank + 1, clamp=False))[0, 0] - offset
         directions, nominal = nominal_deviations(solution, scale)
         centres = scale[:, None] * solution.patches + offset[:, None]
-        return cls(centres, directions, calibrated(nominal), scale, offset, levels, side, solution.image_size)
+        return cls(centres, directions, calibrated(nominal), scale, offset, levels, tiling)
 
     # --- What is known ----------------------------------------------------------------------------
 
@@ -150,8 +147,8 @@ class Grid:
 
         Also the values that the rows should have, (rows,).
         """
-        p, side = len(self.centres), self.patch_size
-        number = torch.arange(p).reshape(-1, side, side)  # of each pixel, (C, side, side)
+        p = len(self.centres)
+        number = self.tiling.boxes(torch.arange(p).reshape(1, 1, p))[0, 0]  # of each pixel, (C, h, w)
         eye = torch.eye(p).to(self.centres)
         down = eye[number[:, 1:].flatten()] - eye[number[:, :-1].flatten()]
         right = eye[number[:, :, 1:].flatten()] - eye[number[:, :, :-1].flatten()]
@@ -177,11 +174,11 @@ class Grid:
 
     def images(self, patches: Tensor) -> Tensor:
         """(B, C, H, W) in model-input space, of patches (B, n, p) in levels."""
-        return unpatchify((patches - self.offset) / self.scale, self.patch_size, self.image_size)
+        return self.tiling.images((patches - self.offset) / self.scale)
 
     def patches(self, images: Tensor) -> Tensor:
         """The inverse of :meth:`images`."""
-        return patchify(images.to(self.centres), self.patch_size) * self.scale + self.offset
+        return self.tiling.patches(images.to(self.centres)) * self.scale + self.offset
 
     def smoothest(self, patches: Tensor, free: Tensor) -> Tensor:
         """The smoothest picture whose free patches are what the span allows.
@@ -212,8 +209,8 @@ class Grid:
             return (c * free[:, None]) @ rows
 
         def pull(patches: Tensor) -> Tensor:  # Aᵀ L
-            images = unpatchify(patches[None], self.patch_size, self.image_size)
-            return (patchify(laplacian(images), self.patch_size)[0] / self._roughness**2) @ rows.T * free[:, None]
+            images = self.tiling.images(patches[None])
+            return (self.tiling.patches(laplacian(images))[0] / self._roughness**2) @ rows.T * free[:, None]
 
         def normal(flat: np.ndarray) -> np.ndarray:  # Aᵀ L A + I
             c = torch.as_tensor(flat).to(start).reshape(shape)

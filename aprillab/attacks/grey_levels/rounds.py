@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models import patchify
 from ...update import ClientUpdate
 from ..replay import Loss, replay, residual_of
 from ..result import Reconstruction
@@ -321,7 +320,7 @@ def search(
 
 def _open_patches(rounds: Rounds, coordinates: Coordinates) -> Coordinates:
     """Coordinates in which settled patches stay as they are."""
-    settled = patchify(rounds.grid.images(rounds.patches), rounds.grid.patch_size)
+    settled = rounds.grid.tiling.patches(rounds.grid.images(rounds.patches))
     origin = torch.where(rounds.settled[..., None], settled, coordinates.origin)
     return replace(coordinates, origin=origin, free=(~rounds.settled).to(origin))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...models import patchify, unpatchify
+from ...anatomy import Tiling
 
 
 @dataclass(frozen=True)
@@ -27,32 +27,30 @@ class Coordinates:
     origin : Tensor (n, p), (1, p) or (B, n, p), in model-input space
         The patches whose coefficients are zero.
     basis : Tensor (k, p), rows linearly independent
-    patch_size : int, in pixels
-    image_size : (height, width), in pixels
+    tiling : how a picture is cut into patches
     free : Tensor (B, n), optional
         1 for patches to look for, 0 for those that stay at the origin; default is all.
     """
 
     origin: Tensor
     basis: Tensor
-    patch_size: int
-    image_size: tuple[int, int]
+    tiling: Tiling
     free: Tensor | None = None
 
     def to(self, like: Tensor) -> Coordinates:
         """On the device and in the dtype of a tensor."""
         free = None if self.free is None else self.free.to(like)
-        return Coordinates(self.origin.to(like), self.basis.to(like), self.patch_size, self.image_size, free)
+        return Coordinates(self.origin.to(like), self.basis.to(like), self.tiling, free)
 
     def images_of(self, coefficients: Tensor) -> Tensor:
         """Pictures (…, C, H, W) of coefficients (…, n, k)."""
         patches = self.origin + self._freely(coefficients) @ self.basis  # (…, n, p)
-        images = unpatchify(patches.flatten(0, -3), self.patch_size, self.image_size)
+        images = self.tiling.images(patches.flatten(0, -3))
         return images.unflatten(0, coefficients.shape[:-2])
 
     def coefficients_of(self, images: Tensor) -> Tensor:
         """Coefficients (…, n, k) of the pictures nearest to images (…, C, H, W): least squares."""
-        patches = patchify(images.flatten(0, -4), self.patch_size).unflatten(0, images.shape[:-3])  # (…, n, p)
+        patches = self.tiling.patches(images.flatten(0, -4)).unflatten(0, images.shape[:-3])  # (…, n, p)
         patches = patches - self.origin
         # In float64 and for rows of length 1: they may differ by far more than float32 can take.
         lengths = torch.linalg.vector_norm(self.basis.double(), dim=1)  # (k,)
@@ -67,23 +65,24 @@ class Coordinates:
         """
         k, p = self.basis.shape
         rows = self.basis / torch.linalg.vector_norm(self.basis, dim=1, keepdim=True)
-        coefficients = math.sqrt(p / k) * patchify(images.flatten(0, -4), self.patch_size) @ rows.T
+        coefficients = math.sqrt(p / k) * self.tiling.patches(images.flatten(0, -4)) @ rows.T
         return self._freely(coefficients.unflatten(0, images.shape[:-3]))
 
     def _freely(self, coefficients: Tensor) -> Tensor:
         return coefficients if self.free is None else coefficients * self.free[..., None].to(coefficients)
 
 
-def row_space_of(gradient: Tensor, batch_size: int, image_size: tuple[int, int]) -> Coordinates | None:
+def row_space_of(gradient: Tensor, batch_size: int, tiling: Tiling) -> Coordinates | None:
     """Coordinates in the row space of ∂l/∂W_e, which holds the patches, equation (3.9).
 
     Parameters
     ----------
-    gradient : Tensor of shape (d, C, P, P)
+    gradient : Tensor of shape (d, C, P, P) or (d, p)
         ∂l/∂W_e.
     batch_size : int
         B.
-    image_size : (height, width), in pixels
+    tiling : Tiling
+        How a picture is cut into patches.
 
     Returns
     -------
@@ -94,14 +93,13 @@ def row_space_of(gradient: Tensor, batch_size: int, image_size: tuple[int, int])
     --------
     >>> patches = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
     >>> G = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
-    >>> row_space_of((G @ patches).reshape(24, 3, 4, 4), 1, (8, 8)).basis.shape
+    >>> row_space_of((G @ patches).reshape(24, 3, 4, 4), 1, Tiling.square(4, (8, 8))).basis.shape
     torch.Size([4, 48])
     """
-    size = gradient.shape[-1]
-    tokens = batch_size * (image_size[0] // size) * (image_size[1] // size)  # B·n
+    tokens = batch_size * tiling.count  # B·n
     s, Vt = torch.linalg.svd(gradient.double().flatten(1), full_matrices=False)[1:]
     # Well above rounding: directions of pure rounding noise would differ from run to run.
     rank = min(tokens, int((s > 100 * torch.finfo(gradient.dtype).eps * s[0]).sum()))
     if not 0 < rank < gradient[0].numel():
         return None
-    return Coordinates(torch.zeros_like(Vt[:1]), Vt[:rank], size, image_size)
+    return Coordinates(torch.zeros_like(Vt[:1]), Vt[:rank], tiling)

@@ -45,7 +45,8 @@ def pose(
     asked = recipe.labels if labels is None else labels
     known, labels_how = _labels(model, update, anatomy, asked, batch_size)
     names = list(update.gradients)
-    k = names.index(anatomy.position) if anatomy.position in names else None
+    # The rows of an embedding that was interpolated are no patches: it is matched like any other tensor.
+    k = names.index(anatomy.position) if anatomy.position in names and anatomy.resampling is None else None
     like = torch.zeros((), device=device or update.gradients[names[0]].device, dtype=dtype)
     targets = [update.gradients[name].detach().to(like) for name in names]
     # A copy to search on: in another dtype as a rule, and models may keep parts of their last pass.
@@ -61,7 +62,7 @@ def pose(
         targets=targets,
         position=None
         if k is None or recipe.position_term is None
-        else Position(k, recipe.position_term, anatomy.position_prefix, parameters[anatomy.patch_weight].shape[-1]),
+        else Position(k, recipe.position_term, anatomy.position_prefix, anatomy.tiling),
         recipe=recipe,
         match=matcher(recipe.distance, targets, torch.finfo(update.dtype).eps),
         shape=shape,
@@ -111,7 +112,7 @@ def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, recipe: 
     gradient = update.gradients.get(anatomy.patch_weight)
     if not recipe.row_space or gradient is None:
         return None
-    return row_space_of(gradient, batch_size, anatomy.image_size)
+    return row_space_of(gradient, batch_size, anatomy.tiling)
 
 
 def _anatomy_of(model: nn.Module, image_shape: tuple[int, int, int] | None) -> Anatomy:
@@ -163,4 +164,4 @@ def _count_classes(model: nn.Module, images: Tensor) -> int:
 
 
 def _channels(model: nn.Module, anatomy: Anatomy) -> int:
-    return dict(model.named_parameters())[anatomy.patch_weight].shape[1]
+    return anatomy.channels or dict(model.named_parameters())[anatomy.patch_weight].shape[1]

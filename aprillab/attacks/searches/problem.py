@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...anatomy import Tiling
 from ...preprocessing import Preprocessing
 from ...update import logits_of
 from . import objectives
@@ -77,13 +78,13 @@ class Position:
         On its gradient.
     prefix : int
         Its rows before the first patch's.
-    patch_size : int, in pixels
+    tiling : how a picture is cut into patches
     """
 
     index: int
     term: PositionTerm
     prefix: int
-    patch_size: int
+    tiling: Tiling
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Problem:
         places = places_of(*(rows.flatten(0, -2)[prefix:] for rows in (token_gradients, shared)))
         if torch.equal(places, torch.arange(len(places), device=places.device)):
             return None
-        return rearranged(images, places, self.position.patch_size)
+        return rearranged(images, places, self.position.tiling)
 
     # --- The loss -------------------------------------------------------------------------------------------------
 

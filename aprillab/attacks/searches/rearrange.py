@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ...models import patchify, unpatchify
+from ...anatomy import Tiling
 
 
 def places_of(rows: Tensor, shared: Tensor) -> Tensor:
@@ -41,15 +41,15 @@ def places_of(rows: Tensor, shared: Tensor) -> Tensor:
     return torch.from_numpy(places).to(rows.device)
 
 
-def rearranged(images: Tensor, places: Tensor, patch_size: int) -> Tensor:
+def rearranged(images: Tensor, places: Tensor, tiling: Tiling) -> Tensor:
     """Pictures (B, C, H, W) with patch i moved to place ``places[i]``.
 
     Examples
     --------
-    >>> rearranged(torch.tensor([[[[1.0, 2.0, 3.0]]]]), torch.tensor([0, 2, 1]), 1)
+    >>> rearranged(torch.tensor([[[[1.0, 2.0, 3.0]]]]), torch.tensor([0, 2, 1]), Tiling.square(1, (1, 3)))
     tensor([[[[1., 3., 2.]]]])
     """
-    patches = patchify(images, patch_size)  # (B, n, p)
+    patches = tiling.patches(images)  # (B, n, p)
     moved = torch.empty_like(patches)
     moved[:, places] = patches
-    return unpatchify(moved, patch_size, (images.shape[-2], images.shape[-1]))
+    return tiling.images(moved)

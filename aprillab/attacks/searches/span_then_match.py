@@ -152,7 +152,5 @@ def open_coordinates(solution: SpanSolution) -> tuple[Coordinates, int]:
     directions, deviations = solution.directions()
     lengths = (LONGEST * deviations).sqrt().clamp_max(LONGEST)
     lengths = torch.where(deviations > KNOWN, lengths, SHORTEST)
-    coordinates = Coordinates(
-        solution.patches.T, lengths[:, None] * directions, solution.patch_size, solution.image_size
-    )
+    coordinates = Coordinates(solution.patches.T, lengths[:, None] * directions, solution.tiling)
     return coordinates, int((deviations > OPEN).sum())

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aprillab as al
+from aprillab.anatomy import Tiling
 from aprillab.attacks.closed_forms.april import (
     Diagonal,
     choose_damping,
@@ -132,7 +133,7 @@ def system_of(patches=5, width=9, pixels=6, prefix=1, seed=0):
     G, E = normal(patches + prefix, width, seed=seed + 2), normal(patches + prefix, width, seed=seed + 3)
     Z = E.clone()
     Z[prefix:] += X @ W_e.T
-    return System(G.T @ Z, G, E, W_e, prefix, channels=pixels, patch_size=1), Z, X
+    return System(G.T @ Z, G, E, W_e, prefix, Tiling.square(1, (1, patches))), Z, X
 
 
 def test_tokens_and_patches_are_found_again():

@@ -11,6 +11,7 @@ import torch
 from grey_pictures import client, grid_of, photographs, rounds_of, vit
 from torch import Tensor, nn
 
+from aprillab.anatomy import Tiling
 from aprillab.attacks.grey_levels.grid import Grid
 from aprillab.attacks.grey_levels.rounds import (
     Deadline,
@@ -100,7 +101,7 @@ def test_levels_that_do_not_exist_are_not_settled(setting: Setting) -> None:
     *_, grid, truth = setting
     shifted = Grid(
         centres=grid.centres + 200, directions=grid.directions, deviations=grid.deviations, scale=grid.scale,
-        offset=grid.offset, levels=256, patch_size=grid.patch_size, image_size=grid.image_size,
+        offset=grid.offset, levels=256, tiling=grid.tiling,
     )  # fmt: skip
     guesses = truth[0].T + 200
     rounds = rounds_of(shifted)
@@ -156,7 +157,7 @@ def test_one_wrong_level_shows_in_a_large_picture_too() -> None:
     model, pixels = vit(image_size=224, patch_size=8, width=48, depth=1, heads=2), photographs("coffee", size=224)
     update, truth = client(model, pixels), (255 * patchify(pixels, 8)).round()
     full = torch.full((192,), 127.5, dtype=torch.float64)
-    grid = Grid(truth[0].T, torch.eye(192).double(), full, full, full, 256, 8, (224, 224))
+    grid = Grid(truth[0].T, torch.eye(192).double(), full, full, full, 256, Tiling.square(8, (224, 224)))
     replay = Replay(model, update, grid, "patch_embedding.weight", nn.functional.cross_entropy)
     label = torch.tensor([1])
     assert replay.residual(truth, label) == pytest.approx(0, abs=replay.rounding)
@@ -199,9 +200,7 @@ def test_both_halves_are_doubted_and_then_no_more(setting: Setting) -> None:
 
 
 def coordinates_of(grid: Grid) -> Coordinates:
-    return Coordinates(
-        patchify(grid.images(grid.centres.T[None]), grid.patch_size)[0], torch.eye(48).double(), 4, grid.image_size
-    )
+    return Coordinates(grid.tiling.patches(grid.images(grid.centres.T[None]))[0], torch.eye(48).double(), grid.tiling)
 
 
 def record_calls(grid: Grid, calls: list[dict[str, Any]]) -> Any:

@@ -7,10 +7,12 @@ import torch
 from search_tools import randn
 from torch import Tensor
 
+from aprillab.anatomy import Tiling
 from aprillab.attacks.searches.coordinates import Coordinates, row_space_of
 from aprillab.models import patchify
 
 SIZE, CHANNELS, PATCH = (4, 6), 3, 2  # six patches of twelve numbers, on a grid that is not square
+FOUR = Tiling.square(PATCH, (2 * PATCH, 2 * PATCH))
 PLACES, PIXELS = 6, 12
 
 
@@ -22,7 +24,7 @@ def coordinates(rows: int = PIXELS, *, lengths: Tensor | None = None, origin_row
     """Orthogonal rows, of length 1 unless told, around an origin far from zero."""
     basis = rotation(PIXELS)[:rows]
     basis = basis if lengths is None else lengths[:, None] * basis
-    return Coordinates(3 + randn(origin_rows, PIXELS, seed=1), basis, PATCH, SIZE)
+    return Coordinates(3 + randn(origin_rows, PIXELS, seed=1), basis, Tiling.square(PATCH, SIZE))
 
 
 UNEQUAL = torch.logspace(-6, 0, PIXELS, dtype=torch.float64)
@@ -72,7 +74,7 @@ def test_coefficients_are_found_again() -> None:
 
 def test_a_short_basis_gives_the_nearest_picture() -> None:
     basis = randn(5, PIXELS, seed=5)  # not orthogonal: the transpose is no inverse
-    known = Coordinates(3 + randn(PLACES, PIXELS, seed=1), basis, PATCH, SIZE)
+    known = Coordinates(3 + randn(PLACES, PIXELS, seed=1), basis, Tiling.square(PATCH, SIZE))
     images = pictures(2)
     nearest = known.images_of(known.coefficients_of(images))
     missed = patchify(images - nearest, PATCH)
@@ -106,7 +108,7 @@ def test_noise_is_as_long_in_rows_of_any_length() -> None:
 def test_the_row_space_holds_the_patches_and_no_more() -> None:
     patches = randn(4, PIXELS, seed=6)  # a grid of 2 × 2 patches
     gradient = (randn(20, 4, seed=7) @ patches).reshape(20, CHANNELS, PATCH, PATCH)
-    known = row_space_of(gradient, 1, (2 * PATCH, 2 * PATCH))
+    known = row_space_of(gradient, 1, FOUR)
     assert known is not None
     assert known.basis.shape == (4, PIXELS)
     torch.testing.assert_close(known.basis @ known.basis.T, torch.eye(4, dtype=torch.float64))
@@ -116,9 +118,9 @@ def test_the_row_space_holds_the_patches_and_no_more() -> None:
 
 def test_a_row_space_that_restricts_nothing_is_none() -> None:
     full = randn(20, PIXELS, seed=8).reshape(20, CHANNELS, PATCH, PATCH)
-    assert row_space_of(full, 4, (2 * PATCH, 2 * PATCH)) is None  # 16 tokens of 12 numbers
-    assert row_space_of(0 * full, 1, (2 * PATCH, 2 * PATCH)) is None
-    noisy = row_space_of(full, 1, (2 * PATCH, 2 * PATCH))
+    assert row_space_of(full, 4, FOUR) is None  # 16 tokens of 12 numbers
+    assert row_space_of(0 * full, 1, FOUR) is None
+    noisy = row_space_of(full, 1, FOUR)
     assert noisy is not None
     assert len(noisy.basis) == 4  # never more than there are tokens
 
@@ -127,7 +129,7 @@ def test_settled_patches_stay_where_they_are_in_the_search() -> None:
     basis = torch.eye(12, dtype=torch.float64)
     free = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
     origin = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    known = Coordinates(origin, basis, 2, (4, 4), free).to(basis)
+    known = Coordinates(origin, basis, Tiling.square(2, (4, 4)), free).to(basis)
     coefficients = torch.ones(1, 2, 4, 12, dtype=torch.float64)
     moved = patchify(known.images_of(coefficients)[0], 2) - origin
     torch.testing.assert_close(moved, free[..., None].double().expand(-1, -1, 12))

@@ -9,6 +9,7 @@ import torch
 from search_tools import SmallCNN, attacked, quietly, randn, small_vit, victim
 from torch import nn
 
+from aprillab.anatomy import Tiling
 from aprillab.attacks.searches.coordinates import Coordinates
 from aprillab.attacks.searches.recipes import RECIPES
 from aprillab.metrics import match_batch, psnr
@@ -162,7 +163,7 @@ def test_options_that_make_no_sense(options: dict, message: str) -> None:
 def test_coordinates_and_clamped_pixels_exclude_each_other() -> None:
     model = small_vit()
     _, update = attacked(model)
-    known = Coordinates(torch.zeros(1, 4), torch.eye(4), 2, (4, 4))
+    known = Coordinates(torch.zeros(1, 4), torch.eye(4), Tiling.square(2, (4, 4)))
     with pytest.raises(ValueError, match="clamp=True works on pixels"):
         quietly(model, update, recipe="inverting_gradients", coordinates=known)
 

@@ -9,6 +9,7 @@ import torch
 from search_tools import attacked, quietly, randn, small_vit
 
 import aprillab as al
+from aprillab.anatomy import Tiling
 from aprillab.attacks.searches import problem
 from aprillab.attacks.searches.rearrange import places_of, rearranged
 from aprillab.attacks.searches.recipes import APRIL, LBFGS, PositionTerm, Priors, Recipe
@@ -44,7 +45,7 @@ def test_each_place_is_used_once() -> None:
 def test_patches_are_moved_to_their_places() -> None:
     images = randn(1, 3, 4, 6)
     places = torch.tensor([2, 0, 1, 5, 3, 4])  # its inverse is another
-    found = patchify(rearranged(images, places, 2), 2)
+    found = patchify(rearranged(images, places, Tiling.square(2, tuple(images.shape[-2:]))), 2)
     assert torch.equal(found[:, places], patchify(images, 2))
 
 

@@ -12,7 +12,7 @@ from search_tools import randn
 from torch import Tensor, nn
 
 import aprillab as al
-from aprillab.anatomy import dissect
+from aprillab.anatomy import Tiling, dissect
 from aprillab.attacks.closed_forms.span import solve_span
 from aprillab.attacks.closed_forms.span_solution import SpanSolution
 from aprillab.attacks.result import AttackNotApplicable, Reconstruction
@@ -35,7 +35,7 @@ def test_rows_are_the_longer_the_greater_the_error_to_be_expected() -> None:
     Q = rotation(6)  # its columns are the directions
     upper = torch.linalg.qr(s[:, None] * Q.T).R
     solution = SpanSolution(
-        patches=randn(6, 4, seed=3), root=upper, variance=0.04, patch_size=1, image_size=(2, 2),
+        patches=randn(6, 4, seed=3), root=upper, variance=0.04, tiling=Tiling.square(1, (2, 2)),
         token_side=None, width_needed=0, usable_width=0, numbers={},
     )  # fmt: skip
     found, opened = open_coordinates(solution)  # deviations 0.2 / s

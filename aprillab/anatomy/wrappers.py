@@ -1,0 +1,147 @@
+"""Which Vision Transformer of a larger module is meant, and what stands around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .readers.known import READERS, Reader
+from .readers.parts import last_linear
+from .record import NAME_FIELDS, ROW_FIELDS, Anatomy, UnknownModelError
+
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A Vision Transformer at ``path`` in the model, and who reads it."""
+
+    path: str
+    module: nn.Module
+    reader: Reader
+
+    @property
+    def trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.module.parameters())
+
+
+def vits_in(model: nn.Module) -> list[Found]:
+    """The outermost Vision Transformers among the model and its submodules, in their order."""
+    found: list[Found] = []
+    for path, module in model.named_modules():
+        if any(is_in(path, other.path) for other in found):
+            continue
+        for base in type(module).__mro__:
+            reader = READERS.get(f"{base.__module__}.{base.__name__}")
+            if reader is not None:
+                found.append(Found(path, module, reader))
+                break
+    return found
+
+
+def choose(vits: list[Found], wanted: str | None) -> tuple[Found, str]:
+    """The Vision Transformer to read, and a remark where there are several.
+
+    Parameters
+    ----------
+    vits : list of Found, at least one
+    wanted : str or None
+        Path of a module, or of a tensor, that belongs to the one that is meant.
+
+    Raises
+    ------
+    UnknownModelError
+        If none has that path, or several are trained and none is named.
+    """
+    names = ", ".join(repr(found.path) for found in vits)
+    if wanted is not None:
+        fitting = [f for f in vits if is_in(f.path, wanted) or is_in(wanted, f.path)]
+        if len(fitting) != 1:
+            raise UnknownModelError(f"vit={wanted!r} is not one of them: the Vision Transformers are at {names}")
+    elif len(vits) == 1:
+        return vits[0], ""
+    else:
+        fitting = [found for found in vits if found.trained] or vits[:1]
+        if len(fitting) > 1:
+            trained = ", ".join(repr(found.path) for found in fitting)
+            raise UnknownModelError(
+                f"{len(fitting)} Vision Transformers of this model are trained, {trained}: say which one the update "
+                f"is of, as in dissect(model, vit={fitting[-1].path!r})"
+            )
+    if len(vits) == 1:
+        return fitting[0], ""
+    listed = [f"{found.path!r}{'' if found.trained else ' (frozen)'}" for found in vits]
+    remark = (
+        f"{_NUMBERS.get(len(vits), len(vits))} ViTs in this model: {', '.join(listed[:-1])} and {listed[-1]}; "
+        f"read is {fitting[0].path!r}"
+    )
+    return fitting[0], remark
+
+
+def seen_from_outside(model: nn.Module, anatomy: Anatomy, path: str, vits: list[Found]) -> Anatomy:
+    """The anatomy of a ViT at ``path`` under the names of the whole model, a head outside included."""
+    found = _with_path(anatomy, path)
+    if not path or found.head_weight is not None:
+        return replace(found, root=path)
+    head = _head_outside(model, path, vits)
+    if not head:
+        return replace(found, root=path)
+    common = [a for a, b in zip(path.split("."), (head["head_weight"] or "").split("."), strict=False) if a == b]
+    start = path.split(".")[: len(common)]
+    return replace(found, **head, root=".".join(start) if common == start else "")
+
+
+def last_head(model: nn.Module, width: int) -> dict[str, Any]:
+    """The model's last layer, if it is linear and is no layer of width d: what gives the logits."""
+    layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    if not layers or not isinstance(layers[-1], nn.Linear) or layers[-1].out_features == width:
+        return {}
+    return last_linear(model, "")
+
+
+def is_in(path: str, module: str) -> bool:
+    """Whether ``path`` is the module itself or lies in it.
+
+    >>> is_in("student.vit", "student"), is_in("students", "student"), is_in("a", "")
+    (True, False, True)
+    """
+    return not module or path == module or path.startswith(f"{module}.")
+
+
+def _head_outside(model: nn.Module, path: str, vits: list[Found]) -> dict[str, Any]:
+    """The last linear layer of the one module beside a headless ViT that has any.
+
+    Looked for from the inside out: the wrapper of a student comes before its teacher's.
+    """
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        outer = ".".join(parts[:depth])
+        wrapper = model.get_submodule(outer)
+        beside = {
+            name: head
+            for name, child in wrapper.named_children()
+            if (full := f"{outer}.{name}" if outer else name)
+            and not is_in(path, full)
+            and not any(is_in(other.path, full) for other in vits)
+            and (head := last_linear(child, full))
+        }
+        if len(beside) == 1:
+            return next(iter(beside.values()))
+        if beside:
+            return {}
+    return {}
+
+
+def _with_path(anatomy: Anatomy, path: str) -> Anatomy:
+    """The same anatomy seen from a model that holds the ViT as a submodule."""
+    dot = f"{path}." if path else ""
+    changes: dict[str, Any] = {"prefix": tuple(dot + name for name in anatomy.prefix)}
+    for part in NAME_FIELDS:
+        if (name := getattr(anatomy, part)) is not None:
+            changes[part] = dot + name
+    for part in ROW_FIELDS:
+        if (rows := getattr(anatomy, part)) is not None:
+            changes[part] = replace(rows, name=dot + rows.name)
+    return replace(anatomy, **changes)
