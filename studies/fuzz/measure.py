@@ -16,7 +16,7 @@ import aprillab as al
 from aprillab.attacks.catalogue import CLOSED_FORMS
 
 from .client import Shared, play
-from .worlds import LOSSY, World, draw
+from .worlds import LOSSY, VANISHED, World, draw
 
 PACKAGE = str(Path(al.__file__).parent)
 LEAST = 58.9  # dB: below it a picture is not exact to 8 bits, 58.92 dB, give or take the prediction's last digit
@@ -67,12 +67,12 @@ def attacked(case: tuple[int]) -> Iterator[Row]:
     except al.UpdateError as error:
         yield _row(world, "invert", None, Outcome(NO_UPDATE, note=str(error).partition(":")[0]), 0.0)
         return
-    best = oracle(world)
+    best, vanished = oracle(world), vanishes(world, shared.update)
     for name in (*CLOSED_FORMS, "invert"):
         start = time.perf_counter()
         found = outcome(shared, name)
         if name == "invert" or found.outcome not in (REFUSED, UPDATE_REFUSED):
-            yield _row(world, name, best, found, time.perf_counter() - start)
+            yield _row(world, name, best, found, time.perf_counter() - start, vanished)
 
 
 def faults(rows: Iterable[Row]) -> list[str]:
@@ -94,10 +94,12 @@ def loses(done: str) -> bool:
     return any(kind in LOSSY for kind in done.split(", "))
 
 
-def _row(world: World, attack: str, best: float | None, found: Outcome, seconds: float) -> Row:
-    replay = found.replay
+def _row(
+    world: World, attack: str, best: float | None, found: Outcome, seconds: float, vanished: bool = False
+) -> Row:
+    replay, done = found.replay, ", ".join(filter(None, (world.kinds(), VANISHED * vanished)))
     return Row(
-        seed=world.seed, done=world.kinds(), dtype=world.dtype, images=1 if world.same_pictures else world.batch,
+        seed=world.seed, done=done, dtype=world.dtype, images=1 if world.same_pictures else world.batch,
         oracle=best, attack=attack, outcome=found.outcome, predicted=found.predicted, psnr=found.psnr,
         residual=getattr(replay, "residual", None), limit=getattr(replay, "limit", None),
         replay=getattr(replay, "state", ""), seconds=seconds, note=found.note,
@@ -114,6 +116,18 @@ def oracle(world: World) -> float | None:
         return None
     found = [outcome(shared, name).psnr for name in CLOSED_FORMS]
     return max((psnr for psnr in found if psnr is not None), default=None)
+
+
+def vanishes(world: World, update: al.ClientUpdate) -> bool:
+    """Whether a gradient is too small for the update's precision: all zeros there, and not in float64."""
+    zero = [name for name, g in update.gradients.items() if not g.any()]
+    if not zero:
+        return False
+    try:
+        ideal = play(world.ideal()).update.gradients
+    except al.UpdateError:
+        return False
+    return any(bool(ideal[name].any()) for name in zero if name in ideal)
 
 
 def outcome(shared: Shared, name: str) -> Outcome:

@@ -25,8 +25,9 @@ KINDS = {
     "noise": "noise", "kept": "pruned", "bits": "quantized", "cast": "cast", "zeroed": "a tensor of zeros",
     "poisoned": "not finite", "weights": "weights sent",
 }  # fmt: skip
+VANISHED = "a gradient rounds to zero"
 #: After these an update may hold too little of the picture, so that a refusal can be right.
-LOSSY = ("noise", "pruned", "quantized", "cast", "a tensor of zeros", "not finite", "weights sent", "Adam")
+LOSSY = (VANISHED, "noise", "pruned", "quantized", "cast", "a tensor of zeros", "not finite", "weights sent", "Adam")
 
 
 @dataclass(frozen=True)

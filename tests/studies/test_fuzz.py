@@ -21,7 +21,7 @@ from studies.fuzz import __main__ as command
 from studies.fuzz import measure, page
 from studies.fuzz.client import build, group, pictures, play
 from studies.fuzz.measure import Row, attacked, faults, oracle, outcome, reason_class
-from studies.fuzz.worlds import KINDS, LOSSY, Model, Tampering, World, draw
+from studies.fuzz.worlds import KINDS, LOSSY, VANISHED, Model, Tampering, World, draw
 
 MODEL = Model(
     library="aprillab", image_size=8, patch_size=4, channels=1, width=24, depth=1, heads=2, classes=5,
@@ -63,7 +63,7 @@ def test_every_kind_is_drawn() -> None:
     kinds = Counter(kind for world in worlds for kind in world.kinds().split(", "))
     assert set(kinds) == {"", "dropout", "states", "local steps", *KINDS.values()}
     assert min(kinds.values()) > 20
-    assert set(LOSSY) <= set(KINDS.values())
+    assert set(LOSSY) <= {VANISHED, *KINDS.values()}
     withheld = {part for world in worlds for part in world.withheld}
     assert withheld == {"position", "head", "head_weight", "head_bias", "patch", "attention", "some"}
     assert {kind for world in worlds for kind in world.pictures} == {
@@ -221,6 +221,14 @@ def test_the_oracle_attacks_the_same_client_with_nothing_done() -> None:
     assert oracle(replace(world, withheld=("position", "attention"))) is None
     assert oracle(replace(world, pictures=("noise", "noise"))) < 30
     assert oracle(replace(world, pictures=("noise", "noise"), same_pictures=True)) > 100
+
+
+def test_a_gradient_that_rounds_to_zero_is_said() -> None:
+    small = replace(done(factor=1e-30, cast="float16"))
+    assert measure.vanishes(small, play(small).update)
+    assert not measure.vanishes(PLAIN, play(PLAIN).update)
+    zero = replace(PLAIN, model=replace(MODEL, zero_head=True))
+    assert not measure.vanishes(zero, play(zero).update)
 
 
 def test_rows_of_a_world() -> None:
