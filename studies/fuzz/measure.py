@@ -67,7 +67,7 @@ def attacked(case: tuple[int]) -> Iterator[Row]:
     except al.UpdateError as error:
         yield _row(world, "invert", None, Outcome(NO_UPDATE, note=str(error).partition(":")[0]), 0.0)
         return
-    best, vanished = oracle(world), vanishes(world, shared.update)
+    best, vanished = oracle(world), vanishes(world, shared)
     for name in (*CLOSED_FORMS, "invert"):
         start = time.perf_counter()
         found = outcome(shared, name)
@@ -118,9 +118,12 @@ def oracle(world: World) -> float | None:
     return max((psnr for psnr in found if psnr is not None), default=None)
 
 
-def vanishes(world: World, update: al.ClientUpdate) -> bool:
-    """Whether a gradient is too small for the update's precision: all zeros there, and not in float64."""
-    zero = [name for name, g in update.gradients.items() if not g.any()]
+def vanishes(world: World, shared: Shared) -> bool:
+    """Whether a gradient that closed forms read rounds to zero: all zeros in the update, and not in float64."""
+    anatomy, update = al.dissect(shared.model), shared.update
+    reads = {field for attack in CLOSED_FORMS.values() for field in attack.needs}
+    names = {getattr(where, "name", where) for where in (getattr(anatomy, field) for field in reads)}
+    zero = [name for name in names & set(update.gradients) if not update.gradients[name].any()]
     if not zero:
         return False
     try:
