@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, dissect
-from ..update import ClientUpdate, check_update
+from ..update import ClientUpdate
 from .evidence import one_image
+from .reading import fit_update
 from .result import AttackNotApplicable, Condition
 
 
@@ -73,7 +74,7 @@ def recover_labels(
         If the update does not belong to the model.
     """
     anatomy = anatomy or dissect(model)
-    check_update(model, update, finite={anatomy.head_weight or "", anatomy.head_bias or ""})
+    update = fit_update(model, update, anatomy, finite={anatomy.head_weight or "", anatomy.head_bias or ""})
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
     return _labels_of_head(update, anatomy, batch_size or update.batch_size or 1, one_image(anatomy, update))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, tensors_of
-from ..update import ClientUpdate, check_update
+from ..update import ClientUpdate, UpdateError, fitted, logits_of
 from .result import AttackNotApplicable
 
 # Mean over r.m.s. of |entries|: 1 for signs, 0.80 Gaussian. Measured at 32×32, the mean over patch embedding,
@@ -24,6 +24,7 @@ _ONE_SIZE, _EACH = 0.83, 0.79
 CENTRED = ("prenorm", "two norms")  # first blocks of models whose tokens only LayerNorms read
 _ENOUGH = 256  # entries a tensor, to say so
 _CLEAR = 30.0  # a sum that misses by this many times the format's ε is no rounding
+_OTHER_LOSS = 0.1  # cross-entropy leaves the head's sum rounding or noise
 _EXPLAINED = 0.1  # of a sum may be left when weight decay has been taken off
 
 
@@ -79,10 +80,11 @@ def read_update(
     AttackNotApplicable
         If all entries have one size, as Adam's steps have and signs: no gradient is left in them.
     """
-    check_update(model, update, finite=anatomy.tensor_names() if finite is None else finite)
+    update = fit_update(model, update, anatomy, finite=anatomy.tensor_names() if finite is None else finite)
     _refuse_one_size(update, anatomy)
     noise = measured_noise(anatomy, update.gradients)
-    if noise is None or noise < _CLEAR * torch.finfo(update.dtype).eps:
+    misses = [_relative(kind(anatomy, update.gradients)) for kind in (_bias_sum, _head_sum, _row_sums)]
+    if max((miss or 0.0 for miss in misses), default=0.0) < _CLEAR * torch.finfo(update.dtype).eps:
         return _reading(update, anatomy, noise)
     return _without_decay(update, anatomy, tensors_of(model), noise)
 
@@ -114,8 +116,51 @@ def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise:
     return max(min(found), eps * float(rows.square().mean().sqrt()))
 
 
+def fit_update(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, *, finite: Collection[str] | None = None
+) -> ClientUpdate:
+    """The update under the model's names, as :func:`aprillab.update.fitted` has it; parameters that
+    the forward pass never uses may be missing.
+
+    Raises
+    ------
+    UpdateError
+        If the update does not belong to the model, or a tensor in ``finite`` (default: any) is not.
+    """
+    try:
+        return fitted(model, update, finite=finite)
+    except UpdateError:
+        unused = never_used(model, anatomy)
+        if not unused:
+            raise
+        return fitted(model, update, finite=finite, unused=unused)
+
+
+def never_used(model: nn.Module, anatomy: Anatomy) -> set[str]:
+    """Trained parameters that the logits do not depend on, by one forward pass; none where it fails."""
+    kernel = tensors_of(model)[anatomy.patch_weight]
+    patches = torch.zeros(1, anatomy.tiling.count, kernel.flatten(1).shape[1]).to(kernel)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[kernel.device] if kernel.is_cuda else []):
+            logits = logits_of(model.get_submodule(anatomy.root), anatomy.tiling.images(patches))
+    # The model is the user's, and so is whatever its forward pass raises.
+    except Exception:
+        return set()
+    used, nodes, seen = set(), [logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        used.add(id(getattr(node, "variable", None)))
+        nodes += [following for following, _ in node.next_functions]
+    return {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in used}
+
+
 def measured_noise(anatomy: Anatomy, gradients: Mapping[str, Tensor]) -> float | None:
     """What the sums miss, relative to what is summed: the least of two; None where neither is there.
+
+    The head's miss by much with another loss than cross-entropy. Then the rows decide, if they can.
 
     >>> import aprillab as al
     >>> model = al.VisionTransformer(image_size=8, patch_size=4, width=24, depth=1, heads=2, classes=5)
@@ -123,12 +168,17 @@ def measured_noise(anatomy: Anatomy, gradients: Mapping[str, Tensor]) -> float |
     >>> measured_noise(al.dissect(model), update.gradients) < 1e-6
     True
     """
-    found = [
-        float(miss.norm() / size)
-        for miss, size in (_bias_sum(anatomy, gradients), _head_sum(anatomy, gradients))
-        if size
-    ]
+    bias, head, rows = (_relative(kind(anatomy, gradients)) for kind in (_bias_sum, _head_sum, _row_sums))
+    if bias is None and head is not None and head > _OTHER_LOSS:
+        return rows
+    found = [miss for miss in (bias, head) if miss is not None]
     return min(found) if found else None
+
+
+def _relative(sums: tuple[Tensor, float]) -> float | None:
+    """What a sum misses over what is summed; None where nothing is."""
+    miss, size = sums
+    return float(miss.norm() / size) if size else None
 
 
 def _bias_sum(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
@@ -156,7 +206,9 @@ def _row_sums(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, 
     return position.double().flatten(0, -2).sum(1), float(position.double().norm())
 
 
-def _without_decay(update: ClientUpdate, anatomy: Anatomy, weights: Mapping[str, Tensor], noise: float) -> Reading:
+def _without_decay(
+    update: ClientUpdate, anatomy: Anatomy, weights: Mapping[str, Tensor], noise: float | None
+) -> Reading:
     """The update less the multiple of the weights that the sums show, if they show one.
 
     Matrices have a multiple of their own: many clients let position embedding, biases and norms alone.
@@ -176,8 +228,8 @@ def _without_decay(update: ClientUpdate, anatomy: Anatomy, weights: Mapping[str,
     for name, g in gradients.items():
         multiple = of_matrices if g.ndim > 1 and name not in apart else of_rest or 0.0
         cleaned[name] = (g.double() - multiple * at[name].double()).to(torch.promote_types(g.dtype, torch.float32))
-    left = measured_noise(anatomy, cleaned) or noise
-    if not left < noise:
+    left = measured_noise(anatomy, cleaned)
+    if left is None or noise is None or left > max(noise, _CLEAR * torch.finfo(update.dtype).eps):
         return _reading(update, anatomy, noise)
     return _reading(replace(update, gradients=cleaned), anatomy, left, of_matrices)
 

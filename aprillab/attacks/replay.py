@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..update import ClientUpdate, client_update
+from ..update import ClientUpdate, client_update, fitted
 from .result import Reconstruction
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +42,7 @@ def gradient_residual(
     """
     if reconstruction.labels is None:
         return None
+    update = fitted(model, update, finite=())
     client = as_shared(model, update)
     return residual_of(replay(client, reconstruction.images, reconstruction.labels, loss=loss), update)
 

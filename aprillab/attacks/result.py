@@ -229,6 +229,22 @@ def report(
     )
 
 
+def margin(predicted_psnr: float, decibels: float) -> Condition:
+    """That the predicted error is not so near the verdict that an optimistic prediction would decide.
+
+    Parameters
+    ----------
+    predicted_psnr : float, in dB
+    decibels : float
+        By how much such predictions were found too optimistic.
+    """
+    return Condition(
+        MARGIN, shown_if(not 0 <= predicted_psnr - EXACT_TO_8_BITS_DB < decibels),
+        {"predicted": predicted_psnr, "margin": decibels},
+        "predicted {predicted:.1f} dB, which can be too optimistic by up to {margin:.0f} dB",
+    )  # fmt: skip
+
+
 _NOT = {"contradicted": "fails", "not checked": "was not checked"}
 
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -272,8 +273,8 @@ def _with_factors(
         best, left = _brightness(found.images, gap, preprocessing)
     if not left <= limit:
         words = (
-            "played back, the picture misses this update by {residual:.1e} (limit {limit:.1e}): other weights, another "
-            "mode or another protocol than the client's, or factors that differ within a tensor"
+            "played back, the picture misses this update by {residual:.1e} (limit {limit:.1e}): other weights, "
+            "another mode or another protocol than the client's, or factors that differ within a tensor"
         )
         return found, _replay("contradicted", words, residual, limit, factor)
     spread = _own_factors(play(best * images), update.gradients)[1]
@@ -330,14 +331,14 @@ def _steps(client: nn.Module, update: ClientUpdate, images: Tensor, labels: Tens
     """What a client would share after its local steps of SGD."""
     trained = copy.deepcopy(client)
     before = {name: p.detach().clone() for name, p in trained.named_parameters()}
-    protocol = {
+    protocol: dict[str, Any] = {
         "learning_rate": update.learning_rate, "local_steps": update.local_steps, "momentum": update.momentum,
-        "nesterov": update.nesterov, "weight_decay": update.weight_decay or 0.0,
+        "nesterov": update.nesterov, "weight_decay": update.weight_decay,
     }  # fmt: skip
     optimizer = torch.optim.SGD(
-        [p for p in trained.parameters() if p.requires_grad], lr=protocol["learning_rate"],
-        momentum=protocol["momentum"] or 0.0, nesterov=bool(protocol["nesterov"] and protocol["momentum"]),
-        weight_decay=protocol["weight_decay"],
+        [p for p in trained.parameters() if p.requires_grad], lr=update.learning_rate or 0.0,
+        momentum=update.momentum or 0.0, nesterov=bool(update.nesterov and update.momentum),
+        weight_decay=update.weight_decay or 0.0,
     )  # fmt: skip
     for _ in range(update.local_steps):
         optimizer.zero_grad()

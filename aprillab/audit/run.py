@@ -21,11 +21,11 @@ from ..attacks.catalogue import CLOSED_FORMS, Attack
 from ..attacks.evidence import clear_signs, one_image
 from ..attacks.labels import Labels, recover_labels
 from ..attacks.pixels import normalization
-from ..attacks.reading import measured_noise
+from ..attacks.reading import fit_update, measured_noise
 from ..attacks.replay import Loss
 from ..attacks.result import MARGIN, REPLAY, AttackNotApplicable, Condition, Reconstruction
 from ..preprocessing import Preprocessing
-from ..update import ClientUpdate, check_update
+from ..update import ClientUpdate
 from .findings import Audit, Finding, Part
 from .words import Trust
 
@@ -94,7 +94,7 @@ def audit(
     """
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    check_update(model, update)
+    update = fit_update(model, update, anatomy)
     options = {"preprocessing": preprocessing, "strict": strict, "loss": loss, "verify": verify, "labels": labels}
     findings = []
     progress = tqdm(CLOSED_FORMS.values(), desc="attacks", disable=None, leave=False)

@@ -15,15 +15,15 @@ Leak = Literal["exact", "close", "likely", "coarse", "unclear", "none"]
 TRUST_WORDS: dict[Trust, str] = {
     "exact": "Trust it. The attack's conditions are shown by this very update, the predicted error is below half a "
     "grey level, and played back the picture gives this update: this is the private picture.",
-    "close": "Trust what you see, not every grey level. The conditions are shown, and the predicted error is too small "
-    "for the eye.",
+    "close": "Trust what you see, not every grey level. The conditions are shown, and the predicted error is too "
+    "small for the eye.",
     "likely": "Very probably the private picture: played back through the model it gives this update, up to a small "
     "part; but a condition of the attack is not shown (see the reason).",
     "coarse": "Trust the scene, not the details. The predicted error leaves a picture that can be recognized.",
     "unverified": "Take it for a hint, and look at it. A condition is not shown (see the reason), so the error "
     "predicted cannot be relied on.",
-    "poor": "Trust no detail of it, and look at it. The error predicted, or the miss when it is played back, is large. "
-    "Some of the scene may still be recognizable.",
+    "poor": "Trust no detail of it, and look at it. The error predicted, or the miss when it is played back, is "
+    "large. Some of the scene may still be recognizable.",
     "contradicted": "The equations fix this picture, but played back through the model it does not give this update. "
     "Other weights than the client's, another protocol, or factors for parts of the model would explain that; the "
     "picture may be right but for its brightness.",
@@ -46,14 +46,14 @@ VERDICTS: dict[Trust, str] = {
     "close": f"{_AWAY}, with errors too small for the eye: {{attack}}.",
     "likely": f"{_AWAY}, very probably: {{attack}}. A condition of the attack is not shown, yet the picture fits.",
     "coarse": f"{_AWAY}, recognizable though with visible errors: {{attack}}. {NOT_SAFE}",
-    "contradicted": "A picture came out that the equations fix, and yet it does not give this update when played back: "
-    "look at it, and check that the model has the weights and the mode the client used, and that the update is a "
-    f"gradient. {NOT_SAFE}",
+    "contradicted": "A picture came out that the equations fix, and yet it does not give this update when played "
+    "back: look at it, and check that the model has the weights and the mode the client used, and that the update is "
+    f"a gradient. {NOT_SAFE}",
     "unverified": f"A picture came out, but its error cannot be relied on: look at it yourself. {NOT_SAFE}",
-    "poor": "A picture came out with large errors, in which some of the scene may be recognizable: look at it yourself. "
-    f"{NOT_SAFE}",
-    "mixture": "The closed forms return a mixture of pictures, or noise: no photograph that could be relied on, though "
-    f"parts of each may be seen. {NOT_SAFE}",
+    "poor": "A picture came out with large errors, in which some of the scene may be recognizable: look at it "
+    f"yourself. {NOT_SAFE}",
+    "mixture": "The closed forms return a mixture of pictures, or noise: no photograph that could be relied on, "
+    f"though parts of each may be seen. {NOT_SAFE}",
 }
 NOTHING_APPLIES = f"No closed form applies to this update. {NOT_SAFE}"
 

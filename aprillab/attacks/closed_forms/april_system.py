@@ -73,8 +73,8 @@ def read_system(
     if len(G) > len(M) and strict:
         raise AttackNotApplicable(
             name,
-            f"{len(G)} tokens, but gradients of width {len(M)}: rank(∂l/∂E_pos) = n + 1 needs n + 1 ≤ d. strict=False "
-            "returns what is known, damped",
+            f"{len(G)} tokens, but gradients of width {len(M)}: rank(∂l/∂E_pos) = n + 1 needs n + 1 ≤ d. "
+            "strict=False returns what is known, damped",
             tokens=len(G),
             width=len(M),
         )

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear_algebra import orthonormal
+from .linear_algebra import orthonormal, well_conditioned
 
 # Directions that the iteration carries along beyond the tokens: so many that one round is enough.
 # tests/attacks/closed_forms/test_noisy_span.py holds the result against the full decomposition.
 _OVERSAMPLING = 24
-_SEED = 7  # of the directions that it begins with: any will do, if it is always the same
+_SEED = 7  # of the mixtures that it begins with: any will do, if it is always the same
+_LOOKED_AT = 96  # directions beyond the tokens that tell a row's noise, to 1/√(2 · 96) = 7 %
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,15 @@ class NoisySpan:
         """How many singular values are more than twice the first one beyond the tokens."""
         return int((self.s > 2 * self.s[min(self.tokens, len(self.s) - 1)]).sum())
 
-    def coefficients(self, targets: Tensor) -> Tensor:
+    def coefficients(self, targets: Tensor | None = None) -> Tensor:
         """Columns whose norms are those of the smallest c with Dᵀ c ≈ target, for targets in
-        columns (w, j).
+        columns (w, j); for the unit vectors, if none are given.
         """
-        along = self.V.T @ targets  # (k, j)
+        if targets is None:
+            targets = torch.eye(len(self.V)).to(self.V)
+            along = self.V.T
+        else:
+            along = self.V.T @ targets  # (k, j)
         strong = along / (self.s**2 + self.floor**2).sqrt()[:, None]
         weak = torch.linalg.solve_triangular(self.beyond, targets - self.V @ along, upper=False)  # (w, j)
         return torch.cat([strong, weak])
@@ -94,43 +99,75 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
     D = D / lengths[:, None]
     k = min(tokens + _OVERSAMPLING, *D.shape)
     # What a row has outside the tokens' directions is its noise.
-    _, V, DV = strongest_directions(D, k)
-    excess, noise = row_noise(D - DV[:, :tokens] @ V[:, :tokens].T, D.shape[1] - tokens, eps)
+    DV, outside = outside_tokens(D, tokens, k)
+    excess, noise = row_noise(outside, width - tokens, eps)
     # The tokens' directions once more, now that all rows count by what they know.
-    D = D / noise[:, None]
-    s, V, DV = strongest_directions(D, k, start=DV / noise[:, None])
+    D /= noise[:, None]
+    s, V = strongest_directions(D, k, start=DV / noise[:, None])
     # Bai and Yin: noise of variance 1 in m × w numbers has no singular value below √m − √w.
     floor = max(rows**0.5 - width**0.5, 1.0)
     # Noise alone is as even as can be: seven digits of its Gram matrix are more than enough.
-    rest = (D - DV @ V.T).float()
+    rest = D.addmm_(D @ V, V.T, alpha=-1).float()
     gram = (rest.T @ rest).double() + floor**2 * torch.eye(width).to(D)
     return NoisySpan(tokens, s, V, torch.linalg.cholesky(gram), floor, excess)
 
 
-def strongest_directions(D: Tensor, k: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The k strongest singular values (k,) and right singular vectors V (w, k) of D (m, w), and D V.
+def outside_tokens(D: Tensor, tokens: int, k: int) -> tuple[Tensor, Tensor]:
+    """D V (m, k), with V nearly D's k strongest directions, and what lies outside the ``tokens``
+    strongest: for each row of D (m, w) numbers whose squares sum to that of its length there.
+
+    Where the width is large, V is found in mixtures of the rows, and the squares sum to it in
+    expectation: some random combinations of the directions beyond V stand for all.
+    """
+    width = D.shape[1]
+    _, V = strongest_directions(D if 2 * k >= width else mixtures(D, 2 * k), k)
+    if width <= 2 * _LOOKED_AT:
+        beyond = torch.eye(width).to(D)
+    else:
+        beyond = random(width, _LOOKED_AT).to(D) / _LOOKED_AT**0.5
+    seen = D @ torch.cat([V, beyond - V @ (V.T @ beyond)], 1)
+    # V is not exact, so tokens lie outside by a little: the part that goes with what they are in V.
+    outside, along = seen[:, tokens:], well_conditioned(seen[:, :k][:, :tokens])
+    return seen[:, :k], outside - along @ (along.T @ outside)
+
+
+def random(*shape: int) -> Tensor:
+    """Normal numbers, always the same, in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
+
+
+def mixtures(D: Tensor, number: int) -> Tensor:
+    """So many sums (number, w) of rows of D (m, w), with random signs; each row is in one of them.
+
+    Twice as many as there are directions show them all, nearly as well as D does (Clarkson and
+    Woodruff, STOC 2013), and cost no more than to read D once.
+    """
+    sums, signs = torch.zeros_like(D[:number]), random(len(D), 1).sign().to(D)
+    for rows, sign in zip(D.split(number), signs.split(number), strict=True):
+        sums[: len(rows)] += sign * rows
+    return sums
+
+
+def strongest_directions(D: Tensor, k: int, *, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k strongest singular values (k,) and right singular vectors V (w, k) of D (m, w).
 
     By one round of subspace iteration, from random mixtures of the rows (Halko, Martinsson and
     Tropp, SIAM Review 2011) or from a ``start`` (m, k) whose columns nearly span those of D V.
     Nothing is squared, so all that float64 can hold is seen. Where k is no small part of the width,
     the whole decomposition is as cheap.
 
-    >>> s, V, DV = strongest_directions(torch.diag(torch.tensor([1.0, 1e-9, 1e-12]).double()), 2)
+    >>> s, V = strongest_directions(torch.diag(torch.tensor([1.0, 1e-9, 1e-12]).double()), 2)
     >>> [f"{value:.0e}" for value in s.tolist()]
     ['1e+00', '1e-09']
     """
-    width = D.shape[1]
-    if 2 * k >= width:
+    if 2 * k >= D.shape[1]:
         s, Vt = torch.linalg.svd(torch.linalg.qr(D, mode="r").R, full_matrices=False)[1:]
-        return s[:k], Vt[:k].T, D @ Vt[:k].T
+        return s[:k], Vt[:k].T
     if start is None:
-        generator = torch.Generator().manual_seed(_SEED)
-        mixed_rows = D.T @ torch.randn(len(D), k, generator=generator, dtype=D.dtype).to(D)
-        start = D @ orthonormal(mixed_rows)
-    V = orthonormal(D.T @ orthonormal(start))
-    DV = D @ V
-    s, rotation = torch.linalg.svd(torch.linalg.qr(DV, mode="r").R)[1:]
-    return s, V @ rotation.T, DV @ rotation.T
+        start = D @ orthonormal(mixtures(D, k).T)
+    V, triangle = torch.linalg.qr(D.T @ well_conditioned(start))
+    rotation, s, _ = torch.linalg.svd(triangle)
+    return s, V @ rotation
 
 
 def row_noise(outside: Tensor, spare: int, eps: float) -> tuple[float, Tensor]:
@@ -140,7 +177,7 @@ def row_noise(outside: Tensor, spare: int, eps: float) -> tuple[float, Tensor]:
     spare nothing can be measured: then the noise is ``eps``.
     """
     if spare <= 0:
-        return 0.0, torch.full_like(outside[:, 0], eps)
+        return 0.0, outside.new_full((len(outside),), eps)
     noise = outside.square().sum(1).div(spare).sqrt()
     excess = float(noise.square().mean().sqrt()) * spare**0.5
     # No row counts as ten times more precise than most, nor as a thousand times more than its

@@ -30,6 +30,7 @@ from ...update import ClientUpdate
 from ..closed_forms.span import solve_span
 from ..closed_forms.span_solution import SpanSolution
 from ..labels import assumed_batch_size, labels_or_none
+from ..reading import read_update
 from ..replay import as_shared
 from ..result import AttackNotApplicable, Condition, Reconstruction, shown_if
 from ..searches.coordinates import Coordinates
@@ -159,6 +160,7 @@ def span_then_round(
     # Check what the caller says, and whether the span attack applies.
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
+    update = read_update(model, update, anatomy).update
     batch_size = assumed_batch_size(update, labels, batch_size)
     _check(levels, labels, batch_size)
     solution = solve_span(model, update, anatomy=anatomy, batch_size=batch_size, strict=False, device=device)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ...anatomy import Anatomy
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate, check_update
+from ...update import ClientUpdate, fitted
 from ..result import AttackNotApplicable, Reconstruction
 from .coordinates import Coordinates
 from .pose import pose, undisturbed
@@ -142,7 +142,7 @@ def match_gradients(
         raise ValueError(f"dtype={dtype}: match in torch.float64 or torch.float32")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive")
-    check_update(model, update)
+    update = fitted(model, update)
     # Problem
     problem = pose(
         model, update, known, labels=labels, batch_size=batch_size, image_shape=image_shape, coordinates=coordinates,

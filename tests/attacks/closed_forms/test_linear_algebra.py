@@ -11,6 +11,7 @@ from aprillab.attacks.closed_forms.linear_algebra import (
     orthonormal,
     row_space_basis,
     thin_svd,
+    well_conditioned,
 )
 
 
@@ -56,3 +57,16 @@ def test_orthonormal_columns_span_the_same():
     Q = orthonormal(A)
     torch.testing.assert_close(Q.T @ Q, torch.eye(4).double())
     torch.testing.assert_close(Q @ (Q.T @ A), A)
+
+
+@pytest.mark.parametrize(("nearness", "by_qr"), [(1.0, False), (1e-2, False), (1e-6, True), (0.0, True)])
+def test_a_well_conditioned_basis_spans_the_same(nearness, by_qr, monkeypatch):
+    """Columns of any length; where two are nearly parallel, not by the Gram matrix."""
+    A = normal(9, 4) * torch.tensor([1.0, 1e-5, 1e5, 1.0])
+    A[:, 3] = A[:, 0] + nearness * A[:, 3]
+    calls, qr = [], torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: calls.append(1) or qr(matrix))
+    Q = well_conditioned(A)
+    assert bool(calls) == by_qr
+    torch.testing.assert_close(Q.T @ Q, torch.eye(4).double(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(Q @ (Q.T @ A), A, rtol=1e-9, atol=1e-9)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from aprillab.attacks.closed_forms.noisy_span import noisy_span, row_noise, strongest_directions
+from aprillab.attacks.closed_forms.noisy_span import (
+    mixtures,
+    noisy_span,
+    outside_tokens,
+    row_noise,
+    strongest_directions,
+)
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -49,11 +55,10 @@ def test_in_a_large_width_they_are_so_within_some_percent():
 @pytest.mark.parametrize(("rows", "width"), [(90, 40), (360, 120), (30, 120)])
 def test_the_tokens_singular_values_are_those_of_the_whole_decomposition(rows, width):
     D = gradient(rows, width, 8)
-    s, V, DV = strongest_directions(D, 32 if rows > 32 else 30)
+    s, V = strongest_directions(D, 32 if rows > 32 else 30)
     torch.testing.assert_close(s[:8], torch.linalg.svdvals(D)[:8], rtol=1e-3, atol=0)
     torch.testing.assert_close(V.T @ V, torch.eye(V.shape[1]).double())
-    torch.testing.assert_close(DV, D @ V)
-    torch.testing.assert_close(DV.norm(dim=0)[:8], s[:8])
+    torch.testing.assert_close((D @ V).norm(dim=0)[:8], s[:8])
 
 
 def test_weak_tokens_are_seen_below_the_square_root_of_float64():
@@ -66,8 +71,8 @@ def test_weak_tokens_are_seen_below_the_square_root_of_float64():
 
 def test_a_start_near_the_directions_gives_the_same_ones():
     D = gradient(360, 120, 8)
-    s, V, DV = strongest_directions(D, 32)
-    again, V_again, _ = strongest_directions(D, 32, start=DV)
+    s, V = strongest_directions(D, 32)
+    again, V_again = strongest_directions(D, 32, start=D @ V)
     torch.testing.assert_close(again[:8], s[:8], rtol=1e-6, atol=0)
     torch.testing.assert_close(V_again[:, :8] @ V_again[:, :8].T, V[:, :8] @ V[:, :8].T, rtol=0, atol=1e-6)
 
@@ -81,6 +86,27 @@ def test_the_directions_are_deterministic_and_leave_the_generator_alone():
         two = strongest_directions(D, 32)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_each_row_is_in_one_mixture_with_a_sign():
+    sums = mixtures(torch.eye(7).double(), 3)
+    assert sums.abs().tolist() == [[1, 0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1, 0]]
+    more = mixtures(torch.eye(50).double(), 80)
+    assert more.abs().equal(torch.eye(50).double())
+    assert 10 < int((more < 0).sum()) < 40
+
+
+@pytest.mark.parametrize("width", [180, 300])
+def test_what_lies_outside_the_tokens_is_each_rows_noise(width):
+    """Mixtures find the directions, and miss them by the noise; at 300 some combinations stand for what is left."""
+    levels = torch.tensor([1e-6, 2e-6, 3e-6]).double()
+    D = normal(900, 40) @ normal(40, width, seed=1)
+    noise = levels.repeat_interleave(300)[:, None] * normal(900, width, seed=2)
+    DV, outside = outside_tokens(D + noise, 40, 64)
+    found = (outside.square().sum(1) / (width - 40)).sqrt()
+    torch.testing.assert_close(found.view(3, 300).median(1).values, levels, rtol=0.1, atol=0)
+    assert DV.shape == (900, 64)
+    torch.testing.assert_close(DV[:, :40].norm(dim=1), D.norm(dim=1), rtol=1e-4, atol=0)
 
 
 def test_rows_are_scaled_to_equal_noise():

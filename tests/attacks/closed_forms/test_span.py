@@ -1,6 +1,7 @@
 """The span attack: without a position gradient, with any LayerNorm, at the least width."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from attacked import attack, db, make, private
 
 import aprillab as al
 from aprillab.attacks.closed_forms import span
-from aprillab.attacks.closed_forms.span import smallest, token_equations, width_needed
+from aprillab.attacks.closed_forms.noisy_span import noisy_span
+from aprillab.attacks.closed_forms.span import smallest, smallest_combination, token_equations, width_needed
 
 
 @pytest.mark.parametrize("block", ["prenorm", "april"])
@@ -165,6 +167,22 @@ def test_smallest_is_the_least_squares_solution_and_says_its_costs():
     torch.testing.assert_close(found.token_cost, (T @ found.patches + t).square().sum(0))
     torch.testing.assert_close(found.pixel_cost, (R @ found.patches).square().sum(0))
     torch.testing.assert_close(found.root.T @ found.root, stacked.T @ stacked)
+
+
+def test_some_of_many_patches_tell_how_pixels_weigh_against_tokens():
+    """The ratio is that of the costs at ratio 1; of 196 patches 49 are asked, of 12 all."""
+    equations = token_equations(normal(120, 60), normal(60, 12, seed=1), normal(196, 60, seed=2))
+    sides = noisy_span(equations.D, 20, 1e-7), noisy_span(normal(60, 12, seed=3), 6, 1e-7)
+    T, t = sides[0].coefficients(equations.A), sides[0].coefficients(equations.e)
+    R = sides[1].coefficients()
+    torch.testing.assert_close(R, sides[1].coefficients(torch.eye(12).double()))
+    for count, tolerance in ((196, 0.05), (12, 1e-9)):
+        some = replace(equations, e=equations.e[:, :count])
+        at_one = smallest(T, t[:, :count], R, 1.0, (T.T @ T, R.T @ R))
+        expected = (at_one.token_cost / at_one.pixel_cost).median().sqrt()
+        found, _, ratio = smallest_combination(some, *sides)
+        assert found.patches.shape == (12, count)
+        assert ratio == pytest.approx(float(expected), rel=tolerance)
 
 
 @pytest.fixture

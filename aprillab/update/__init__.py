@@ -1,0 +1,27 @@
+"""What a client shares in a round of federated learning, and how to write, read and check it.
+
+FedSGD: the gradient of the loss over the client's batch (:func:`client_update`). FedAvg: the
+difference of two states (:func:`update_from_states`), which after one local step is the gradient,
+and after more a sum of gradients. :func:`fitted` brings either to the model that it came from.
+"""
+
+from .client import client_update, logits_of
+from .files import load_update, save_update
+from .fit import check_update, fitted
+from .record import DTYPES, FORMAT, MAX_BATCH, ClientUpdate, UpdateError
+from .states import update_from_states
+
+__all__ = [
+    "DTYPES",
+    "FORMAT",
+    "MAX_BATCH",
+    "ClientUpdate",
+    "UpdateError",
+    "check_update",
+    "client_update",
+    "fitted",
+    "load_update",
+    "logits_of",
+    "save_update",
+    "update_from_states",
+]

@@ -1,0 +1,229 @@
+"""The update behind a FedAvg round: the difference of two states, and what is known of the steps
+between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .names import matched
+from .record import ClientUpdate, as_set
+from .tensors import UpdateError, as_gradient, as_tensor, count_not_finite, is_zero
+
+State = Mapping[str, Any] | Sequence[Any]
+
+
+def update_from_states(
+    before: State,
+    after: State,
+    *,
+    learning_rate: float,
+    local_steps: int = 1,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    weight_decay: float | None = None,
+    trained: Collection[str] | nn.Module | None = None,
+    names: Collection[str] | Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+) -> ClientUpdate:
+    """The update behind a FedAvg round: (before − after) / (learning_rate · local_steps).
+
+    After one step of plain SGD this is the client's gradient. After several steps on *one* image,
+    with or without momentum, it is a sum Σ_t a_t g_t of the gradients on the way, with the same
+    numbers a_t for every tensor. The patch-embedding system holds for each g_t with the same
+    picture, so it holds for the sum: the closed forms stay exact. What is read off the head (one
+    image or several, the label) is about a sum of outer products and is no longer exact, and with
+    several images the update is a mixture. Adam and its kin divide each entry by its own size: the
+    update is then linear in no gradient, and no factor mends it.
+
+    **Weight decay** of SGD leaves (before − after) = (1 − c)·before + a sum of gradients as above,
+    where c follows from the learning rate, the decay, the momentum and the number of steps. Where
+    ``weight_decay`` is given, (1 − c)·before is taken off, for all tensors alike; with
+    ``momentum=None`` c is that of plain SGD. AdamW's decay is another thing.
+
+    **Rounding.** The states hold the weights to a relative 2⁻²⁴ in float32, the update only to
+    that times ‖weights‖ / ‖before − after‖: the result's ``rounding`` is what to expect. A picture
+    comes back to that relative precision times the condition number of the system it is solved
+    from, whatever the update's dtype: a larger learning rate helps, and more local steps help while
+    their gradients add up.
+
+    Parameters
+    ----------
+    before, after : state dicts, the model sent out and the model that came back
+        Of tensors or numpy arrays; or lists of these in the order of ``model.state_dict()``, as
+        Flower sends them. Wrappers' prefixes (``module.``, ``_orig_mod.``) may differ.
+    learning_rate : float, the client's
+    local_steps : int
+    momentum, nesterov, weight_decay : of the client's SGD, as ``torch.optim.SGD`` has them
+        None is not known; what is given is kept in the update.
+    trained : names of the trained parameters, or the model, whose parameters with ``requires_grad``
+        they are
+        By default every floating-point tensor is kept, also those that did not move;
+        :func:`fitted` drops buffers and frozen parameters once the model is there.
+    names : sequence of str or mapping, for lists
+        Such as ``model.state_dict()``; not needed where the other state is a mapping.
+    batch_size : int, optional
+
+    Returns
+    -------
+    ClientUpdate
+        In the states' dtype, and at least float32.
+
+    Raises
+    ------
+    UpdateError
+        If a list has no names or not as many; if the two states have different tensors or shapes, a
+        trained tensor is not finite, nothing changed, a trained name is not in them, or a number is
+        out of range.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> before, after = {"weight": torch.tensor([1.0])}, {"weight": torch.tensor([0.75])}
+    >>> al.update_from_states(before, after, learning_rate=0.5).gradients["weight"]
+    tensor([0.5000])
+    >>> al.update_from_states(before, after, learning_rate=0.5, weight_decay=0.1).gradients["weight"]
+    tensor([0.4000])
+    """
+    if learning_rate is None:
+        raise UpdateError("'learning_rate' must be positive and finite, not None")
+    facts: dict[str, Any] = {
+        "learning_rate": learning_rate, "local_steps": local_steps, "momentum": momentum, "nesterov": nesterov,
+        "weight_decay": weight_decay, "batch_size": batch_size, "source": "fedavg",
+    }  # fmt: skip
+    said = ClientUpdate({}, **facts)  # checks them
+    scale = float(learning_rate) * said.local_steps
+    lost = 1 - shrinkage(learning_rate, weight_decay or 0.0, said.local_steps, momentum or 0.0, nesterov=nesterov)
+    error, gradients, still = 0.0, {}, True
+    for name, (old, new) in _trained(_pairs(before, after, names), trained).items():
+        moved = _wide(old) - _wide(new)
+        if not is_zero(moved):
+            still, error = False, error + said.local_steps * _rounding(old, new) ** 2
+        gradients[name] = (moved - lost * _wide(old) if lost else moved) / scale
+    if still:
+        raise UpdateError("the two states are the same: nothing was shared")
+    size = math.hypot(*(float(torch.linalg.vector_norm(g)) for g in gradients.values()))
+    return ClientUpdate(gradients, rounding=math.sqrt(error) / scale / size if size else None, **facts)
+
+
+def shrinkage(
+    learning_rate: float, weight_decay: float, steps: int, momentum: float = 0.0, *, nesterov: bool = False
+) -> float:
+    """What is left of each weight after ``steps`` of ``torch.optim.SGD`` whose gradients are zero.
+
+    Raises
+    ------
+    UpdateError
+        If so large a decay makes the weights grow without end.
+
+    Examples
+    --------
+    >>> round(shrinkage(0.1, 0.01, 2), 9)
+    0.998001
+    >>> round(shrinkage(0.1, 0.01, 2, 0.9), 9)
+    0.997101
+    """
+    # One step of the weight w and the momentum buffer b: b ← λ w + m b, then w ← w − η d with d = b, or λ w + m b of
+    # the new b with Nesterov. Each is a row of numbers that multiply (w, b).
+    b = np.array([weight_decay, momentum])
+    d = np.array([weight_decay, 0.0]) + momentum * b if nesterov else b
+    step = np.stack([np.array([1.0, 0.0]) - learning_rate * d, b])
+    with np.errstate(over="ignore", invalid="ignore"):
+        left = float(np.linalg.matrix_power(step, steps)[0, 0])
+    if not math.isfinite(left):
+        raise UpdateError(
+            f"with learning_rate={learning_rate}, weight_decay={weight_decay} and {steps} steps the weights grow "
+            "without end: check the three"
+        )
+    return left
+
+
+def _rounding(old: Tensor, new: Tensor) -> float:
+    """The expected norm of one rounding of the weights: errors lie evenly within half a unit of the
+    last place, and that unit is between ε/2 and ε of the weight, which makes ε/5 on the whole.
+    """
+    eps = max(torch.finfo(old.dtype).eps, torch.finfo(new.dtype).eps)
+    return eps / 5 * float(torch.linalg.vector_norm(_wide(new)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+# --- The two states, name by name -------------------------------------------------------------------------------
+
+
+def _trained(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], trained: Collection[str] | nn.Module | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pairs of floats that are wanted, checked for NaN and infinities."""
+    if isinstance(trained, nn.Module):
+        wanted = [name for name, p in trained.named_parameters() if p.requires_grad]
+        known = matched(wanted, pairs)
+        if missing := sorted(set(wanted) - set(known)):
+            raise UpdateError(
+                f"trained: {missing[0]!r} of {type(trained).__name__} is not in the states "
+                f"({len(missing)} missing in all): pass the model that the states belong to"
+            )
+        chosen = {name: pairs[known[name]] for name in wanted}
+    else:
+        asked = set(pairs) if trained is None else as_set(trained)
+        if missing := sorted(asked - set(pairs)):
+            raise UpdateError(f"trained: {', '.join(missing)} is not in the states")
+        chosen = {name: pair for name, pair in pairs.items() if name in asked}
+    chosen = {name: pair for name, pair in chosen.items() if pair[0].is_floating_point()}
+    for name, pair in chosen.items():
+        for when, tensor in zip(("before", "after"), pair, strict=True):
+            if bad := count_not_finite(as_gradient(name, tensor)):
+                raise UpdateError(f"{name}: {bad} of {tensor.numel()} entries {when} are NaN or infinite")
+    return chosen
+
+
+def _pairs(before: State, after: State, names: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each tensor before and after, by its name before, on the device of the first."""
+    source = names.state_dict() if isinstance(names, nn.Module) else names
+    if source is None:
+        source = next((state for state in (before, after) if isinstance(state, Mapping)), None)
+    listed = list(source) if isinstance(source, Iterable) and not isinstance(source, str) else []
+    first, second = _named("before", before, listed), _named("after", after, listed)
+    same = matched(second, first)
+    if len(first) != len(second) or len(same) != len(first):
+        only = sorted(set(first) - set(same.values())) + sorted(set(second) - set(same))
+        raise UpdateError(
+            f"the two states differ in {', '.join(only[:5])}{', …' if len(only) > 5 else ''}: pass two of one "
+            "model; what the client kept to itself, leave out of both"
+        )
+    later = {same[name]: value for name, value in second.items()}
+    pairs = {name: (as_tensor(name, value), as_tensor(name, later[name])) for name, value in first.items()}
+    for name, (old, new) in pairs.items():
+        if old.shape != new.shape:
+            raise UpdateError(f"{name}: shape {tuple(old.shape)} before, {tuple(new.shape)} after")
+        if old.is_floating_point() != new.is_floating_point():
+            raise UpdateError(f"{name}: {old.dtype} before, {new.dtype} after")
+    return {name: (old, new.to(old.device)) for name, (old, new) in pairs.items()}
+
+
+def _named(which: str, state: Any, names: list[Any]) -> Mapping[str, Any]:
+    """The state by name; a list takes its names from ``names``."""
+    remedy = "pass model.state_dict(), or a list of its values with names=model.state_dict()"
+    if isinstance(state, Mapping):
+        if strange := [name for name in state if not isinstance(name, str)]:
+            raise UpdateError(f"{which}: {strange[0]!r} is no tensor's name: {remedy}")
+        return state
+    if not isinstance(state, list | tuple):
+        raise UpdateError(f"{which} is a {type(state).__name__}: {remedy}")
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UpdateError(f"{which} is a {type(state).__name__}, which has no names: {remedy}")
+    if len(names) != len(state) or len(set(names)) != len(names):
+        raise UpdateError(
+            f"{which} has {len(state)} tensors, and there are {len(set(names))} different names for them: a list of "
+            "parameters alone goes with names=[name for name, _ in model.named_parameters()]"
+        )
+    return dict(zip(names, state, strict=True))
