@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import training
-from .anatomy import dissect, tensors_of
+from .anatomy import UnknownModelError, dissect, tensors_of
 from .defenses import freeze_position, no_position, use_sinusoidal
 from .models import VisionTransformer
 
@@ -33,7 +33,7 @@ class ModelError(ValueError):
 def build_model(
     name: str,
     *,
-    image_size: int = 224,
+    image_size: int | tuple[int, int] = 224,
     patch_size: int | None = None,
     width: int | None = None,
     depth: int | None = None,
@@ -58,7 +58,8 @@ def build_model(
         ``"vit_b_16"``, ``"vit_b_32"``, ``"vit_l_16"``, ``"vit_l_32"``, ``"vit_h_14"``:
         torchvision's. ``"timm:NAME"``: a ViT of timm. ``"transformers:vit"``:
         ViTForImageClassification in its default configuration.
-    image_size : int, in pixels
+    image_size : int, or (height, width), in pixels
+        Only timm's and transformers' models take pictures that are not square.
     patch_size, width, depth, heads, mlp_ratio : optional
         In place of the shape above, each by itself: :class:`~aprillab.models.VisionTransformer`'s
         parameters of these names. Only for ``"april"`` and ``"prenorm"``, as are other
@@ -98,31 +99,18 @@ def build_model(
     >>> model.patch_embedding.weight.shape, model.position_embedding.requires_grad
     (torch.Size([96, 3, 4, 4]), False)
     """
+    if isinstance(image_size, tuple) and image_size[0] == image_size[1]:
+        image_size = image_size[0]
     given = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio}
     shape: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     _check_options(name, position, channels, shape)
-    library = name.partition(":")[0]
+    model = _built(name, image_size, shape, position=position, channels=channels, classes=classes, seed=seed)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
-            if name in _OURS:
-                shape |= {"channels": channels, "classes": classes, "seed": seed}
-                shape["position"] = "none" if position == "none" else "learned"  # _set_position does the rest
-                model = _build_aprillab(name, image_size, shape)
-            elif library == "timm":
-                model = _build_timm(name.removeprefix("timm:"), image_size, classes)
-            elif library == "transformers":
-                model = _build_transformers(image_size, classes)
-            else:
-                model = _build_torchvision(name, image_size, classes)
-    except ImportError as error:
-        raise ModelError(
-            f"{name} needs {library}, which is not installed: pip install 'aprillab[{library}]'"
-        ) from error
-    # Each library refuses a size or a name with an exception of its own kind.
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise ModelError(f"{name} cannot be built at image size {image_size}: {error}") from error
-    _wake_head(model, seed)
+        _wake_head(model, seed)
+    except UnknownModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{name} cannot be attacked at image size {_sides(image_size)}: {error}") from error
     try:
         _set_position(model, position)
     except ValueError as error:
@@ -130,6 +118,45 @@ def build_model(
     if weights is not None:
         _load_weights(model, Path(weights), position)
     return model.to(dtype).eval()
+
+
+def _built(
+    name: str,
+    image_size: int | tuple[int, int],
+    shape: dict[str, Any],
+    *,
+    position: str,
+    channels: int,
+    classes: int,
+    seed: int,
+) -> nn.Module:
+    """The model with random weights, as its library makes it."""
+    library = name.partition(":")[0]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
+            if library == "timm":
+                return _build_timm(name.removeprefix("timm:"), image_size, classes)
+            if library == "transformers":
+                return _build_transformers(image_size, classes)
+            if isinstance(image_size, tuple):
+                raise ValueError("it takes square pictures only; timm:NAME and transformers:vit take others")
+            if name in _OURS:
+                given = "none" if position == "none" else "learned"  # _set_position does the rest
+                own = {"channels": channels, "classes": classes, "seed": seed, "position": given}
+                return _build_aprillab(name, image_size, shape | own)
+            return _build_torchvision(name, image_size, classes)
+    except ImportError as error:
+        raise ModelError(
+            f"{name} needs {library}, which is not installed: pip install 'aprillab[{library}]'"
+        ) from error
+    # Each library refuses a size or a name with an exception of its own kind.
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{name} cannot be built at image size {_sides(image_size)}: {error}") from error
+
+
+def _sides(image_size: int | tuple[int, int]) -> str:
+    return "×".join(map(str, image_size)) if isinstance(image_size, tuple) else str(image_size)
 
 
 def _check_options(name: str, position: str, channels: int, shape: dict[str, Any]) -> None:
@@ -161,19 +188,22 @@ def _build_aprillab(block: str, image_size: int, options: dict[str, Any]) -> nn.
 def _build_torchvision(name: str, image_size: int, classes: int) -> nn.Module:
     from torchvision.models import get_model
 
+    patch = int(name.rpartition("_")[2])
+    if image_size % patch:
+        raise ValueError(f"it must be a multiple of the patch size, {patch}")
     return get_model(name, weights=None, image_size=image_size, num_classes=classes)
 
 
-def _build_timm(name: str, image_size: int, classes: int) -> nn.Module:
+def _build_timm(name: str, image_size: int | tuple[int, int], classes: int) -> nn.Module:
     import timm
 
     return timm.create_model(name, pretrained=False, img_size=image_size, num_classes=classes)
 
 
-def _build_transformers(image_size: int, classes: int) -> nn.Module:
+def _build_transformers(image_size: int | tuple[int, int], classes: int) -> nn.Module:
     import transformers
 
-    if image_size % 16:
+    if any(side % 16 for side in (image_size if isinstance(image_size, tuple) else [image_size])):
         raise ValueError("it must be a multiple of the patch size, 16")
     config: Any = transformers.ViTConfig
     return transformers.ViTForImageClassification(config(image_size=image_size, num_labels=classes))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
+from .evidence import one_image
 from .pixels import normalization
 from .reading import Reading
 from .replay import Loss, as_shared
@@ -32,6 +33,7 @@ EMBEDDING = "embedding_closed_form"
 _OF_NOISE, _OF_ERROR = 300.0, 10.0
 _BEST_FOR_MISS = 10.0  # dB: no picture was better than −20 log₁₀ of its miss by more
 _MOST_LIMIT = 0.1  # a picture that is not the client's misses by about the whole norm
+_HALF = 0.5  # of an update: what a picture of another client misses at least
 _BRIGHTNESSES = 15  # tried where tensors have factors of their own, in steps of √2 down from the brightest possible
 _MOMENTA = (0.0, 0.9)  # tried in this order where the client's is not known
 
@@ -123,7 +125,8 @@ def _played(
     if not found.determined:
         words = words.replace("gives this update up to", "misses this update by")
         return found, _replay("contradicted", words, residual, limit, factor)
-    return _with_factors(found, images, play, update, residual, limit, factor, preprocessing)
+    found, replay = _with_factors(found, images, play, update, residual, limit, factor, preprocessing)
+    return (found if replay.state == "shown" else _as_several(found, residual, reading.update, anatomy)), replay
 
 
 def _replay(state: State, words: str, residual: float, limit: float, factor: float) -> Replay:
@@ -284,6 +287,19 @@ def _with_factors(
     words += f", its model input times {best:.4g}," if best != 1.0 else ""
     words += " gives this update up to {residual:.1e} (limit {limit:.1e})"
     return found, _replay("shown", words, left, limit, factor)
+
+
+def _as_several(found: Reconstruction, miss: float, update: ClientUpdate, anatomy: Anatomy) -> Reconstruction:
+    """The same, but not shown to be of one image, where replay and head both deny it.
+
+    With one block, attention leaves so few directions in G that several images' equations can have a
+    common solution: then equations to spare prove nothing.
+    """
+    head = one_image(anatomy, update)
+    if miss < _HALF or head.state != "contradicted":
+        return found
+    conditions = tuple(head if condition.name == head.name else condition for condition in found.conditions)
+    return replace(found, conditions=conditions)
 
 
 def _brightness(images: Tensor, gap: Callable[[float], float], preprocessing: Preprocessing) -> tuple[float, float]:

@@ -3,153 +3,99 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import operator
-import os
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import re
+import shlex
+import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..anatomy import Anatomy, UnknownModelError, dissect, tensors_of
+from ..attacks.replay import Loss
+from ..attacks.result import Condition
 from ..audit.findings import Audit, Finding
-from ..audit.report import labels_words, picture_name, write_audit
+from ..audit.page import (
+    Source,
+    believed,
+    dtype_name,
+    images_words,
+    normalization_words,
+    picture_name,
+    predicted_psnr,
+    reason_words,
+    short_labels,
+)
+from ..audit.report import write_audit
 from ..audit.run import audit
 from ..audit.words import TRUST_WORDS
 from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
 from ..update import ClientUpdate, UpdateError, load_update
+from .arguments.names import LEAKS
+from .arguments.types import Normalization
 from .files import writable_folder
-from .messages import EXIT_CODES, RESPONSIBLE_USE, CommandError
+from .losses import loss_function
+from .messages import RESPONSIBLE_USE, CommandError, note, patience
+from .user_model import built_model, here_importable
 
-_UPDATE = """update: any safetensors file whose tensors are gradients of the mean loss, each under its parameter's
-  name in model.named_parameters(); float16, bfloat16, float32 or float64. aprillab.save_update writes one, and
-  aprillab.update_from_states makes one of the weights before and after a FedAvg step. Optional metadata:
-  "format": "aprillab-update-1", and "update", a JSON text such as
-  {"withheld": ["pos_embed"], "batch_size": 1, "source": "fedsgd"}.
-  Pickles (torch.save) are refused: reading one can run code."""
-
-
-def add_arguments(commands: Any) -> None:
-    """Add the command to argparse's ``commands``."""
-    command = commands.add_parser(
-        "audit", formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="what an update of your own federated system gives away",
-        description="Try every closed form on one client's update and say how much of each picture is to be\n"
-        "believed. Needs no labels and no originals.",
-        epilog=f"{_UPDATE}\n\n{EXIT_CODES}",
-    )  # fmt: skip
-    command.add_argument(
-        "--model", required=True, metavar="MODULE:FUNCTION",
-        help="a function without arguments that returns the model, with the weights and in the mode (train or eval) "
-        "that the client used; imported from the current folder too, and run",
-    )  # fmt: skip
-    command.add_argument(
-        "--update", required=True, metavar="FILE", help="the client's update, safetensors; see below"
-    )
-    command.add_argument(
-        "--out", required=True, metavar="DIR",
-        help="folder for report.md, report.json, overview.png and a picture an attack; made if need be",
-    )  # fmt: skip
-    command.add_argument(
-        "--withheld", default=[], type=lambda text: text.split(","), metavar="NAME,…",
-        help="parameters that are trained but whose gradients clients do not share",
-    )  # fmt: skip
-    command.add_argument(
-        "--preprocessing", type=_preprocessing, metavar="P",
-        help="unit, half, imagenet, or MEAN,STD (0.5,0.5; channels apart: 0.485/0.456/0.406,0.229/0.224/0.225); "
-        "default: what the model's library uses",
-    )  # fmt: skip
-    command.add_argument(
-        "--part", default=[], action="append", type=_part, metavar="PART=TENSOR",
-        help="for a model aprillab does not know: where a part is, as in patch_weight=stem.weight, image_size=224, "
-        "position=pos, position_prefix=1, query=attn.qkv.weight[0:768], first_block=prenorm (repeat)",
-    )  # fmt: skip
-    command.set_defaults(run=run)
-
-
-def _preprocessing(text: str) -> Preprocessing:
-    known = {"unit": UNIT, "half": HALF, "imagenet": IMAGENET}
-    if text in known:
-        return known[text]
-    mean, _, std = text.partition(",")
-    try:
-        return Preprocessing(*(tuple(float(value) for value in part.split("/")) for part in (mean, std)))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither unit, half, imagenet nor MEAN,STD such as 0.5,0.5 or "
-            f"0.485/0.456/0.406,0.229/0.224/0.225 ({error})"
-        ) from error
-
-
-def _part(text: str) -> tuple[str, Any]:
-    """One field of an Anatomy: whole numbers are numbers, a comma separates the names of several
-    prefix tokens.
-    """
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form PART=TENSOR")
-    if value.isdecimal():
-        return name, int(value)
-    return name, tuple(value.split(",")) if name == "prefix" else value
+_UNSHARED, _UNNAMED = "the head's gradient is not shared", "the head is not named"
+_HEAD_UNNAMED = (
+    "The head is not named, so no label was read off it, and without one no picture is played back: add --part "
+    "head_weight=… --part head_bias=…"
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Audit the update, print what was found, and write the folder.
+    """Audit the update, write the folder, and print what was found.
 
     Returns
     -------
     int
-        1 where no attack applied.
+        0 where a picture is given away, 1 where none is shown; with ``--fail-on`` 3 where that
+        level or a worse one was found, else 0.
     """
     folder = writable_folder(arguments.out)
+    update = _update(arguments)
+    if not arguments.quiet:
+        note(f"{arguments.update}: {len(update.gradients)} tensors in {dtype_name(update)}")
+    with here_importable():
+        model = built_model(arguments.model)
+        anatomy = _anatomy(model, arguments)
+        preprocessing = _preprocessing(arguments.preprocessing, anatomy)
+        loss = _loss(arguments, model, anatomy)
+        _say_what(arguments, model, anatomy, preprocessing)
+        with nullcontext() if arguments.quiet else patience("still at it"):
+            try:
+                found = audit(
+                    model, update, anatomy=anatomy, preprocessing=preprocessing, loss=loss, verify=arguments.verify,
+                    strict=arguments.strict,
+                )  # fmt: skip
+            except UpdateError as error:
+                raise _with_options(error) from error
+    found = _with_head_unnamed(found)
+    code = _exit_code(found, arguments.fail_on)
+    replaced = " (replaced)" if (folder / "report.json").exists() else ""
+    try:
+        write_audit(found, folder, source=_source(arguments, code))
+    except OSError as error:
+        raise CommandError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    print(textwrap.fill(found.verdict, 110))
+    if not arguments.quiet:
+        _print_audit(found, folder, replaced)
+    return code
+
+
+# --- What is audited ----------------------------------------------------------------------------------------------
+
+
+def _update(arguments: argparse.Namespace) -> ClientUpdate:
     update = load_update(arguments.update)
     if shared := [name for name in arguments.withheld if name in update.gradients]:
         raise CommandError(f"--withheld {shared[0]}: this gradient is in the update")
-    update = replace(update, withheld=(*update.withheld, *arguments.withheld))
-    with _here_importable():
-        model = _built_model(arguments.model)
-        anatomy = _anatomy(model, arguments)
-        _check_channels(arguments.preprocessing, anatomy, model)
-        _check_complete(model, update)
-        found = audit(model, update, anatomy=anatomy, preprocessing=arguments.preprocessing)
-    _print_audit(found, folder)
-    try:
-        write_audit(found, folder)
-    except OSError as error:
-        raise CommandError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    print(f"\nwrote {folder / 'report.md'}, report.json" + (", overview.png" if found.applied else ""))
-    print(f"\n{RESPONSIBLE_USE}")
-    return 0 if found.applied else 1
-
-
-def _print_audit(found: Audit, folder: Path) -> None:
-    print(f"{found.verdict}\n")
-    for part in found.parts:
-        print(f"  {part.part:<26} {part.state:<13} {part.parameter or ''}")
-    print(f"\n  labels: {labels_words(found)}")
-    print(f"  {'one image' if found.one_image.holds else 'more than one image, or noise'}: {found.one_image.text}")
-    for finding in found.findings:
-        _print_finding(finding, folder)
-    for remark in found.notes:
-        print(f"\n  note: {remark}")
-
-
-def _print_finding(finding: Finding, folder: Path) -> None:
-    print(f"\n  {finding.attack.title} ({finding.attack.name})")
-    if finding.result is None:
-        print(f"    does not apply: {finding.reason}")
-        return
-    print(f"    {TRUST_WORDS[finding.trust]}")
-    print(f"    {finding.reason}")
-    if finding.replay is not None:
-        print(f"    played back through the model, it misses the update by {finding.replay:.1e} of its norm")
-    print(f"    picture: {folder / str(picture_name(finding))}")
+    return replace(update, withheld=(*update.withheld, *arguments.withheld))
 
 
 def _anatomy(model: nn.Module, arguments: argparse.Namespace) -> Anatomy:
@@ -157,72 +103,125 @@ def _anatomy(model: nn.Module, arguments: argparse.Namespace) -> Anatomy:
     try:
         return dissect(model, **dict(arguments.part))
     except UnknownModelError as error:
-        hint = "On the command line: --part patch_weight=… --part image_size=… and so on."
-        raise CommandError(f"--model {arguments.model}: {error} {hint}") from error
+        words = f"{str(error).rstrip('.')}. On the command line: --part patch_weight=… --part image_size=… and so on."
+        raise CommandError(f"--model {arguments.model}: {words}") from error
     except (ValueError, TypeError) as error:
         raise CommandError(f"--model {arguments.model}: {error}") from error
 
 
-@contextmanager
-def _here_importable() -> Iterator[None]:
-    """Let modules in the current folder be imported, as ``python -m`` does."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
+def _preprocessing(said: Normalization | None, anatomy: Anatomy) -> Preprocessing:
+    """The preprocessing that was said, or the model's own, if it fits the model's channels."""
+    known = {"unit": UNIT, "half": HALF, "imagenet": IMAGENET}
     try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _built_model(text: str) -> nn.Module:
-    """What ``MODULE:FUNCTION`` returns, which must be a module of PyTorch's."""
-    module_name, _, function_name = text.partition(":")
-    if not module_name or not function_name:
-        raise CommandError(f"--model {text!r} is not of the form MODULE:FUNCTION, as in my_package.models:build")
-    # Not pkgutil.resolve_name: it refuses the names of files such as train-vit.py.
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise CommandError(f"--model: module {module_name!r} cannot be imported: {_of_user_code(error)}") from error
-    try:
-        function = operator.attrgetter(function_name)(module)
-    except AttributeError as error:
-        raise CommandError(f"--model: module {module_name!r} has no {function_name!r}") from error
-    if not callable(function):
-        raise CommandError(f"--model: {text} is no function but a {type(function).__name__}")
-    try:
-        model = function()
-    except Exception as error:
-        raise CommandError(f"--model: {text}() failed: {_of_user_code(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"--model: {text}() returned {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _of_user_code(error: Exception) -> str:
-    """An exception out of the user's own code, and the line it came from."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if frame.filename.startswith("<frozen") else f" ({frame.filename}, line {frame.lineno})"
-    return f"{type(error).__name__}: {error}{where}"
-
-
-def _check_channels(preprocessing: Preprocessing | None, anatomy: Anatomy, model: nn.Module) -> None:
-    channels = tensors_of(model)[anatomy.patch_weight].shape[1]
-    try:
-        (preprocessing or anatomy.preprocessing).to_pixels(torch.zeros(1, channels, 1, 1))
+        chosen = (
+            anatomy.preprocessing if said is None else known[said] if isinstance(said, str) else Preprocessing(*said)
+        )
+        chosen.to_pixels(torch.zeros(1, anatomy.channels or 1, 1, 1))
     except ValueError as error:
         raise CommandError(f"--preprocessing: {error}") from error
+    return chosen
 
 
-def _check_complete(model: nn.Module, update: ClientUpdate) -> None:
-    """What check_update would say of a missing gradient, with the remedy that the command line has."""
-    parameters = dict(model.named_parameters())
-    if set(update.gradients) - set(parameters):
+def _loss(arguments: argparse.Namespace, model: nn.Module, anatomy: Anatomy) -> Loss | None:
+    if arguments.loss is None:
+        return None
+    head = tensors_of(model).get(anatomy.head_weight or "")
+    return loss_function(arguments.loss, None if head is None else len(head))
+
+
+def _with_options(error: UpdateError) -> UpdateError:
+    """What is said of a missing gradient, with the remedy that the command line has."""
+    text = str(error)
+    missing = re.match(r"the update lacks the gradient of '([^']+)' \((\d+) missing", text)
+    if missing is None:
+        return error
+    names = missing[1] + (",…" if int(missing[2]) > 1 else "")
+    return UpdateError(text.replace("ClientUpdate(…, withheld=(…,))", f"--withheld {names}"))
+
+
+def _say_what(
+    arguments: argparse.Namespace, model: nn.Module, anatomy: Anatomy, preprocessing: Preprocessing
+) -> None:
+    """On stderr, before the attacks take their seconds: what they are tried on."""
+    if arguments.quiet:
         return
-    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    if missing := sorted(trained - set(update.gradients) - set(update.withheld)):
-        raise UpdateError(
-            f"the update lacks the gradient of {missing[0]!r} ({len(missing)} missing in all). If clients do not "
-            f"share it, say so with --withheld {','.join(missing[:3])}{',…' if missing[3:] else ''}; if it is "
-            "frozen, set requires_grad=False in the model"
-        )
+    assumed = "" if arguments.preprocessing else "assumed "
+    words = normalization_words(preprocessing.mean, preprocessing.std)
+    size = "×".join(map(str, anatomy.image_size))
+    note(f"{type(model).__name__} ({anatomy.family}), images of {size}, input {assumed}normalized by {words}")
+    note("trying the closed forms, which takes seconds to a minute …")
+
+
+# --- What was found -----------------------------------------------------------------------------------------------
+
+
+def _with_head_unnamed(found: Audit) -> Audit:
+    """Of a described model whose head nobody named, say that, and not that its gradient is not
+    shared.
+    """
+    anatomy = found.anatomy
+    if anatomy.family != "described by the caller" or anatomy.head_weight or anatomy.head_bias:
+        return found
+
+    def said(condition: Condition) -> Condition:
+        return replace(condition, words=condition.words.replace(_UNSHARED, _UNNAMED))
+
+    findings = []
+    for finding in found.findings:
+        result = finding.result
+        if result is not None:
+            result = replace(result, conditions=tuple(map(said, result.conditions)))
+        findings.append(replace(finding, result=result, reason=finding.reason.replace(_UNSHARED, _UNNAMED)))
+    notes = [words for words in found.notes if _UNSHARED not in words.lower()]
+    return replace(
+        found, notes=(_HEAD_UNNAMED, *notes), one_image=said(found.one_image), findings=tuple(findings),
+        labels_reason=found.labels_reason.replace(_UNSHARED, _UNNAMED),
+    )  # fmt: skip
+
+
+def _exit_code(found: Audit, fail_on: str | None) -> int:
+    if fail_on is not None:
+        return 3 if LEAKS.index(found.leak) <= LEAKS.index(fail_on) else 0
+    return 0 if found.leak in LEAKS[:4] else 1
+
+
+def _source(arguments: argparse.Namespace, code: int) -> Source:
+    with Path(arguments.update).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Source(
+        command=shlex.join(arguments.words), model=arguments.model, file=Path(arguments.update).name, sha256=digest,
+        loss=str(arguments.loss or ""), exit_code=code,
+    )  # fmt: skip
+
+
+def _print_audit(found: Audit, folder: Path, replaced: str) -> None:
+    """What the report has at length, in two lines an attack."""
+    print()
+    _print_shortened(f"labels: {short_labels(found)}")
+    _print_shortened(images_words(found))
+    if found.pixels is not None and found.pixels.state == "contradicted":
+        print(textwrap.indent(textwrap.fill(f"normalization (--preprocessing): {found.pixels.text}", 110), "  "))
+    for finding in found.findings:
+        _print_finding(finding, folder)
+    if _HEAD_UNNAMED in found.notes:
+        print(f"\n  {_HEAD_UNNAMED}")
+    count = len(found.notes)
+    notes = f", {count} note{'s' * (count > 1)} on what limits this audit" if count else ""
+    print(f"\nwrote {folder / 'report.md'}{replaced}: reasons with their numbers{notes}, and what you can do;")
+    print("report.json" + (" and overview.png" if found.applied else "") + f" beside it\n\n{RESPONSIBLE_USE}")
+
+
+def _print_finding(finding: Finding, folder: Path) -> None:
+    title = finding.attack.title
+    if finding.result is None:
+        print(f"\n  {title}: does not apply")
+        _print_shortened(finding.reason, 4)
+        return
+    predicted = predicted_psnr(finding)
+    sure = "" if predicted is None or not believed(finding) else f", predicted {predicted:.1f} dB"
+    print(f"\n  {title}: {finding.trust}{sure}, {folder / str(picture_name(finding))}")
+    _print_shortened(f"{TRUST_WORDS[finding.trust].partition('. ')[0]}: {reason_words(finding)}", 4)
+
+
+def _print_shortened(text: str, indent: int = 2) -> None:
+    print(" " * indent + textwrap.shorten(text, 116 - indent, placeholder=" …"))

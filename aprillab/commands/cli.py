@@ -1,28 +1,25 @@
 """The command line: ``aprillab demo``, ``aprillab invert``, ``aprillab audit`` and ``aprillab
 compare``.
 
-Each command has a file with its arguments and what it does. Here are the commands' list and the
-exit codes; every error becomes one message on stderr.
+Arguments are read without PyTorch, whose import takes seconds: help, the version and wrong usage
+come at once. Each command's arguments are in ``arguments/``, what it does in the file of its name,
+and every error becomes one message on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-import warnings
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from ..anatomy import UnknownModelError
-from ..attacks.result import AttackNotApplicable
-from ..comparison.cases import CompareError
-from ..data import PictureError, PictureWarning
-from ..update import UpdateError
 from ..version import __version__
-from ..zoo import ModelError
-from . import audit, compare, demo, invert
-from .messages import EXIT_CODES, RESPONSIBLE_USE, CommandError, note
+from .arguments import audit, compare, demo, invert
+from .messages import EXIT_CODES, RESPONSIBLE_USE, CommandError, fail
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,26 +32,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted.
+        0 fine (``audit``: a picture is given away), 1 no attack applies (``audit``: none is shown),
+        2 bad input or usage, 3 ``audit --fail-on``, 130 interrupted, 141 whoever read the output
+        has gone.
     """
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()  # here, where a pipe that nobody reads can still be told apart
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     try:
         arguments = parser.parse_args(argv)
-        if not hasattr(arguments, "run"):
-            parser.print_help(sys.stderr)
-            return 2
-        with _remarks_on_stderr():
-            return arguments.run(arguments)
-    except AttackNotApplicable as refusal:
-        return _fail(refusal.reason, 1)
-    except (CommandError, CompareError, UpdateError, PictureError, ModelError, UnknownModelError) as error:
-        return _fail(str(error), 2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "alloc" in str(error):
-            return _fail(f"not enough memory: choose a smaller model or --image-size ({str(error)[:120]})", 2)
-        raise
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except CommandError as error:
+        return fail(str(error), 2)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments.words = ["aprillab", *(sys.argv[1:] if argv is None else argv)]
+    with _loading():
+        from .running import run
+    return run(arguments)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,32 +76,41 @@ def _parser() -> argparse.ArgumentParser:
         prog="aprillab",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="How the gradients that federated learning shares give away a Vision Transformer user's images.",
-        epilog=f"{EXIT_CODES}\n{RESPONSIBLE_USE}",
+        epilog=f"{EXIT_CODES}\naudit has its own, below aprillab audit --help.\n{RESPONSIBLE_USE}",
     )
     parser.add_argument("--version", action="version", version=f"aprillab {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command in (demo, invert, audit, compare):
         command.add_arguments(commands)
     return parser
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"aprillab: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
 @contextmanager
-def _remarks_on_stderr() -> Iterator[None]:
-    """Show the data module's warnings about a picture as plain remarks."""
-    show = warnings.showwarning
+def _loading() -> Iterator[None]:
+    """While PyTorch is imported: say so on a terminal, and end at once when interrupted.
 
-    def remark(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, PictureWarning):
-            note(str(message))
-        else:
-            show(message, category, *rest, **more)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", PictureWarning)
-        warnings.showwarning = remark
+    An exception in the middle of an import may be swallowed there, or leave half a library behind.
+    """
+    if "torch" in sys.modules:
         yield
+        return
+    shown = sys.stderr.isatty()
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, _end)
+    if shown:
+        print("loading PyTorch …", end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+        if shown:
+            print("\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _end(*_: object) -> NoReturn:
+    code = fail("interrupted", 130)
+    sys.stderr.flush()
+    os._exit(code)  # nothing has been written yet that would have to be closed

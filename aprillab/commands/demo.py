@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,25 +15,9 @@ from .. import viz
 from ..attacks.catalogue import ATTACKS
 from ..metrics import EXACT_TO_8_BITS_DB
 from ..zoo import Position, build_model
-from .arguments import PHOTO
 from .files import photograph, writable_file, write
-from .messages import EXIT_CODES, RESPONSIBLE_USE
+from .messages import RESPONSIBLE_USE
 from .round import Round, play_round
-
-
-def add_arguments(commands: Any) -> None:
-    """Add the command to argparse's ``commands``."""
-    demo = commands.add_parser(
-        "demo", formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="one photograph, three attacks: a table and demo.png",
-        description="Attack the gradient of one photograph in three ways: APRIL's closed form on architecture A,\n"
-        "the patch-embedding system on torchvision's ViT-B/16, and the span attack on the same with its position\n"
-        "embedding frozen. Random weights, float32, 224×224.",
-        epilog=EXIT_CODES,
-    )  # fmt: skip
-    demo.add_argument("--out", default="demo.png", metavar="PNG", help="the figure to write (%(default)s)")
-    demo.add_argument("--photo", default="astronaut", metavar="PHOTO", help=f"{PHOTO} (%(default)s)")
-    demo.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         "gradient s: the client's forward and backward pass, after one forward pass to warm up; attack s: from the "
         "shared gradient\nto the picture. Building the models and drawing are not timed."
     )
-    write(out, viz.to_png(demo_figure(pixels, rounds)))
-    print(f"\nwrote {out} ({time.perf_counter() - start:.0f} s in all)\n\n{RESPONSIBLE_USE}")
+    wrote = write(out, viz.to_png(demo_figure(pixels, rounds)))
+    print(f"\nwrote {wrote} ({time.perf_counter() - start:.0f} s in all)\n\n{RESPONSIBLE_USE}")
     return 0
 
 

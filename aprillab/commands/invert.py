@@ -4,70 +4,42 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from typing import Any, TextIO, get_args
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
 
 from .. import viz
 from ..anatomy import dissect, tensors_of
-from ..attacks.catalogue import CLOSED_FORMS
+from ..attacks.catalogue import ATTACKS
 from ..attacks.result import AttackNotApplicable
-from ..audit.report import json_safe
+from ..audit.report import json_safe, picture_bytes
 from ..comparison.cases import DTYPES
+from ..metrics import EXACT_TO_8_BITS_DB
 from ..version import __version__
-from ..zoo import MODEL_NAMES, Position, build_model
-from .arguments import PHOTO, whole
+from ..zoo import build_model
 from .files import photograph, writable_file, write
-from .messages import EXIT_CODES, CommandError
+from .losses import loss_function
+from .messages import CommandError, note
 from .round import Round, play_round
 
-_MODELS = f"""models: {MODEL_NAMES}
-  april and prenorm are this package's architectures A and B. At image sizes from 112 up that are multiples of 16
-  they have the shape of ViT-B/16; at other multiples of 8, 64 patches of S/8 pixels, width 384, 4 blocks, 6 heads.
-  timm and transformers models need these libraries. All weights are random, and no head is zero."""
-_JSON = """JSON: attack, exact, predicted_psnr and psnr (dB), ssim, attack_seconds, gradient_seconds,
-  label (recovered), true_label, reason, diagnostics, photo, model, position, dtype, seed, image_size, picture,
-  version. Infinities and NaN become null. Where no attack applies, attack is null and reason says why.
-  gradient_seconds is one forward and backward pass, after a forward pass to warm up."""
-
-
-def add_arguments(commands: Any) -> None:
-    """Add the command to argparse's ``commands``."""
-    invert = commands.add_parser(
-        "invert", formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="attack the gradient of a picture of your own",
-        description="Be the client, who shares the gradient of one private picture, and the server, who\nattacks it.",
-        epilog=f"{_MODELS}\n\n{_JSON}\n\n{EXIT_CODES}",
-    )  # fmt: skip
-    invert.add_argument("photo", metavar="PHOTO", help=PHOTO)
-    invert.add_argument("--model", default="vit_b_16", metavar="NAME", help="see below (%(default)s)")
-    invert.add_argument(
-        "--position", default="learned", choices=get_args(Position), metavar="P",
-        help="learned: trained, its gradient shared; frozen: random and not trained; sinusoidal, sinusoidal-2d: "
-        "fixed to sinusoids; none (%(default)s)",
-    )  # fmt: skip
-    invert.add_argument(
-        "--attack", default="auto", choices=["auto", *CLOSED_FORMS],
-        help="auto takes the strongest that applies (%(default)s)",
-    )  # fmt: skip
-    invert.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the client (%(default)s)")
-    invert.add_argument("--seed", default=0, type=whole(0), metavar="N", help="of weights and label (%(default)s)")
-    invert.add_argument("--label", type=whole(0), metavar="N", help="the private label (drawn with the seed)")
-    invert.add_argument("--image-size", default=224, type=whole(1), metavar="S", help="in pixels (%(default)s)")
-    invert.add_argument(
-        "--out", default="invert.png", metavar="PNG",
-        help="figure to write: private image, reconstruction, difference magnified (%(default)s)",
-    )  # fmt: skip
-    invert.add_argument(
-        "--json", metavar="FILE", help="also write the numbers as JSON; - for stdout, and words to stderr"
-    )
-    invert.set_defaults(run=run)
+_SECONDS = 300.0  # of a search, unless a budget is given
+_EVERY = 10.0  # seconds between two lines where there is no terminal for a bar
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Be client and server, print how it went, and write the figure and, if asked for, the numbers.
+    """Be client and server, print how it went, and write the figure and, if asked for, the
+    reconstruction alone and the numbers.
+
+    Returns
+    -------
+    int
+        130 where a search was interrupted; its best is written.
 
     Raises
     ------
@@ -76,44 +48,39 @@ def run(arguments: argparse.Namespace) -> int:
     """
     to_stdout = arguments.json == "-"
     words = sys.stderr if to_stdout else sys.stdout
-    out = writable_file(arguments.out, ".png")
-    json_file = writable_file(arguments.json) if arguments.json and not to_stdout else None
+    files = {
+        "picture": writable_file(arguments.out, ".png"),
+        "reconstruction": writable_file(arguments.reconstruction, ".png") if arguments.reconstruction else None,
+        "json": writable_file(arguments.json) if arguments.json and not to_stdout else None,
+    }
     pixels = photograph(arguments.photo, arguments.image_size)
     model = build_model(
-        arguments.model,
-        image_size=arguments.image_size,
-        position=arguments.position,
-        dtype=DTYPES[arguments.dtype],
-        seed=arguments.seed,
-    )
-    label = _true_label(arguments, model)
+        arguments.model, image_size=arguments.image_size, position=arguments.position,
+        dtype=DTYPES[arguments.dtype], seed=arguments.seed,
+    )  # fmt: skip
+    facts = _facts(arguments, _true_label(arguments, model))
     _print_setting(arguments, words)
-    facts = _facts(arguments, label)
-    refusal = None
-    try:
-        played = play_round(model, pixels, label, attack=arguments.attack)
-    except AttackNotApplicable as error:
-        refusal = error
-        facts |= {"reason": error.reason, "diagnostics": error.numbers}
-    else:
-        _print_round(played, words)
-        write(out, _before_after(arguments, pixels, played))
-        print(f"wrote    {out}: private image, reconstruction, difference", file=words)
-        facts |= _facts_of_round(played) | {"picture": str(out)}
+    played, refusal = _play(arguments, model, pixels, facts["true_label"], words)
+    if played is not None:
+        facts |= _show(arguments, pixels, played, files, words)
+    elif refusal is not None:
+        facts |= {"reason": refusal.reason, "diagnostics": refusal.numbers}
     text = json.dumps(json_safe(facts), indent=2, allow_nan=False, ensure_ascii=False)
     if to_stdout:
         print(text)
-    elif json_file:
-        write(json_file, f"{text}\n".encode())
-        print(f"wrote    {json_file}", file=words)
-    if refusal:
+    elif files["json"]:
+        print("wrote   ", write(files["json"], f"{text}\n".encode()), file=words)
+    if refusal is not None:
         raise refusal
+    if facts["diagnostics"].get("stopped") == "interrupted":
+        note("the search was interrupted; this is the best it saw")
+        return 130
     return 0
 
 
 def _true_label(arguments: argparse.Namespace, model: nn.Module) -> int:
     """The label asked for, or one drawn with the seed."""
-    classes = len(tensors_of(model)[dissect(model).head_weight or ""])
+    classes = _classes(model)
     if arguments.label is None:
         return int(torch.randint(classes, (), generator=torch.Generator().manual_seed(arguments.seed)))
     if not 0 <= arguments.label < classes:
@@ -121,13 +88,97 @@ def _true_label(arguments: argparse.Namespace, model: nn.Module) -> int:
     return arguments.label
 
 
+def _classes(model: nn.Module) -> int:
+    return len(tensors_of(model)[dissect(model).head_weight or ""])
+
+
+# --- The round ----------------------------------------------------------------------------------------------------
+
+
+def _play(
+    arguments: argparse.Namespace, model: nn.Module, pixels: Tensor, label: int, words: TextIO
+) -> tuple[Round | None, AttackNotApplicable | None]:
+    """The round, or why no attack applies and where to go from there."""
+    loss = None if arguments.loss is None else loss_function(arguments.loss, _classes(model))
+    judging = {"strict": arguments.strict, "verify": arguments.verify}
+    search = _search_options(arguments, words)
+    try:
+        return play_round(
+            model, pixels, label, attack=arguments.attack, loss=loss, judging=judging, search=search
+        ), None
+    except AttackNotApplicable as refusal:
+        if "ended by: interrupted" in refusal.reason:  # before it saw anything
+            raise KeyboardInterrupt from refusal
+        reason = refusal.reason + _way_on(arguments, refusal.reason)
+        return None, AttackNotApplicable(refusal.attack, reason, **refusal.numbers)
+    except ValueError as error:
+        if "max_evaluations" in str(error):
+            raise CommandError(f"--evaluations: {error}") from error
+        raise
+
+
+def _way_on(arguments: argparse.Namespace, reason: str) -> str:
+    """What else there is to try where an attack refused."""
+    if arguments.attack in ATTACKS and ATTACKS[arguments.attack].searches:
+        return ". --attack match:april needs none of this" if arguments.attack.startswith("span") else ""
+    too_small = arguments.strict and any(words in reason for words in ("width", "= d"))
+    truncated = "--no-strict shows what a linear system that is too small leaves, and " * too_small
+    return f". To go on: {truncated}--attack match:april searches, on any model"
+
+
+def _search_options(arguments: argparse.Namespace, words: TextIO) -> dict[str, Any]:
+    """What a search is given: its budget, and how it shows that it lives."""
+    seconds = arguments.seconds
+    if arguments.evaluations is None and seconds is None:
+        seconds = _SECONDS
+    options = {"seed": arguments.seed, "max_seconds": seconds, "progress": sys.stderr.isatty()}
+    if arguments.evaluations is not None:
+        options["max_evaluations"] = arguments.evaluations
+    return options | ({} if options["progress"] else {"callback": _lines(words)})
+
+
+def _lines(words: TextIO) -> Callable[[dict[str, Any], Tensor], None]:
+    """A callback that prints a line now and then."""
+    last = 0.0
+
+    def show(entry: dict[str, Any], _: Tensor) -> None:
+        nonlocal last
+        if entry["seconds"] - last >= _EVERY:
+            last = entry["seconds"]
+            spent = f"{entry['evaluation']} evaluations, {last:.0f} s, loss {entry['loss']:.2e}"
+            print(f"search   {spent}", file=words, flush=True)
+
+    return show
+
+
+# --- What is printed and written ----------------------------------------------------------------------------------
+
+
 def _print_setting(arguments: argparse.Namespace, words: TextIO) -> None:
+    height, width = arguments.image_size
     setting = f"position {arguments.position}, {arguments.dtype}, random weights, seed {arguments.seed}"
-    print(f"photo    {arguments.photo}, {arguments.image_size}×{arguments.image_size}", file=words)
+    size = f"{height}×{width}" + ("" if height == width else " (height × width)")
+    print(f"photo    {arguments.photo}, {size}", file=words)
     print(f"model    {arguments.model}, {setting}", file=words, flush=True)
 
 
-def _print_round(played: Round, words: TextIO) -> None:
+def _show(
+    arguments: argparse.Namespace, pixels: Tensor, played: Round, files: dict[str, Path | None], words: TextIO
+) -> dict[str, Any]:
+    """Print the round, write its pictures, and return what is known now for the JSON."""
+    _print_round(arguments, played, words)
+    written: dict[str, Any] = {}
+    for kind, content, what in (
+        ("picture", _before_after(arguments, pixels, played), "private image, reconstruction, difference"),
+        ("reconstruction", picture_bytes(played.reconstruction.pixels[0]), "the reconstruction alone"),
+    ):
+        if path := files[kind]:
+            print(f"wrote    {write(path, content)}: {what}", file=words)
+            written[kind] = str(path)
+    return _facts_of_round(played) | written
+
+
+def _print_round(arguments: argparse.Namespace, played: Round, words: TextIO) -> None:
     """Say in a few lines how a round went, and what came of the other attacks that were tried."""
     found = played.reconstruction
     recovered = "not recovered" if found.labels is None else f"{int(found.labels[0])}"
@@ -135,22 +186,34 @@ def _print_round(played: Round, words: TextIO) -> None:
     print(f"attack   {found.attack}, {found.seconds:.2f} s, label {recovered}", file=words)
     exact = "exact" if found.exact else "not exact"
     print(f"result   PSNR {played.psnr:.1f} dB, SSIM {played.ssim:.4f}, {exact}", file=words)
-    print(f"why      {found.reason}", file=words)
-    for name, outcome in found.diagnostics["attacks"].items():
-        if name != found.diagnostics["chosen"]:
-            print(f"besides  {name} {outcome}", file=words)
+    _print_wrapped("why", found.reason, words)
+    untried = []
+    for name, outcome in found.diagnostics.get("attacks", {}).items():
+        if outcome.startswith("not tried") and name in ATTACKS and ATTACKS[name].searches:
+            untried.append(name)
+        elif name != found.diagnostics["chosen"] and not outcome.startswith("not needed"):
+            _print_wrapped("besides", f"{name} {outcome}", words)
+    sharp = (found.predicted_psnr or 0.0) >= EXACT_TO_8_BITS_DB  # whatever else was not checked
+    for name in () if sharp else untried:
+        print(f"go on    {shlex.join([*arguments.words, '--attack', name])}", file=words)
+
+
+def _print_wrapped(head: str, text: str, words: TextIO) -> None:
+    print(textwrap.fill(text, 110, initial_indent=f"{head:<9}", subsequent_indent=" " * 9), file=words)
 
 
 def _facts(arguments: argparse.Namespace, label: int) -> dict[str, Any]:
     """The numbers of the JSON file in their order, before any attack: what is not known yet is
     None.
     """
+    height, width = arguments.image_size
     return {
         "attack": None, "exact": False, "predicted_psnr": None, "psnr": None, "ssim": None,
         "attack_seconds": None, "gradient_seconds": None,
         "label": None, "reason": None, "diagnostics": {}, "photo": arguments.photo, "model": arguments.model,
-        "position": arguments.position, "dtype": arguments.dtype, "seed": arguments.seed,
-        "image_size": arguments.image_size, "true_label": label, "picture": None, "version": __version__,
+        "position": arguments.position, "dtype": arguments.dtype, "loss": str(arguments.loss or "cross-entropy"),
+        "seed": arguments.seed, "image_size": height if height == width else [height, width], "true_label": label,
+        "picture": None, "reconstruction": None, "version": __version__,
     }  # fmt: skip
 
 
@@ -177,10 +240,11 @@ def _before_after(arguments: argparse.Namespace, pixels: Tensor, played: Round) 
     reconstruction = played.reconstruction.pixels[0]
     error = float((reconstruction - pixels.to(reconstruction)).square().mean().sqrt())
     scale = next((10.0**k for k in range(15) if error * 10**k > 0.03), 1.0)
-    fig = viz.before_after(pixels, reconstruction, title=f"PSNR {played.psnr:.1f} dB", scale=scale)
+    title = f"reconstruction, {played.psnr:.1f} dB"
+    fig = viz.before_after(pixels, reconstruction, title=title, scale=scale)
     fig.supxlabel(
         f"{played.reconstruction.attack}, {arguments.model}, position {arguments.position},\n"
-        f"{arguments.dtype}, random weights, {arguments.image_size}×{arguments.image_size}",
+        f"{arguments.dtype}, random weights, {'×'.join(map(str, arguments.image_size))}",
         color="0.25",
     )
     return viz.to_png(fig, dpi=150)

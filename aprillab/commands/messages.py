@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted."
+AUDIT_EXIT_CODES = """Exit codes: 0 a picture is given away (exact, close, likely or coarse), 1 none is shown (unclear
+or none), 2 bad input or usage, 130 interrupted. With --fail-on LEVEL: 3 LEVEL or worse, 0 less."""
 RESPONSIBLE_USE = (
     "Use this to learn, to audit systems that are yours and to build better defences: attack pictures that are\n"
     "public, or your own, or those of people who said yes."
@@ -18,3 +23,33 @@ class CommandError(Exception):
 def note(text: str) -> None:
     """Print a remark that is no error on stderr."""
     print(f"aprillab: note: {text}", file=sys.stderr)
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error as one line on stderr; returns the exit code."""
+    print(f"aprillab: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def patience(words: str, every: float = 10.0) -> Iterator[None]:
+    """While something takes long, say so on stderr every so many seconds, unless that is a terminal,
+    where a bar does.
+    """
+    done = threading.Event()
+
+    def say() -> None:
+        seconds = 0.0
+        while not done.wait(every):
+            seconds += every
+            note(f"{words}, {seconds:.0f} s")
+
+    thread = threading.Thread(target=say, daemon=True)
+    if not sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.is_alive():
+            thread.join()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..anatomy import dissect
+from ..attacks.catalogue import ATTACKS
 from ..attacks.invert import invert
+from ..attacks.replay import Loss
 from ..attacks.result import Reconstruction
 from ..metrics import psnr, ssim
 from ..update import client_update, logits_of
@@ -38,7 +42,16 @@ class Round:
     label: int
 
 
-def play_round(model: nn.Module, pixels: Tensor, label: int, *, attack: str = "auto") -> Round:
+def play_round(
+    model: nn.Module,
+    pixels: Tensor,
+    label: int,
+    *,
+    attack: str = "auto",
+    loss: Loss | None = None,
+    judging: Mapping[str, Any] | None = None,
+    search: Mapping[str, Any] | None = None,
+) -> Round:
     """Be the client with one private picture, then the server that attacks what the client shares.
 
     Parameters
@@ -46,7 +59,14 @@ def play_round(model: nn.Module, pixels: Tensor, label: int, *, attack: str = "a
     model : nn.Module
     pixels : Tensor of shape (C, H, W), in [0, 1]
     label : int
-    attack : {"auto", "embedding", "april", "span"}, as in :func:`aprillab.invert`
+    attack : "auto" or a key of :data:`~aprillab.attacks.ATTACKS`
+    loss : (logits, labels) to a scalar, optional
+        The client's, which the server knows then; default is cross-entropy, which a search assumes
+        and a closed form need not.
+    judging : mapping, optional
+        ``strict`` and ``verify`` of :func:`aprillab.invert`, for ``"auto"`` and the closed forms.
+    search : mapping, optional
+        Options of an attack that searches, such as ``max_evaluations``, for these.
 
     Raises
     ------
@@ -64,8 +84,13 @@ def play_round(model: nn.Module, pixels: Tensor, label: int, *, attack: str = "a
     anatomy = dissect(model)
     images = anatomy.preprocessing.to_input(pixels[None].to(next(model.parameters())))  # (1, C, H, W)
     logits_of(model, images)  # The first pass pays for set-up and memory, which no later one does.
-    update = client_update(model, images, torch.tensor([label], device=images.device))
-    found = invert(model, update, attack=attack, anatomy=anatomy)
+    labels = torch.tensor([label], device=images.device)
+    update = client_update(model, images, labels, loss=loss or nn.functional.cross_entropy)
+    if attack in ATTACKS and ATTACKS[attack].searches:
+        options = {**(search or {}), **({} if loss is None else {"loss": loss})}
+        found = ATTACKS[attack].function(model, update, anatomy=anatomy, **options)
+    else:
+        found = invert(model, update, attack=attack, anatomy=anatomy, loss=loss, **(judging or {}))
     original = pixels.to(found.pixels)
     return Round(
         reconstruction=found,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.catalogue import ATTACKS
-from ..data import load_victim, mnist5k, victims
+from ..data import load_victim, mnist5k, read_picture, victims
 from ..zoo import Position
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -32,8 +32,9 @@ class Case:
     ----------
     attack : key of :data:`aprillab.attacks.catalogue.ATTACKS`
     victims : tuple of str
-        The batch: names of :func:`aprillab.victims`, or ``"mnist:K"`` for the K-th test digit of
-        :func:`aprillab.mnist5k` (the split of seed 0; one channel, 28 × 28 pixels, its own label).
+        The batch: names of :func:`aprillab.victims`; picture files, which have a dot or a slash in
+        their names; or ``"mnist:K"`` for the K-th test digit of :func:`aprillab.mnist5k` (the split
+        of seed 0; one channel, 28 × 28 pixels, its own label).
     model, image_size, patch_size, width, depth, heads, mlp_ratio, channels, classes, position
         As in :func:`~aprillab.zoo.build_model`; None for what the model's name implies.
     weights : "init" or a path
@@ -106,8 +107,25 @@ def _check_victim(case: Case, name: str) -> None:
                 f"victim {name!r}: mnist:K is a test digit by its number, for models of one channel, 28 pixels and "
                 f"10 classes or more, not of {case.channels}, {case.image_size} and {case.classes}"
             )
+    elif is_file(name):
+        if "+" in name:
+            raise CompareError(f"victim {name!r}: a plus parts the pictures of a batch; give the file another name")
     elif name not in victims():
-        raise CompareError(f"there is no victim {name!r}; there are mnist:K and {', '.join(victims())}")
+        raise CompareError(
+            f"there is no victim {name!r}; there are {', '.join(victims())}, mnist:K, and picture files, with a dot "
+            "or a slash in their names"
+        )
+
+
+def is_file(victim: str) -> bool:
+    """Whether a victim is a picture file of the user's, by its name.
+
+    Examples
+    --------
+    >>> is_file("holiday.jpg"), is_file("./coffee"), is_file("coffee")
+    (True, True, False)
+    """
+    return any(mark in victim for mark in "./\\")
 
 
 def cell(value: Any) -> str:
@@ -181,7 +199,7 @@ def cross(
 
 def private_pictures(case: Case) -> tuple[Tensor, Tensor]:
     """Pixels (B, C, H, W) and labels (B,): a digit's own, a photograph's drawn from those that are
-    left.
+    left. A file that is no picture raises :class:`~aprillab.data.PictureError`.
 
     Examples
     --------
@@ -192,6 +210,10 @@ def private_pictures(case: Case) -> tuple[Tensor, Tensor]:
     pixels: list[Tensor] = []
     labels: list[int | None] = []
     for name in case.victims:
+        if is_file(name):
+            pixels.append(read_picture(name, case.image_size, channels=case.channels, dtype=torch.float64))
+            labels.append(None)
+            continue
         if not name.startswith("mnist:"):
             pixels.append(load_victim(name, case.image_size, channels=case.channels, dtype=torch.float64))
             labels.append(None)

@@ -149,6 +149,12 @@ def read_pictures(path: Path, case: Case) -> tuple[Tensor, Tensor, Tensor] | Non
     return (kept["private"] / 255, kept[name] / 255, kept[f"{name}, dB"]) if name in kept else None
 
 
+def private_levels(path: Path, case: Case) -> Tensor | None:
+    """The private pictures (B, C, H, W) in 8 bits, as kept with an update; None if not kept."""
+    file = pictures_file(path, case)
+    return load_file(file).get("private") if file.is_file() else None
+
+
 def _picture_name(case: Case) -> str:
     return f"{case.attack}, labels {case.labels}"
 
@@ -237,10 +243,15 @@ def keep_pictures(path: Path, case: Case, private: Tensor, found: Tensor, decibe
     file.parent.mkdir(exist_ok=True)
     kept = load_file(file) if file.is_file() else {}
     name = _picture_name(case)
-    kept |= {"private": _levels(private), name: _levels(found), f"{name}, dB": decibels}
+    kept |= {"private": levels_of(private), name: levels_of(found), f"{name}, dB": decibels}
     save_file(kept, file.with_suffix(".part"))
     file.with_suffix(".part").replace(file)
 
 
-def _levels(pixels: Tensor) -> Tensor:
+def levels_of(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] as 8-bit levels.
+
+    >>> levels_of(torch.tensor([0.0, 0.5, 1.2]))
+    tensor([  0, 128, 255], dtype=torch.uint8)
+    """
     return (255 * pixels.nan_to_num(0.0).clamp(0, 1)).round().to(torch.uint8).contiguous()

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..attacks.catalogue import ATTACKS
 from ..attacks.searches.recipes import RECIPES
-from .cases import Case, CompareError, private_pictures
+from .cases import Case, CompareError, is_file, private_pictures
 from .play import build_for, digest_of, play_attack, play_client, warm_up
 from .records import (
     POINT_COLUMNS,
@@ -32,6 +32,8 @@ from .records import (
     cells,
     curves_file,
     keep_pictures,
+    levels_of,
+    private_levels,
     read_curves,
     read_rows,
     write_lines,
@@ -166,6 +168,16 @@ def _check_rows(
     for file, digest in {(row.case.weights_file, row.weights_sha256) for row in rows if row.case in asked}:
         if file and file.is_file() and digest_of(file) != digest:
             raise CompareError(f"{file} has changed since the rows in {path} were made: begin them again")
+    _check_picture_files(path, [row.case for row in rows if row.case in asked])
+
+
+def _check_picture_files(path: Path, cases: Sequence[Case]) -> None:
+    """Refuse to go on where a user's picture is no longer the one that is kept with its rows."""
+    for case in {case.update: case for case in cases if any(map(is_file, case.victims))}.values():
+        kept = private_levels(path, case)
+        if kept is not None and not torch.equal(kept, levels_of(private_pictures(case)[0])):
+            files = ", ".join(filter(is_file, case.victims))
+            raise CompareError(f"{files} has changed since the rows in {path} were made: begin them again")
 
 
 def _drop_unfinished_rows(path: Path, rows: Sequence[Row]) -> None:

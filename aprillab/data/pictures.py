@@ -26,12 +26,12 @@ class PictureWarning(UserWarning):
 
 def read_picture(
     path: str | os.PathLike[str],
-    size: int = 224,
+    size: int | tuple[int, int] = 224,
     *,
     channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A photograph from a file: turned upright, cut to its central square, resampled.
+    """A photograph from a file: turned upright, cut to its central square (or rectangle), resampled.
 
     Read are PNG, JPEG, GIF, WebP, TIFF, BMP and PPM, by content and not by file name. The camera's
     orientation mark is obeyed. Grey, palette and CMYK pictures become RGB (or grey, with one
@@ -46,7 +46,7 @@ def read_picture(
 
     Returns
     -------
-    Tensor, shape (channels, size, size)
+    Tensor, shape (channels, size, size), or (channels, H, W) for a size of (H, W)
         Pixels in [0, 1], on the CPU.
 
     Raises
@@ -79,9 +79,7 @@ def read_picture(
     image, remarks = _open_picture(path)
     for remark in remarks:
         warnings.warn(f"{path}: {remark}", PictureWarning, stacklevel=2)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return to_tensor(image.crop((left, top, left + side, top + side)), size, channels, dtype)
+    return to_tensor(image, size, channels, dtype)
 
 
 def _open_picture(path: Path) -> tuple[Image.Image, list[str]]:
@@ -148,25 +146,34 @@ def _to_8_bits(image: Image.Image, file_format: str | None, path: Path) -> Image
     return Image.fromarray(np.rint(255 * levels).astype(np.uint8))
 
 
-def to_tensor(image: Image.Image, size: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """A square 8-bit picture as pixels (channels, size, size).
+def to_tensor(image: Image.Image, size: int | tuple[int, int], channels: int, dtype: torch.dtype) -> Tensor:
+    """The middle of an 8-bit picture, as large as its shape allows, as pixels (channels, H, W).
 
     Examples
     --------
     >>> to_tensor(Image.new("RGB", (2, 2), (255, 0, 51)), 2, 3, torch.float32)[:, 0, 0]
     tensor([1.0000, 0.0000, 0.2000])
+    >>> to_tensor(Image.new("RGB", (40, 30)), (8, 16), 3, torch.float32).shape
+    torch.Size([3, 8, 16])
     """
+    height, width = (size, size) if isinstance(size, int) else size
     image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    levels = torch.from_numpy(np.array(image)).reshape(size, size, channels)
+    # The largest rectangle of this shape, in whole pixels.
+    wide = min(image.width, max(1, image.height * width // height))
+    high = min(image.height, max(1, image.width * height // width))
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    image = image.crop((left, top, left + wide, top + high))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    levels = torch.from_numpy(np.array(image)).reshape(height, width, channels)
     return levels.permute(2, 0, 1).contiguous().to(dtype) / 255
 
 
-def check_form(size: int, channels: int) -> None:
-    """Refuse a size that is no positive whole number, and other channels than 1 and 3."""
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"size must be a positive number of pixels; got {size!r}")
+def check_form(size: int | tuple[int, int], channels: int) -> None:
+    """Refuse a size that is no positive whole number, nor two, and other channels than 1 and 3."""
+    sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+    if any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
+        raise ValueError(f"size must be a positive number of pixels, or (height, width); got {size!r}")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB); got {channels!r}")
 

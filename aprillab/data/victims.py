@@ -101,16 +101,18 @@ def victim_info(name: str) -> VictimInfo:
         raise ValueError(f"there is no victim {name!r}; there are: {', '.join(_manifest())}") from None
 
 
-def load_victim(name: str, size: int = 224, *, channels: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+def load_victim(
+    name: str, size: int | tuple[int, int] = 224, *, channels: int = 3, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """One victim, at any size.
 
     Parameters
     ----------
     name : str
         One of :func:`victims`.
-    size : int
+    size : int, or (height, width)
         Side in pixels. Other sizes than the stored 224 are resampled with a Lanczos filter
-        (antialiased) and rounded to 8 bits.
+        (antialiased) and rounded to 8 bits; of other shapes, the middle is cut out first.
     channels : {1, 3}
         1 gives the luminance (ITU-R BT.601).
     dtype : torch.dtype
@@ -118,7 +120,7 @@ def load_victim(name: str, size: int = 224, *, channels: int = 3, dtype: torch.d
 
     Returns
     -------
-    Tensor, shape (channels, size, size)
+    Tensor, shape (channels, size, size), or (channels, height, width)
         Pixels in [0, 1], on the CPU.
 
     Raises

@@ -37,10 +37,11 @@ def update_from_states(
     After one step of plain SGD this is the client's gradient. After several steps on *one* image,
     with or without momentum, it is a sum Σ_t a_t g_t of the gradients on the way, with the same
     numbers a_t for every tensor. The patch-embedding system holds for each g_t with the same
-    picture, so it holds for the sum: the closed forms stay exact. What is read off the head (one
-    image or several, the label) is about a sum of outer products and is no longer exact, and with
-    several images the update is a mixture. Adam and its kin divide each entry by its own size: the
-    update is then linear in no gradient, and no factor mends it.
+    picture, so it holds for the sum and stays exact; systems that also read the model's weights see
+    them change from step to step. What is read off the head (one image or several, the label) is
+    about a sum of outer products and is no longer exact. With several images the update is a
+    mixture. Adam and its kin divide each entry by its own size: the update is then linear in no
+    gradient, and no factor mends it.
 
     **Weight decay** of SGD leaves (before − after) = (1 − c)·before + a sum of gradients as above,
     where c follows from the learning rate, the decay, the momentum and the number of steps. Where

@@ -136,13 +136,14 @@ def test_without_the_head_nothing_is_played_back() -> None:
 
 
 def test_notes_name_dropout_several_steps_and_a_forward_pass_that_fails() -> None:
-    class Moody(nn.Sequential):
+    class Moody(type(vit())):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("needs a mask")
 
     inner = vit()
     update = update_of(inner)
-    model = Moody(inner, nn.Dropout(0.1))
+    inner.__class__ = Moody
+    model = nn.Sequential(inner, nn.Dropout(0.1))
     renamed = {f"0.{name}": g for name, g in update.gradients.items()}
     found = audit(model, replace(update, gradients=renamed, source="fedavg"))
     assert by_attack(found)["embedding"] == "close"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +23,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aprillab.audit import TRUST_WORDS
+import aprillab
+from aprillab.audit import TRUST_WORDS, Audit, Finding, audit
+from aprillab.commands import audit as command
 from aprillab.commands import cli
+from aprillab.commands.messages import patience
+from aprillab.data import load_victim
 from aprillab.preprocessing import HALF, UNIT
 from aprillab.update import client_update, save_update
 from aprillab.zoo import build_model
 
-MODULE = """
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = '''
 import torch
 from torch import nn
 from aprillab import VisionTransformer
@@ -38,6 +49,7 @@ def narrow(): return VisionTransformer(**{**SHAPE, "width": 8, "heads": 2})
 def grey(): return VisionTransformer(**{**SHAPE, "channels": 1})
 def zero(): return Torchvision(16, 4, num_layers=1, num_heads=2, hidden_dim=64, mlp_dim=64, num_classes=10)
 def word(): return "a model"
+def sized(width): return VisionTransformer(**SHAPE)
 def broken(): raise ValueError("two\\nlines")
 def convolution(): return nn.Conv2d(3, 4, 3)
 class Stranger(nn.Module):
@@ -50,9 +62,17 @@ class Stranger(nn.Module):
     def forward(self, x):
         z = self.stem(x).flatten(2).transpose(1, 2) + self.place
         return self.out(torch.tanh(z).square().mean(1))
+class Beheaded(Stranger):
+    """A head that is not the last layer to be registered: nothing but its owner tells it."""
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+    def forward(self, x):
+        z = self.stem(x).flatten(2).transpose(1, 2) + self.place
+        return self.out(self.norm(torch.tanh(z).square().mean(1)))
 class Place:
     build = staticmethod(build)
-"""
+'''
 
 
 @pytest.fixture
@@ -82,7 +102,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def test_command_writes_pictures_numbers_and_words(run: Run, tmp_path: Path) -> None:
     code, out, err = run(out="new/found")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert [line.partition(": ")[2] for line in err.splitlines()] == [
+        "note: update.safetensors: 40 tensors in float32",
+        "note: VisionTransformer (aprillab), images of 16×16, input assumed normalized by mean 0.5, std 0.5",
+        "note: trying the closed forms, which takes seconds to a minute …",
+    ]
     folder = tmp_path / "new/found"
     assert {path.name for path in folder.iterdir()} == {
         "embedding.png", "span.png", "overview.png", "report.json", "report.md",
@@ -108,8 +133,10 @@ def test_command_writes_pictures_numbers_and_words(run: Run, tmp_path: Path) -> 
     words = (folder / "report.md").read_text(encoding="utf-8")
     for text in (facts["verdict"], TRUST_WORDS["exact"], "rank: 16, for 16 patches", "`position_embedding` | shared"):
         assert text in words
-    for text in (facts["verdict"], TRUST_WORDS["exact"], "misses the update by", "report.md", "who said yes"):
+    for text in (facts["verdict"], "patch-embedding system: exact, predicted", "report.md", "who said yes"):
         assert text in out
+    assert len(out.splitlines()) < len(words.splitlines()) / 3
+    assert max(map(len, out.splitlines())) <= 118
 
 
 def test_withheld_gradients_have_to_be_declared(run: Run, tmp_path: Path) -> None:
@@ -131,7 +158,7 @@ def test_withheld_gradients_have_to_be_declared(run: Run, tmp_path: Path) -> Non
 def test_too_many_tokens_for_the_width(run: Run, tmp_path: Path, function: str) -> None:
     options = {"block": "april", "width": 16} if function == "april" else {"width": 8}
     save_update(update_of(vit(heads=2, **options)), tmp_path / "update.safetensors")
-    code, out, _ = run(f"federated:{function}")
+    code, out, _ = run(f"federated:{function}", "--strict")
     facts = json.loads((tmp_path / "found/report.json").read_text(encoding="utf-8"))["attacks"]
     if function == "april":  # n = d: the patches alone still fit, the class token does not
         assert code == 0
@@ -141,16 +168,23 @@ def test_too_many_tokens_for_the_width(run: Run, tmp_path: Path, function: str) 
         assert code == 1
         assert "16 patches, but gradients of width 8" in facts["embedding"]["reason"]
         assert "No closed form applies" in out
-        assert "does not make the update safe: gradient matching" in out
+        assert "does not make the update safe: gradient matching" in " ".join(out.split())
     assert "> 16 = d" in facts["span"]["reason"] or "> 8 = d" in facts["span"]["reason"]
+    # Without --strict the pictures are shown, with what is missing.
+    run(f"federated:{function}")
+    facts = json.loads((tmp_path / "found/report.json").read_text(encoding="utf-8"))["attacks"]
+    assert facts["span"]["applies"]
+    assert not facts["span"]["exact"]
+    assert (tmp_path / "found/span.png").exists()
 
 
 def test_nothing_applies_is_said_and_does_not_mean_safe(run: Run, tmp_path: Path) -> None:
     save_update(update_of(vit(), withhold=[POSITION, *ATTENTION]), tmp_path / "update.safetensors")
     code, out, err = run()
-    assert (code, err) == (1, "")
+    assert code == 1
+    assert "error" not in err
     words = (tmp_path / "found/report.md").read_text(encoding="utf-8")
-    for text in (out, words):
+    for text in (" ".join(out.split()), words):
         assert "No closed form applies" in text
         assert "does not make the update safe" in text
         assert "is not shared" in text
@@ -167,8 +201,9 @@ def test_zero_head_leaks_the_label_alone(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("federated:zero")
     assert code == 1
     assert f"labels: {LABEL} (exact" in out
-    assert "zero" in out
-    assert "torchvision initializes it so" in out
+    words = (tmp_path / "found/report.md").read_text(encoding="utf-8")
+    assert "torchvision initializes it so" in words
+    assert "zero" in words
 
 
 @pytest.mark.parametrize(
@@ -195,7 +230,7 @@ def test_grey_models_give_grey_pictures(run: Run, tmp_path: Path) -> None:
 def test_parts_of_an_unknown_model_by_name(run: Run, tmp_path: Path) -> None:
     code, _, err = run("federated:Stranger")
     assert code == 2
-    is_one_error(err, "Stranger is not a Vision Transformer", "stem.weight (64, 3, 4, 4)", "--part patch_weight=…")
+    is_one_error(err, "Stranger is no Vision Transformer", "match_gradients", "--part patch_weight=…")
     sys.path.insert(0, str(tmp_path))
     try:
         import federated
@@ -245,7 +280,7 @@ def test_tensors_that_are_wrong(
     code, out, err = run()
     assert (code, out) == (2, "")
     is_one_error(err, *fragments)
-    assert not list((tmp_path / "found").iterdir())
+    assert not (tmp_path / "found").exists()
 
 
 def test_files_that_are_wrong(run: Run, tmp_path: Path) -> None:
@@ -289,7 +324,8 @@ def test_files_that_are_wrong(run: Run, tmp_path: Path) -> None:
         ("federated:NUMBER", ["is no function but a int"]),
         ("federated:word", ["federated:word() returned str, not a torch.nn.Module"]),
         ("federated:broken", ["federated:broken() failed: ValueError: two lines", "federated.py, line"]),
-        ("federated:convolution", ["Conv2d is not a Vision Transformer known to aprillab"]),
+        ("federated:sized", ["'width'", "it is called without arguments", "federated.py, line 16"]),
+        ("federated:convolution", ["Conv2d is no Vision Transformer", "match_gradients"]),
     ],
 )
 def test_models_that_are_none(run: Run, function: str, fragments: list[str]) -> None:
@@ -317,3 +353,184 @@ def test_folders_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     code, _, err = run()
     assert code == 2
     is_one_error(err, "found: cannot be written")
+
+
+# --- What machines, and people who file it, are told ---------------------------------------------------------------
+
+
+def of_report(folder: Path) -> dict:
+    return json.loads((folder / "found/report.json").read_text(encoding="utf-8"))
+
+
+def test_an_audit_can_be_filed(run: Run, tmp_path: Path) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    assert run("federated:build", "--loss", "cross-entropy")[0] == 0
+    facts, words = of_report(tmp_path), (tmp_path / "found/report.md").read_text(encoding="utf-8")
+    digest = hashlib.sha256((tmp_path / "update.safetensors").read_bytes()).hexdigest()
+    assert facts["aprillab"] == aprillab.__version__
+    assert before <= datetime.fromisoformat(facts["date"]) <= datetime.now(UTC)
+    assert facts["model"]["built_by"] == "federated:build"
+    assert (facts["update"]["file"], facts["update"]["sha256"]) == ("update.safetensors", digest)
+    assert (facts["leak"], facts["exit_code"], facts["update"]["loss"]) == ("exact", 0, "cross-entropy")
+    command = "aprillab audit --model federated:build --update update.safetensors --out found --loss cross-entropy"
+    assert facts["command"] == command
+    for text in (command, digest, facts["date"], "`exact`, exit code 0", "mean 0.5, std 0.5", "`federated:build`"):
+        assert text in words
+
+
+def test_what_you_can_do_names_files_that_exist(run: Run, tmp_path: Path) -> None:
+    run()
+    words = (tmp_path / "found/report.md").read_text(encoding="utf-8")
+    section = words.partition("## What you can do")[2].partition("\n## ")[0]
+    for text in ("span attack", "Larger batches", "Secure aggregation", "differential privacy", "Audit again"):
+        assert text in section
+    named = re.findall(r"`([^`]+/[^`]+)`", section)
+    assert len(named) == 4
+    assert all((ROOT / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize(
+    ("leak", "options", "code"),
+    [
+        ("exact", [], 0), ("close", [], 0), ("likely", [], 0), ("coarse", [], 0), ("unclear", [], 1), ("none", [], 1),
+        ("exact", ["--fail-on", "coarse"], 3), ("coarse", ["--fail-on", "coarse"], 3),
+        ("unclear", ["--fail-on", "coarse"], 0), ("unclear", ["--fail-on", "unclear"], 3),
+        ("none", ["--fail-on", "unclear"], 0), ("close", ["--fail-on", "exact"], 0),
+    ],
+)  # fmt: skip
+def test_exit_codes_tell_what_was_found(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak: str, options: list[str], code: int
+) -> None:
+    monkeypatch.setattr(Audit, "leak", property(lambda _: leak))
+    assert run("federated:build", *options)[0] == code
+    facts = of_report(tmp_path)
+    assert (facts["leak"], facts["exit_code"]) == (leak, code)
+
+
+def test_a_batch_has_no_photograph_and_no_quality_of_one(run: Run, tmp_path: Path) -> None:
+    pictures = torch.stack([photograph(), load_victim("chelsea", SIZE)])
+    save_update(update_of(vit(), pictures), tmp_path / "update.safetensors")
+    code, out, _ = run()
+    assert code == 1
+    facts, words = of_report(tmp_path), (tmp_path / "found/report.md").read_text(encoding="utf-8")
+    assert facts["leak"] == "unclear"
+    mixtures = [entry for entry in facts["attacks"].values() if entry["trust"] == "mixture"]
+    assert mixtures
+    for entry in mixtures:
+        assert entry["predicted_psnr"] is None
+        assert "dB" not in entry["reason"]
+        assert entry["picture"].endswith("_mixture.png")
+    assert " dB" not in out
+    assert " dB" not in words.partition("## The attacks")[2].partition("## ")[0]
+
+
+def test_an_infinite_prediction_is_no_number(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(finding: Finding) -> Finding:
+        if finding.result is None:
+            return finding
+        result = replace(finding.result, predicted_psnr=math.inf)
+        return replace(finding, result=result, reason="sure; predicted PSNR inf dB")
+
+    def sure(*arguments: object, **options: object) -> Audit:
+        found = audit(*arguments, **options)
+        return replace(found, findings=tuple(map(endless, found.findings)))
+
+    monkeypatch.setattr(command, "audit", sure)
+    code, out, _ = run()
+    assert code == 0
+    assert of_report(tmp_path)["attacks"]["embedding"]["predicted_psnr"] is None
+    assert "inf" not in out
+    assert "inf dB" not in (tmp_path / "found/report.md").read_text(encoding="utf-8")
+
+
+def test_an_audit_that_takes_long_says_that_it_lives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: object, **options: object) -> Audit:
+        time.sleep(0.3)
+        return audit(*arguments, **options)
+
+    monkeypatch.setattr(command, "audit", slow)
+    monkeypatch.setattr(command, "patience", partial(patience, every=0.05))
+    _, _, err = run()
+    assert err.count("aprillab: note: still at it, ") >= 3
+    _, _, err = run("federated:build", "--quiet")
+    assert err == ""
+
+
+def test_quiet_prints_the_verdict_alone(run: Run) -> None:
+    code, out, err = run("federated:build", "--quiet")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == ["This update gives the private picture away, exactly: patch-embedding system."]
+
+
+def test_an_earlier_audit_is_replaced_whole(run: Run, tmp_path: Path) -> None:
+    run()
+    (tmp_path / "found/mine.png").touch()
+    save_update(update_of(vit(), withhold=[POSITION]), tmp_path / "update.safetensors")
+    _, out, _ = run()
+    assert "report.md (replaced)" in out
+    assert sorted(path.name for path in (tmp_path / "found").glob("*.png")) == [
+        "mine.png",
+        "overview.png",
+        "span.png",
+    ]
+
+
+def test_pictures_stay_where_no_audit_was(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found/april.png").touch()
+    run()
+    assert (tmp_path / "found/april.png").exists()
+
+
+def test_another_normalization_than_the_assumed_is_noticed(run: Run, tmp_path: Path) -> None:
+    save_update(client_update(vit(), photograph()[None], torch.tensor([LABEL])), tmp_path / "update.safetensors")
+    _, out, _ = run()
+    assert "normalization (--preprocessing): assumed: mean ½" in out
+    assert "would fit better" in " ".join(out.split())
+    assert json.loads((tmp_path / "found/report.json").read_text())["normalization"]["state"] == "contradicted"
+    _, out, _ = run("federated:build", "--preprocessing", "unit")
+    assert "would fit better" not in out
+
+
+def test_a_head_that_nobody_named_is_not_called_withheld(run: Run, tmp_path: Path) -> None:
+    sys.path.insert(0, str(tmp_path))
+    try:
+        import federated
+    finally:
+        sys.path.pop(0)
+    update = client_update(federated.Beheaded(), photograph()[None], torch.tensor([LABEL]))
+    save_update(update, tmp_path / "update.safetensors")
+    parts = ["patch_weight=stem.weight", "image_size=16", "position=place"]
+    _, out, _ = run("federated:Beheaded", *(word for part in parts for word in ("--part", part)))
+    words = (tmp_path / "found/report.md").read_text(encoding="utf-8")
+    for text in (out, words):
+        assert "--part head_weight=… --part head_bias=…" in text
+        assert "head's gradient" not in text
+    states = {part["part"]: part["state"] for part in of_report(tmp_path)["parts"]}
+    assert states["head, weight"] == states["head, bias"] == "not named"
+    assert "| head, weight |  | not named |" in words
+
+
+@pytest.mark.parametrize(
+    ("options", "strict", "verify", "loss"),
+    [([], False, True, False), (["--strict", "--no-verify", "--loss", "bce"], True, False, True)],
+)
+def test_options_reach_the_audit(
+    run: Run, monkeypatch: pytest.MonkeyPatch, options: list[str], strict: bool, verify: bool, loss: bool
+) -> None:
+    given: dict = {}
+
+    def listen(*arguments: object, **found: object) -> Audit:
+        given.update(found)
+        return audit(*arguments, **found)
+
+    monkeypatch.setattr(command, "audit", listen)
+    run("federated:build", *options)
+    assert (given["strict"], given["verify"], given["loss"] is not None) == (strict, verify, loss)
+
+
+def test_weights_of_classes_that_the_model_does_not_have(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("federated:build", "--loss", "bce,weights=1/2")
+    assert (code, out) == (2, "")
+    is_one_error(err, "--loss bce,weights=1/2: 2 weights, but the model has 10 classes")
+    assert not (tmp_path / "found").exists()

@@ -42,7 +42,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["invert"], "PHOTO"),
         (["invert", "coffee", "--attack", "deep"], "'deep'"),
         (["invert", "coffee", "--dtype", "float16"], "float32"),
-        (["invert", "coffee", "--image-size", "0"], "'0' is no whole number from 1 up"),
+        (["invert", "coffee", "--image-size", "0"], "'0' is neither a whole number from 1 up nor"),
         (["invert", "coffee", "--seed", "-1"], "--seed"),
         (["invert", "coffee", "--seed", "many"], "'many' is no whole number from 0 up"),
         (["audit", "--model", "m:f"], "--update"),

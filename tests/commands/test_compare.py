@@ -7,11 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from aprillab.attacks.catalogue import ATTACKS
 from aprillab.commands import cli
-from aprillab.comparison.records import read_rows
+from aprillab.comparison.records import read_pictures, read_rows
+from aprillab.data import read_picture
 
 FLAGS = ["--image-size", "8", "--patch-size", "4", "--width", "32", "--depth", "1", "--heads", "2"]
 
@@ -86,6 +90,75 @@ def test_wrong_usage_is_one_line(
     assert fragment in error.splitlines()[-1]
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+    assert command(*FLAGS, "--out", tmp_path / "new/deeper", *options) == 2
+    assert not list(tmp_path.iterdir())
+
+
+# --- Pictures of one's own -----------------------------------------------------------------------------------------
+
+SPAN = ["--attacks", "span", "--positions", "frozen", *FLAGS]
+
+
+def test_pictures_of_one_s_own_beside_victims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_picture(tmp_path / "holiday.png", seed=0)
+    assert command("--victims", "holiday.png,coffee", "--batch-sizes", "1,2", *SPAN, "--out", "found") == 0
+    rows = read_rows(tmp_path / "found/compare.csv")
+    assert [row.case.victims for row in rows] == [("holiday.png",), ("coffee",), ("holiday.png", "coffee")]
+    assert rows[0].psnr > 59
+    private, found, _ = read_pictures(tmp_path / "found/compare.csv", rows[0].case)
+    assert torch.equal(private, read_picture(tmp_path / "holiday.png", 8)[None])
+    assert torch.equal(found, private)
+    capsys.readouterr()
+    # Another picture under the name is another update.
+    save_picture(tmp_path / "holiday.png", seed=1)
+    assert command("--victims", "holiday.png", *SPAN, "--out", "found") == 2
+    assert "holiday.png has changed since the rows" in capsys.readouterr().err
+    assert command("--victims", "holiday.png", *SPAN, "--out", "found", "--again") == 0
+
+
+@pytest.mark.parametrize(
+    ("victim", "fragment"),
+    [("absent.jpg", "absent.jpg"), ("words.jpg", "not a picture"), ("a+b.png", "a plus parts the pictures")],
+)
+def test_files_that_are_no_victims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], victim: str, fragment: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.jpg").write_text("words")
+    save_picture(tmp_path / "a+b.png")
+    assert command("--victims", victim, *SPAN, "--out", "found") == 2
+    error = capsys.readouterr().err
+    assert fragment in error.splitlines()[-1]
+    assert not (tmp_path / "found").exists()
+
+
+def save_picture(path: Path, seed: int = 0) -> None:
+    levels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(path)
+
+
+# --- A folder in which another comparison is -----------------------------------------------------------------------
+
+
+def test_rows_of_another_command_stay_and_the_page_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--victims", "coffee,rocket", *SPAN, "--out", tmp_path) == 0
+    first, shown = (tmp_path / "compare.md").read_text(), capsys.readouterr()
+    assert "besides" not in first + shown.err
+    assert command("--victims", "coffee,rocket", "--seeds", "1", *SPAN, "--out", tmp_path) == 0
+    shown = capsys.readouterr()
+    assert len(read_rows(tmp_path / "compare.csv")) == 4
+    sentence = "compare.csv has 2 rows of other settings besides"
+    assert sentence in (tmp_path / "compare.md").read_text()
+    assert sentence in shown.err
+    assert "another's are made by: aprillab compare --victims coffee,rocket" in shown.err
+    assert command("--victims", "coffee,rocket", "--again", "--seeds", "1", *SPAN, "--out", tmp_path) == 0
+    assert "begun anew" in capsys.readouterr().err
+    assert len(read_rows(tmp_path / "compare.csv")) == 2
 
 
 def test_foreign_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,20 @@ def test_the_middle_square_is_kept(tmp_path: Path) -> None:
         assert seen_corners(read_picture(tmp_path / "wide.png", 40)) == FOUR
 
 
+@pytest.mark.parametrize(("height", "width"), [(2, 6), (6, 2), (8, 4), (3, 3), (4, 8)])
+def test_the_middle_rectangle_is_kept(tmp_path: Path, height: int, width: int) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    scale = min(8 / height, 12 / width)
+    high, wide = int(height * scale), int(width * scale)
+    top, left = (8 - high) // 2, (12 - wide) // 2
+    cut = Image.fromarray(levels[top : top + high, left : left + wide])
+    expected = np.asarray(cut.resize((width, height), Image.Resampling.LANCZOS))
+    shown = read_picture(tmp_path / "x.png", (height, width))
+    assert shown.shape == (3, height, width)
+    assert np.array_equal((255 * shown).round().permute(1, 2, 0).numpy(), expected)
+
+
 def test_resampling_to_the_size_asked_for(tmp_path: Path) -> None:
     corners(200).save(tmp_path / "large.png")
     assert seen_corners(read_picture(tmp_path / "large.png", 32)) == FOUR

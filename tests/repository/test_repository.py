@@ -1,7 +1,9 @@
 """What stands around the package: the README and its commands, the Makefile, continuous integration, the citation."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -78,22 +80,36 @@ def test_one_version_everywhere() -> None:
 
 
 @pytest.mark.slow
-def test_python_of_the_readme_runs(tmp_path: Path) -> None:
+def test_round_of_the_readme_ends_in_an_audit(tmp_path: Path) -> None:
     (snippet,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    (then,) = re.findall(r"^```\n(python federated.py\n.*?)^```", README, re.M | re.S)
     from torchvision.utils import save_image
 
     save_image(load_victim("coffee"), tmp_path / "holiday.jpg")
+    (tmp_path / "federated.py").write_text(snippet, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("embedding_closed_form True")
+    for line in then.splitlines():
+        program, *words = shlex.split(line)
+        command = [sys.executable, *(["-m", "aprillab"] if program == "aprillab" else []), *words]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+    facts = json.loads((tmp_path / "audit/report.json").read_text(encoding="utf-8"))
+    assert facts["leak"] in ("exact", "close")
+    assert facts["labels"]["labels"] == [3]
     from aprillab.data import read_picture
     from aprillab.metrics import psnr
 
-    # The picture goes through a PNG of 8 bits: an error of at most one level.
-    assert psnr(read_picture(tmp_path / "given_away.png"), read_picture(tmp_path / "holiday.jpg")) > 48
+    shown = read_picture(tmp_path / "audit" / facts["attacks"]["embedding"]["picture"])
+    assert psnr(shown, read_picture(tmp_path / "holiday.jpg")) > 40
+
+
+def test_commands_of_the_readme_are_commands() -> None:
+    from aprillab.commands import cli
+
+    commands = re.findall(r"^(?:\.venv\S+)?aprillab (.+)$", README, re.M)
+    assert len(commands) >= 6
+    for line in commands:
+        cli._parser().parse_args(shlex.split(line))
 
 
 # --- Makefile and continuous integration -------------------------------------------------------------------------

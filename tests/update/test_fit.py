@@ -185,6 +185,21 @@ def test_buffers_frozen_zeros_and_strange_zeros_are_dropped(model: nn.Module, up
     assert fitted(model, update) is update
 
 
+def test_a_tensor_that_begins_with_zero_is_not_zero(model: nn.Module, update: ClientUpdate) -> None:
+    model.class_token.requires_grad_(False)
+    model.position_embedding.requires_grad_(False)
+
+    def only_last(g: Tensor) -> Tensor:
+        return torch.zeros_like(g).index_fill(-1, torch.tensor(g.shape[-1] - 1), 1.0)
+
+    sparse = replace(update, gradients={name: only_last(g) for name, g in update.gradients.items()})
+    assert fitted(model, sparse) is sparse
+    strange = changed(sparse, "class_token", torch.zeros_like)
+    assert set(fitted(model, strange).gradients) == set(update.gradients) - {"class_token"}
+    with pytest.raises(UpdateError, match="Only the update has 'elsewhere'"):
+        fitted(model, replace(update, gradients={**update.gradients, "elsewhere": torch.tensor([0.0, 1.0])}))
+
+
 def test_a_parameter_of_two_names_has_the_first(model: nn.Module) -> None:
     tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     tied[1].weight = tied[0].weight

@@ -24,6 +24,7 @@ from .linear_algebra import orthonormal, well_conditioned
 # tests/attacks/closed_forms/test_noisy_span.py holds the result against the full decomposition.
 _OVERSAMPLING = 24
 _SEED = 7  # of the mixtures that it begins with: any will do, if it is always the same
+_TINY_PART = 1e-12  # of a Gram matrix, which its rounding in float64 may make negative
 _LOOKED_AT = 96  # directions beyond the tokens that tell a row's noise, to 1/√(2 · 96) = 7 %
 
 
@@ -108,8 +109,12 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
     floor = max(rows**0.5 - width**0.5, 1.0)
     # Noise alone is as even as can be: seven digits of its Gram matrix are more than enough.
     rest = D.addmm_(D @ V, V.T, alpha=-1).float()
-    gram = (rest.T @ rest).double() + floor**2 * torch.eye(width).to(D)
-    return NoisySpan(tokens, s, V, torch.linalg.cholesky(gram), floor, excess)
+    unit = torch.eye(width).to(D)
+    beyond, failed = torch.linalg.cholesky_ex((rest.T @ rest).double() + floor**2 * unit)
+    if failed:  # what is beyond is no noise: then it takes all digits
+        gram = rest.double().T @ rest.double()
+        beyond = torch.linalg.cholesky(gram + (floor**2 + _TINY_PART * float(gram.trace())) * unit)
+    return NoisySpan(tokens, s, V, beyond, floor, excess)
 
 
 def outside_tokens(D: Tensor, tokens: int, k: int) -> tuple[Tensor, Tensor]:
@@ -182,4 +187,6 @@ def row_noise(outside: Tensor, spare: int, eps: float) -> tuple[float, Tensor]:
     excess = float(noise.square().mean().sqrt()) * spare**0.5
     # No row counts as ten times more precise than most, nor as a thousand times more than its
     # format.
-    return excess, noise.clamp_min(max(0.1 * float(noise.median()), 1e-3 * eps / outside.shape[1] ** 0.5))
+    # Nor as more than float64 resolves of a row of length 1.
+    least = max(1e-3 * eps, torch.finfo(torch.float64).eps) / outside.shape[1] ** 0.5
+    return excess, noise.clamp_min(max(0.1 * float(noise.median()), least))

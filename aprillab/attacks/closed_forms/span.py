@@ -31,20 +31,22 @@ from ..evidence import System, one_image
 from ..labels import labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
-from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
+from ..result import AttackNotApplicable, Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
 from ..verify import verified
 from .inputs import pixel_variance, shared_gradients
+from .linear_algebra import numerical_rank
 from .noisy_span import NoisySpan, noisy_span
 from .probe import places_of, tokens_as_read
 from .span_solution import SpanSolution
 from .token_equations import TokenEquations, token_equations
 
-NEEDS = ("patch_weight", "query", "key", "value")
+NEEDS = ("query", "key", "value")
 
 # Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted
 # from the minimum of the least squares was too small by at most this.
 _MARGIN_DB = 7.0
 _READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
+_CLEARLY = 1e3  # times the noise: tables of 2-D sinusoids lie below, learned ones at 10⁵ and more in float32
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
 # Normal equations square the condition number. Where the factor's diagonal shows a square up to
 # this, one step of refinement leaves no more than QR does; beyond it QR is taken.
@@ -54,17 +56,22 @@ _MOST_SQUARED = 1e8
 # --- The equations: tensors in, tensors out -------------------------------------------------------
 
 
-def width_needed(patches: int, pixels_per_patch: int, prefix: int, norms: int, *, batch_size: int = 1) -> int:
+def width_needed(
+    patches: int, pixels_per_patch: int, prefix: int, norms: int, *, batch_size: int = 1, by_rows: bool = True
+) -> int:
     """The least width d that the count (7.6) allows: ``norms`` is 1 for a LayerNorm before the attention, 2 for two.
 
     In a batch (B − 1)·n directions stay open at any width: the differences of its images at each
-    place.
+    place. Without the patch embedding's gradient (``by_rows=False``) all p pixels are unknown.
 
     >>> width_needed(196, 768, 1, True)  # ViT-B/16 at 224
     394
+    >>> width_needed(196, 768, 1, True, by_rows=False)
+    966
     """
     tokens = batch_size * patches + prefix
-    return min(pixels_per_patch, batch_size * patches) + tokens + int(norms) - (batch_size - 1) * patches
+    unknowns = min(pixels_per_patch, batch_size * patches) if by_rows else pixels_per_patch
+    return unknowns + tokens + int(norms) - (batch_size - 1) * patches
 
 
 @dataclass(frozen=True)
@@ -109,14 +116,18 @@ def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float, normal: tuple[Tensor
 
 
 def smallest_combination(
-    equations: TokenEquations, token_side: NoisySpan, pixel_side: NoisySpan
+    equations: TokenEquations, token_side: NoisySpan, pixel_side: NoisySpan | None
 ) -> tuple[Smallest, float, float]:
     """The patches of the smallest combinations, (7.7), the variance of one coefficient, and the ratio.
 
-    The ratio says how much a patch's own coefficients weigh against its token's.
+    The ratio says how much a patch's own coefficients weigh against its token's; 0 where the patch
+    embedding's gradient is not there, and the tokens say all.
     """
     # What a token and a patch cost: ‖T x + t‖ = ‖c‖ and ‖R x‖ = ‖c'‖.
     T, t = token_side.coefficients(equations.A), token_side.coefficients(equations.e)
+    if pixel_side is None:
+        alone = smallest(T, t, T[:0], 0.0, (T.T @ T, torch.zeros_like(T.T @ T)))
+        return alone, float(alone.token_cost.mean()) / max(len(equations.A) - T.shape[1], 1), 0.0
     R = pixel_side.coefficients()  # of the pixels themselves: the unit vectors
     normal = T.T @ T, R.T @ R
     # Both estimate the same amplification of noise: a second solve brings them to one scale.
@@ -152,9 +163,10 @@ def span_closed_form(
     with the same matrix for all patches. Rows of D are first scaled to equal noise, which the
     singular vectors beyond the tokens' number measure.
 
-    Needs the gradients of the first attention's projections and of the patch embedding, the
-    position embedding's *values* (public: it is part of the model), one image, and enough width:
-    min(p, n) + tokens (+ 1 for the LayerNorm's mean) ≤ d, features with γ = 0 not counted. The E_i
+    Needs the gradients of the first attention's projections, the position embedding's *values*
+    (public: it is part of the model), one image, and enough width: min(p, n) + tokens (+ 1 for the
+    LayerNorm's mean) ≤ d, features with γ = 0 not counted; p + tokens + 1 where the patch
+    embedding's gradient is not shared, because its rows then tell nothing of the patches. The E_i
     + b_e must be independent modulo the image of W_e, to the gradient's precision; sinusoids are
     not, in float32.
 
@@ -227,6 +239,7 @@ def _conditions(
             "tokens stand out from the noise", shown_if(seen), {"gap": span.gap},
             "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
         ),
+        _places(numbers),
         margin(predicted, _MARGIN_DB),
     )  # fmt: skip
 
@@ -255,18 +268,18 @@ def solve_span(
     shared = _check(reading.update, anatomy, device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
     equations = _equations(shared, anatomy, weights)
-    dW = shared["patch_weight"].flatten(1)  # (d, p)
-    (d, p), n = dW.shape, equations.e.shape[1]
+    dW = _patch_rows(reading.update, anatomy, equations.D)
+    (d, p), n = weights[anatomy.patch_weight].flatten(1).shape, equations.e.shape[1]
     tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
     # Is the model wide enough for one solution? (7.6)
     norms = _directions_lost(anatomy, weights)
-    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size)
+    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size, by_rows=dW is not None)
     if strict and needed > equations.usable:
-        _refuse_width(needed, equations, tokens, min(p, batch_size * n), norms)
+        _refuse_width(needed, equations, tokens, p if dW is None else min(p, batch_size * n), norms)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
     token_side = noisy_span(equations.D, tokens, reading.noise)
-    pixel_side = noisy_span(dW, batch_size * n, reading.noise)
+    pixel_side = None if dW is None else noisy_span(dW, batch_size * n, reading.noise)
     solution, variance, ratio = smallest_combination(equations, token_side, pixel_side)
     return SpanSolution(
         patches=solution.patches,
@@ -287,13 +300,37 @@ def solve_span(
             "gap": token_side.gap,
             "outside": token_side.excess,
             "width_of_rows": equations.D.shape[1],
+            **_directions_of_places(equations.e, reading.noise),
             "noise_gain": _noise_gain(equations.D, tokens),
             "ratio": ratio,
         },
     )
 
 
+def _directions_of_places(e: Tensor, noise: float) -> dict[str, float]:
+    """How many directions the places e (w, n) span: at all, and clearly above the noise."""
+    s = torch.linalg.svdvals(torch.linalg.qr(e, mode="r").R)
+    return {"places": numerical_rank(s, noise), "places_clearly": numerical_rank(s, _CLEARLY * noise)}
+
+
+def _places(numbers: Mapping[str, float]) -> Condition:
+    """Each patch must stand at a place that the others' do not combine to: 2-D sinusoids' do."""
+    n = numbers["patches"]
+    state: State = "shown" if numbers["places_clearly"] == n else "not checked"
+    return Condition(
+        "places are independent", state if numbers["places"] == n else "contradicted",
+        {name: int(numbers[name]) for name in ("patches", "places", "places_clearly")},
+        "the positions of {patches} patches span {places} directions, {places_clearly} clearly above the noise",
+    )  # fmt: skip
+
+
 # --- Check ----------------------------------------------------------------------------------------
+
+
+def _patch_rows(update: ClientUpdate, anatomy: Anatomy, like: Tensor) -> Tensor | None:
+    """∂l/∂W_e (d, p); None where it is not shared, or says nothing: the tokens do without."""
+    shared = update.gradients.get(anatomy.patch_weight)
+    return None if shared is None or not shared.any() else shared.to(like).flatten(1)
 
 
 def _noise_gain(D: Tensor, tokens: int) -> float:
@@ -320,7 +357,7 @@ def _check(update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | 
             "x = 0 solves them all when there is no bias",
         )
     shared = shared_gradients(name, update, anatomy, NEEDS, device=device)
-    if not shared["patch_weight"].any() or not any(shared[part].any() for part in ("query", "key", "value")):
+    if not any(shared[part].any() for part in NEEDS):
         raise AttackNotApplicable(name, "the first attention's gradient is zero: the head passes nothing down")
     return shared
 

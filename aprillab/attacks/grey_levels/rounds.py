@@ -237,7 +237,9 @@ class Replay:
         """
         if labels is None:
             return None
-        mine, shared = self.gradients(patches, labels), self.update.gradients[self.patch_weight]
+        mine, shared = self.gradients(patches, labels), self.update.gradients.get(self.patch_weight)
+        if shared is None:
+            return residual_of(mine, self.update)
         columns = shared.to(self.grid.centres).flatten(1)  # (d, p)
         off = (mine[self.patch_weight].to(columns).flatten(1) - columns).square().sum(0)  # (p,)
         worst = float((off.max() / columns.square().sum(0).mean().clamp_min(1e-300)).sqrt())

@@ -1,0 +1,1 @@
+"""What each command takes: read, checked and explained without PyTorch, whose import takes seconds."""

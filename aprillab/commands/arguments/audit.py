@@ -1,0 +1,64 @@
+"""Arguments of ``aprillab audit``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..losses import LOSSES
+from ..messages import AUDIT_EXIT_CODES
+from .names import LEAKS
+from .types import add_judging, normalization, part
+
+_UPDATE = """update: any safetensors file whose tensors are gradients, or a multiple of them, each under its
+  parameter's name in model.named_parameters(), with or without a wrapper's "module."; float16, bfloat16, float32
+  or float64.
+  aprillab.save_update writes one, and aprillab.update_from_states makes one of the weights before and after a
+  FedAvg step. Optional metadata: "format": "aprillab-update-1", and "update", a JSON text with any of withheld,
+  batch_size, source, learning_rate, local_steps, momentum, nesterov and weight_decay, such as
+  {"withheld": ["pos_embed"], "batch_size": 1, "source": "fedavg", "learning_rate": 0.1, "local_steps": 5}.
+  Pickles (torch.save) are refused: reading one can run code."""
+
+
+def add_arguments(commands: Any) -> None:
+    """Add the command to argparse's ``commands``."""
+    command = commands.add_parser(
+        "audit", formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="what an update of your own federated system gives away",
+        description="Try every closed form on one client's update and say how much of each picture is to be\n"
+        "believed. Needs no labels and no originals.",
+        epilog=f"{_UPDATE}\n\n{LOSSES}\n\n{AUDIT_EXIT_CODES}",
+    )  # fmt: skip
+    command.add_argument(
+        "--model", required=True, metavar="MODULE:FUNCTION",
+        help="a function without arguments that returns the model, with the weights and in the mode (train or eval) "
+        "that the client used; imported from the current folder too, and run",
+    )  # fmt: skip
+    command.add_argument(
+        "--update", required=True, metavar="FILE", help="the client's update, safetensors; see below"
+    )
+    command.add_argument(
+        "--out", required=True, metavar="DIR",
+        help="folder for report.md, report.json, overview.png and a picture an attack; made if need be",
+    )  # fmt: skip
+    command.add_argument(
+        "--withheld", default=[], type=lambda text: text.split(","), metavar="NAME,…",
+        help="parameters that are trained but whose gradients clients do not share",
+    )  # fmt: skip
+    command.add_argument(
+        "--preprocessing", type=normalization, metavar="P",
+        help="unit, half, imagenet, or MEAN,STD (0.5,0.5; channels apart: 0.485/0.456/0.406,0.229/0.224/0.225); "
+        "default: what the model's library uses, which the report names",
+    )  # fmt: skip
+    command.add_argument(
+        "--part", default=[], action="append", type=part, metavar="PART=TENSOR",
+        help="for a model aprillab does not know: where a part is, as in patch_weight=stem.weight, image_size=224, "
+        "position=pos, position_prefix=1, query=attn.qkv.weight[0:768], head_weight=fc.weight, first_block=prenorm "
+        "(repeat); vit=NAME picks one of several",
+    )  # fmt: skip
+    add_judging(command, strict=False)
+    command.add_argument(
+        "--fail-on", choices=LEAKS, metavar="LEVEL",
+        help=f"for continuous integration: exit with 3 where this or worse is found, of {', '.join(LEAKS)}",
+    )  # fmt: skip
+    command.add_argument("--quiet", action="store_true", help="print the verdict alone")

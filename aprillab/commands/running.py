@@ -1,0 +1,50 @@
+"""Running a command whose arguments have been read: errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from ..anatomy import UnknownModelError
+from ..attacks.result import AttackNotApplicable
+from ..comparison.cases import CompareError
+from ..data import PictureError, PictureWarning
+from ..update import UpdateError
+from ..zoo import ModelError
+from .messages import CommandError, fail, note
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``arguments.command``; returns the exit code."""
+    try:
+        with _remarks_on_stderr():
+            return import_module(f".{arguments.command}", __package__).run(arguments)
+    except AttackNotApplicable as refusal:
+        return fail(refusal.reason, 1)
+    except (CommandError, CompareError, UpdateError, PictureError, ModelError, UnknownModelError) as error:
+        return fail(str(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "alloc" in str(error):
+            return fail(f"not enough memory: choose a smaller model or --image-size ({str(error)[:120]})", 2)
+        raise
+
+
+@contextmanager
+def _remarks_on_stderr() -> Iterator[None]:
+    """Show the data module's warnings about a picture as plain remarks."""
+    show = warnings.showwarning
+
+    def remark(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, PictureWarning):
+            note(str(message))
+        else:
+            show(message, category, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PictureWarning)
+        warnings.showwarning = remark
+        yield
