@@ -49,6 +49,14 @@ def of_timm(kind: str, **options: Any) -> nn.Module:
     return getattr(importlib.import_module(f"timm.models.{module}"), name)(**shape)
 
 
+def of_naflex(**options: Any) -> nn.Module:
+    naflexvit = pytest.importorskip("timm.models.naflexvit")
+    shape = {
+        "patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "num_heads": 3, "pos_embed_grid_size": (3, 3), **options,
+    }  # fmt: skip
+    return naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(**shape), num_classes=CLASSES)
+
+
 def of_torchvision(**options: Any) -> nn.Module:
     import torchvision
 

@@ -3,6 +3,7 @@
 """
 
 from .dissect import dissect
+from .playing import hooked, playable
 from .positions import likely_size, position_gradient, position_values
 from .record import Anatomy, Rows, UnknownModelError, tensors_of
 from .tiling import Tiling
@@ -13,7 +14,9 @@ __all__ = [
     "Tiling",
     "UnknownModelError",
     "dissect",
+    "hooked",
     "likely_size",
+    "playable",
     "position_gradient",
     "position_values",
     "tensors_of",

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from .record import NAME_FIELDS, ROW_FIELDS, Anatomy, UnknownModelError, tensors_of
+from .record import NAME_FIELDS, ROW_FIELDS, Anatomy, tensors_of
+from .stem import flattening
 from .tiling import CONVOLUTION
 
 
@@ -34,6 +35,8 @@ def with_patch(model: nn.Module, anatomy: Anatomy) -> Anatomy:
         return replace(anatomy, patch_size=shape[2:], channels=shape[1])
     if len(shape) != 2:
         raise ValueError(f"patch_weight {name!r} must have shape (d, C, P, P) or (d, p), not {shape}")
+    if anatomy.patch_size is None and (seen := flattening(model, name)) is not None:
+        anatomy = replace(anatomy, patch_size=seen[0], pixel_order=seen[1])
     if anatomy.patch_size is None:
         raise ValueError(
             f"patch_weight {name!r} of shape {shape} is a linear map of flattened patches: give patch_size=… and "
@@ -47,41 +50,6 @@ def with_patch(model: nn.Module, anatomy: Anatomy) -> Anatomy:
             f"{anatomy.patch_size[1]} pixels have {pixels} a channel{f', of {channels}' if anatomy.channels else ''}"
         )
     return replace(anatomy, channels=channels)
-
-
-def check_stem(model: nn.Module, anatomy: Anatomy) -> None:
-    """Refuse a patch embedding with other layers around it in an ``nn.Sequential``.
-
-    Raises
-    ------
-    UnknownModelError
-        If a layer with parameters stands before it, or a norm behind it.
-    """
-    path = anatomy.patch_weight.rpartition(".")[0]
-    outer, _, own = path.rpartition(".")
-    stem = model.get_submodule(outer)
-    if not path or not isinstance(stem, nn.Sequential):
-        return
-    names = [name for name, _ in stem.named_children()]
-    before, behind = stem[: names.index(own)], stem[names.index(own) + 1 :]
-    for layer in before:
-        if _is_norm(layer):
-            raise UnknownModelError(
-                f"{outer}: a {type(layer).__name__} reads the flattened patch before {path}: the linear systems "
-                "would give normalized patches, with their mean and contrast lost"
-            )
-        if any(True for _ in layer.parameters()):
-            raise UnknownModelError(f"{outer}: {path} reads what a {type(layer).__name__} makes of the picture")
-    for layer in behind:
-        if _is_norm(layer) or any(True for _ in layer.parameters()):
-            raise UnknownModelError(
-                f"{outer}: a {type(layer).__name__} stands between {path} and the position embedding: a token is not "
-                "linear in its patch"
-            )
-
-
-def _is_norm(layer: nn.Module) -> bool:
-    return "norm" in type(layer).__name__.lower()
 
 
 def check(model: nn.Module, anatomy: Anatomy) -> None:

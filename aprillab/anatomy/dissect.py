@@ -13,9 +13,11 @@ from typing import Any
 from torch import nn
 
 from ..preprocessing import UNIT
-from .checks import check, check_stem, with_patch
+from .checks import check, with_patch
+from .given import as_field
 from .readers.known import NO_POSITIONS, READERS
-from .record import ROW_FIELDS, Anatomy, Rows, UnknownModelError, tensors_of
+from .record import Anatomy, UnknownModelError, tensors_of
+from .stem import check_stem
 from .wrappers import choose, is_in, last_head, seen_from_outside, vits_in
 
 
@@ -24,7 +26,7 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
 
     Known are this package's :class:`~aprillab.models.VisionTransformer`; torchvision's
     ``VisionTransformer`` (``vit_b_16`` and alike); timm's ``VisionTransformer`` (``vit_*``,
-    ``deit*``, with distillation or register tokens), ``Eva``, ``Beit`` and ``Cait``; transformers'
+    ``deit*``, with distillation or register tokens), ``Eva``, ``Beit``, ``Cait`` and ``NaFlexVit``; transformers'
     ViT, DeiT, Dinov2, ViTMSN, BEiT, CLIP and SigLIP, classifiers and backbones; MONAI's ``ViT`` of
     pictures. Each is found alone or inside a wrapper such as ``nn.Sequential(normalize, vit)``,
     ``torch.compile``'s or a module of teacher and student, of which the trained one is read.
@@ -64,10 +66,10 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
     >>> str(anatomy.key)
     'encoder.layers.encoder_layer_0.self_attention.in_proj_weight[64:128]'
     """
-    known = {field.name for field in fields(Anatomy)} - {"resampling"}
+    known = {field.name for field in fields(Anatomy)} - {"resampling", "vit"}
     if wrong := sorted(set(parts) - known):
         raise ValueError(f"dissect: no part is called {', '.join(wrong)}; there are {', '.join(sorted(known))}, vit")
-    given = {name: _as_field(name, value) for name, value in parts.items()}
+    given = {name: as_field(name, value) for name, value in parts.items()}
     anatomy = _read(model, vit, given)
     if anatomy is not None:
         anatomy = with_patch(model, replace(anatomy, **given))
@@ -81,22 +83,6 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
         raise UnknownModelError(_what_was_looked_for(model))
     check(model, anatomy)
     return anatomy if "preprocessing" in given else _with_fitting_preprocessing(anatomy)
-
-
-def _as_field(name: str, value: Any) -> Any:
-    """A part as the caller wrote it, in the type of its field."""
-    if name in ROW_FIELDS and isinstance(value, str):
-        return Rows.parse(value)
-    if name in ("image_size", "patch_size"):
-        sizes = (value, value) if isinstance(value, int) else tuple(value)
-        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"{name} must be a number of pixels or (height, width), not {value!r}")
-        return sizes
-    if name == "pixel_order" and sorted(str(value).split()) != ["c", "h", "w"]:
-        raise ValueError(f"pixel_order must have the letters c, h and w, as in 'h w c', not {value!r}")
-    if name == "prefix":
-        return (value,) if isinstance(value, str) else tuple(value)
-    return value
 
 
 def _read(model: nn.Module, vit: str | None, given: dict[str, Any]) -> Anatomy | None:
@@ -139,16 +125,17 @@ def _what_was_looked_for(model: nn.Module) -> str:
             if reason is not None:
                 return f"{name} is not a Vision Transformer known to aprillab: {reason}"
     convolutions = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    if convolutions and not _attends(model):
-        return (
-            f"{name} is no Vision Transformer: it has convolutions and no attention. The closed forms read ViTs; "
-            "al.match_gradients(model, update, image_shape=(C, H, W)) needs no anatomy"
-        )
     kernels = [
         f"{path}.weight {tuple(m.weight.shape)}"
         for path, m in convolutions
         if m.kernel_size == m.stride and max(m.kernel_size) > 1
     ]
+    without = "al.match_gradients(model, update, image_shape=(C, H, W)) needs no anatomy."
+    if convolutions and not kernels and not _attends(model):
+        return (
+            f"{name} is not a Vision Transformer known to aprillab: it has convolutions and no attention. The "
+            f"closed forms read ViTs; {without}"
+        )
     known: dict[str, list[str]] = {}
     for reader in READERS:
         known.setdefault(reader.partition(".")[0], []).append(reader.rpartition(".")[2])
@@ -161,7 +148,7 @@ def _what_was_looked_for(model: nn.Module) -> str:
         f"Convolutions that could be a patch embedding "
         f"(kernel = stride): {'; '.join(kernels[:3]) if kernels else 'none'}. "
         "Name the parts yourself: dissect(model, patch_weight=…, image_size=…, "
-        "position=…, query=…, key=…, value=…, …)."
+        f"position=…, query=…, key=…, value=…, …).{'' if _attends(model) else f' If it is a CNN, {without}'}"
     )
 
 

@@ -113,6 +113,8 @@ class Anatomy:
     root : str
         Path of the module that turns model input into logits: ``""`` where it is the whole model,
         ``"1"`` in ``nn.Sequential(normalize, vit)``.
+    vit : str
+        Path of the ViT itself; it differs from ``root`` where its head stands beside it.
     remark : str
         What the reader should know: a second ViT in the model, positions that are rotary.
     """
@@ -145,6 +147,7 @@ class Anatomy:
     heads: int | None = None
     preprocessing: Preprocessing = UNIT
     root: str = ""
+    vit: str = ""
     remark: str = ""
 
     @property
@@ -159,6 +162,11 @@ class Anatomy:
         if self.patch_size is None:
             raise ValueError("the anatomy has no patch_size: take it from dissect(model, …)")
         return Tiling(self.patch_size, self.image_size, self.pixel_order)
+
+    @property
+    def ignores_mean(self) -> bool:
+        """Whether only LayerNorms read the tokens: then each row of ∂l/∂E sums to zero."""
+        return self.first_block in ("prenorm", "two norms")
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors of the model that an attack may read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from .readers.known import READERS, Reader
 from .readers.parts import last_linear
+from .readers.timm import looks_like_timm, read_timm
 from .record import NAME_FIELDS, ROW_FIELDS, Anatomy, UnknownModelError
 
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -28,17 +30,31 @@ class Found:
 
 
 def vits_in(model: nn.Module) -> list[Found]:
-    """The outermost Vision Transformers among the model and its submodules, in their order."""
+    """The outermost Vision Transformers among the model and its submodules, in their order.
+
+    Those of known classes; where there is none, those that look like timm's.
+    """
+    return _outermost(model, _by_class) or _outermost(model, _by_looks)
+
+
+def _outermost(model: nn.Module, reader_of: Callable[[nn.Module], Reader | None]) -> list[Found]:
     found: list[Found] = []
     for path, module in model.named_modules():
         if any(is_in(path, other.path) for other in found):
             continue
-        for base in type(module).__mro__:
-            reader = READERS.get(f"{base.__module__}.{base.__name__}")
-            if reader is not None:
-                found.append(Found(path, module, reader))
-                break
+        reader = reader_of(module)
+        if reader is not None:
+            found.append(Found(path, module, reader))
     return found
+
+
+def _by_class(module: nn.Module) -> Reader | None:
+    names = (f"{base.__module__}.{base.__name__}" for base in type(module).__mro__)
+    return next((READERS[name] for name in names if name in READERS), None)
+
+
+def _by_looks(module: nn.Module) -> Reader | None:
+    return read_timm if looks_like_timm(module) else None
 
 
 def choose(vits: list[Found], wanted: str | None) -> tuple[Found, str]:
@@ -84,13 +100,13 @@ def seen_from_outside(model: nn.Module, anatomy: Anatomy, path: str, vits: list[
     """The anatomy of a ViT at ``path`` under the names of the whole model, a head outside included."""
     found = _with_path(anatomy, path)
     if not path or found.head_weight is not None:
-        return replace(found, root=path)
+        return replace(found, root=path, vit=path)
     head = _head_outside(model, path, vits)
     if not head:
-        return replace(found, root=path)
+        return replace(found, root=path, vit=path)
     common = [a for a, b in zip(path.split("."), (head["head_weight"] or "").split("."), strict=False) if a == b]
     start = path.split(".")[: len(common)]
-    return replace(found, **head, root=".".join(start) if common == start else "")
+    return replace(found, **head, vit=path, root=".".join(start) if common == start else "")
 
 
 def last_head(model: nn.Module, width: int) -> dict[str, Any]:

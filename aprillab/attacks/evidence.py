@@ -57,8 +57,8 @@ def limit_of(noise: float) -> float:
     A thousand times what rounding leaves of one sum, since systems add up many; of noise that is
     itself measurable, ten times as much.
 
-    >>> limit_of(1e-16), limit_of(1e-7), limit_of(2e-3)
-    (1e-13, 0.0001, 0.02)
+    >>> f"{limit_of(1e-16):.0e} {limit_of(1e-7):.0e} {limit_of(2e-3):.0e}"
+    '1e-13 1e-04 2e-02'
     """
     return min(1e3 * noise, max(10 * noise, 1e-4))
 

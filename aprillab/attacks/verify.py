@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, playable
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
 from .evidence import one_image
@@ -69,7 +69,8 @@ def verified(
         replay = Replay("not checked", "the client was not played: verify=False")
         return _with_replay(found, replay, preprocessing)
     try:
-        with torch.random.fork_rng(devices=[found.images.device] if found.images.is_cuda else []):
+        devices = [found.images.device] if found.images.is_cuda else []
+        with torch.random.fork_rng(devices=devices), playable(model, anatomy):
             found, replay = _played(found, model, reading, anatomy, preprocessing, loss)
     # The model is the user's, and so is whatever its forward pass raises.
     except Exception as error:

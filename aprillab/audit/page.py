@@ -79,9 +79,9 @@ _WHAT_TO_DO = (
     "## What you can do",
     "",
     "- **Do not rely on withholding or fixing the position embedding alone.** It stops the patch-embedding system "
-    "and APRIL's closed form. The span attack reads the patch embedding's gradient and the first attention's, and "
-    "the server knows the position embedding's values. Sinusoids resist it in float32, until a search goes on from "
-    "there.",
+    "and APRIL's closed form. The span attack reads the first attention's gradients, with the patch embedding's "
+    "where they are shared, and the server knows the position embedding's values. Sinusoids resist it in float32, "
+    "until a search goes on from there.",
     "- **Larger batches** turn what the closed forms return into mixtures. Searches have taken small batches of "
     "small pictures apart: harder is not safe.",
     "- **Secure aggregation** shows the server nothing but a sum over clients, a large batch in effect. It does not "

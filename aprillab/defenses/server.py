@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import dissect, tensors_of
+from ..anatomy.dissect import dissect
 from ..models import VisionTransformer, sinusoidal_1d, sinusoidal_2d
 
 
@@ -103,9 +103,7 @@ def use_sinusoidal(
     if kind == "1d":
         table = sinusoidal_1d(rows, width, base)
     else:
-        side = tensors_of(model)[anatomy.patch_weight].shape[-2:]
-        grid = (anatomy.image_size[0] // side[0], anatomy.image_size[1] // side[1])
-        table = sinusoidal_2d(grid, width, base, prefix=anatomy.position_prefix)
+        table = sinusoidal_2d(anatomy.tiling.grid, width, base, prefix=anatomy.position_prefix)
     with torch.no_grad():
         embedding.copy_((scale * table).expand_as(embedding))
     if isinstance(model, VisionTransformer):

@@ -374,6 +374,12 @@ QKV = "blocks.0.attn.qkv.weight"
         ({"image_size": 50}, r"patches of 16 pixels do not tile an image of \(50, 50\)"),
         ({"image_size": (32, 48)}, r"takes pictures of 48×48 only \(dynamic_img_size=False\)"),
         ({"image_size": 0}, r"image_size must be a number of pixels or \(height, width\), not 0"),
+        ({"image_size": "48xa"}, r"image_size must be a number of pixels or \(height, width\), not '48xa'"),
+        ({"position": 3}, "position must be the name of a tensor, not 3"),
+        ({"query": 3}, "query must be the name of a tensor, not 3"),
+        ({"position_prefix": "one"}, "position_prefix must be a whole number, not 'one'"),
+        ({"first_block": "preNorm"}, "first_block must be one of 'april', .*, not 'preNorm'"),
+        ({"preprocessing": "half"}, "preprocessing must be a Preprocessing"),
         ({"pixel_order": "h w"}, "pixel_order must have the letters c, h and w"),
         ({"pixel_order": "h w c"}, "is a convolution's: it reads 'c h w'"),
         ({"patch_size": 8}, r"has patches of 16×16 pixels and 3 channels, not patch_size=\(8, 8\)"),
@@ -459,10 +465,17 @@ def test_a_model_in_a_wrapper_is_found_under_its_full_names(build: Callable[[], 
             assert outer.name in tensors
         elif field.name == "prefix":
             assert outer == tuple(f"1.vit.{name}" for name in inner)
-        elif isinstance(inner, str) and field.name not in ("family", "first_block", "pixel_order", "root", "remark"):
+        elif isinstance(inner, str) and field.name not in (
+            "family",
+            "first_block",
+            "pixel_order",
+            "root",
+            "vit",
+            "remark",
+        ):
             assert outer == f"1.vit.{inner}"
             assert outer in tensors
-        elif field.name == "root":
+        elif field.name in ("root", "vit"):
             assert (inner, outer) == ("", "1.vit")
         else:
             assert outer == inner

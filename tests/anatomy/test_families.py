@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 from torch import nn
-from vit_families import db, made, of_monai, of_timm, of_torchvision, of_transformers, picture, shared
+from vit_families import db, made, of_monai, of_naflex, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
 
@@ -65,6 +65,10 @@ FAMILIES: dict[str, tuple[Build, str, int]] = {
     "timm Eva, norm in front": (partial(of_timm, "eva.Eva", use_pre_transformer_norm=True), "two norms", 1),
     "timm BEiT": (partial(of_timm, "beit.Beit", use_rel_pos_bias=True, init_values=1e-1), "prenorm", 1),
     "timm CaiT": (partial(of_timm, "cait.Cait", init_values=1e-1), "prenorm", 0),
+    "timm NaFlexVit": (of_naflex, "prenorm", 0),
+    "timm NaFlexVit, a convolution": (
+        partial(of_naflex, embed_proj_type="conv", class_token=True, reg_tokens=1, global_pool="avg"), "prenorm", 2,
+    ),
     "MONAI": (of_monai, "prenorm", 1),
     "MONAI, patches flattened": (partial(of_monai, proj_type="perceptron", in_channels=3), "prenorm", 1),
     "MONAI, Tanh behind the head": (partial(of_monai, post_activation="Tanh"), "prenorm", 1),
@@ -73,6 +77,25 @@ FAMILIES: dict[str, tuple[Build, str, int]] = {
         partial(of_timm, VIT, patch_size=(4, 6), img_size=(12, 18), in_chans=1), "prenorm", 1,
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("zero_bias", "needed"), [(False, 4 + 5 + 2), (True, 4 + 5 + 1)])
+def test_two_norms_need_one_width_more_than_one(zero_bias: bool, needed: int) -> None:
+    def attack(width: int, strict: bool) -> float:
+        build = partial(of_timm, VIT, pre_norm=True, img_size=8, in_chans=1, embed_dim=width, num_heads=1)
+        model = made(build)
+        if zero_bias:
+            nn.init.zeros_(model.norm_pre.bias)
+        anatomy = al.dissect(model)
+        images = anatomy.preprocessing.to_input(picture(model, anatomy))
+        update = shared(model, images)
+        found = al.span_closed_form(model, update, anatomy=anatomy, strict=strict)
+        return db(found, anatomy, images)
+
+    assert attack(needed, strict=True) > 60
+    with pytest.raises(al.AttackNotApplicable, match=rf"= {needed} > {needed - 1} = d"):
+        attack(needed - 1, strict=True)
+    assert attack(needed - 1, strict=False) < 40
 
 
 @pytest.mark.parametrize("which", FAMILIES)

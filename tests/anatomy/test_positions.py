@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vit_families import db, made, of_timm, of_torchvision, of_transformers, picture, shared
+from vit_families import db, made, of_naflex, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
-from aprillab.anatomy import dissect, likely_size, position_gradient, position_values, tensors_of
+from aprillab.anatomy import dissect, likely_size, playable, position_gradient, position_values, tensors_of
 
 VIT = "vision_transformer.VisionTransformer"
 STORED, SMALLER = 16, 12  # 4×4 patches in the embedding, 3×3 in the picture
@@ -22,6 +22,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         lambda: of_timm(VIT, img_size=STORED, dynamic_img_size=True, no_embed_class=True, reg_tokens=2), {}
     ),
     "timm Eva": (lambda: of_timm("eva.Eva", img_size=STORED, dynamic_img_size=True), {}),
+    "timm NaFlexVit": (lambda: of_naflex(pos_embed_grid_size=(4, 4)), {}),
     "transformers Dinov2": (
         lambda: of_transformers("Dinov2ForImageClassification", image_size=STORED, mlp_ratio=1), {}
     ),
@@ -61,6 +62,17 @@ def test_a_smaller_picture_comes_back(which: str, size: int | tuple[int, int]) -
     assert db(found, anatomy, images) > 60
 
 
+@pytest.mark.parametrize("which", MODELS)
+def test_in_the_clients_precision_it_is_exact_and_played_back_playable(which: str) -> None:
+    build, options = MODELS[which]
+    model = made(build, torch.float32)
+    anatomy = dissect(model, image_size=SMALLER)
+    images = anatomy.preprocessing.to_input(picture(model, anatomy))
+    found = al.invert(model, shared(model, images, **options), anatomy=anatomy, attack="embedding")
+    assert found.exact, found.reason
+    assert db(found, anatomy, images) > 80
+
+
 def test_case_18() -> None:
     """A picture of 24 pixels to a model of 32, in float32: as it was, the size guessed from the rank, named."""
     model = made(lambda: of_timm(VIT, img_size=32, patch_size=8, embed_dim=192, dynamic_img_size=True), torch.float32)
@@ -73,6 +85,22 @@ def test_case_18() -> None:
     rank = int((torch.linalg.svdvals(G) > 1e-5 * torch.linalg.svdvals(G)[0]).sum())
     assert likely_size(rank, plain) == (24, 24)
     assert likely_size(rank, anatomy) is None  # it was named
+
+
+def test_a_model_interpolates_only_while_it_is_asked_to() -> None:
+    model = made(lambda: of_transformers("ViTForImageClassification", image_size=STORED))
+    images = torch.zeros(1, 3, SMALLER, SMALLER, dtype=torch.float64)
+    anatomy = dissect(model, image_size=SMALLER)
+    with playable(model, anatomy):
+        assert torch.equal(model(images).logits, model(images, interpolate_pos_encoding=True).logits)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model(images)
+    with playable(model, dissect(model)), pytest.raises(ValueError, match="doesn't match model"):
+        model(images)
+    # A search plays the client at every step.
+    update = shared(model, anatomy.preprocessing.to_input(picture(model, anatomy)), interpolate_pos_encoding=True)
+    found = al.match_gradients(model, update, anatomy=anatomy, recipe="april", max_evaluations=2)
+    assert found.images.shape == images.shape
 
 
 def test_a_larger_picture_leaves_its_tokens_gradient_open() -> None:

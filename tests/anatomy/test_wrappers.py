@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vit_families import db, made, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
-from aprillab.anatomy import UnknownModelError, dissect
+from aprillab.anatomy import UnknownModelError, dissect, playable
 
 VIT = "vision_transformer.VisionTransformer"
 
@@ -147,12 +147,60 @@ def test_a_head_beside_the_backbone_is_found_and_the_root_runs_both() -> None:
     assert al.recover_labels(model, shared(model, images)).labels.tolist() == [3]
 
 
+def test_a_teachers_own_head_is_not_the_students() -> None:
+    student = WithHead(of_timm(VIT, num_classes=0), nn.Linear(96, 5))
+    student.teacher = frozen(of_timm(VIT))  # with a classifier, and beside the student's
+    assert dissect(student).head_weight == "head.weight"
+
+
 def test_a_backbone_of_transformers_is_read_within_its_wrapper() -> None:
     model = made(lambda: WithHead(of_transformers("ViTModel", num_labels=2), nn.Linear(96, 5)))
     anatomy = dissect(model)
     assert (anatomy.head_weight, anatomy.root) == ("head.weight", "")
     images = anatomy.preprocessing.to_input(picture(model, anatomy))
     assert db(al.invert(model, shared(model, images), attack="embedding"), anatomy, images) > 150
+
+
+def test_a_normalization_in_front_of_a_backbone_is_stepped_over_in_the_replay() -> None:
+    class Normalize(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return al.HALF.to_input(pixels)
+
+    backbone = made(lambda: of_timm(VIT, num_classes=0))
+    model = nn.Sequential(Normalize(), backbone, nn.Linear(96, 5).double())
+    anatomy = dissect(model)
+    assert (anatomy.root, anatomy.vit, anatomy.head_bias) == ("", "1", "2.bias")
+    pixels = picture(model, anatomy)
+    images = al.HALF.to_input(pixels)
+    update = shared(model, pixels)
+    found = al.invert(model, update, attack="embedding")
+    assert db(found, anatomy, images) > 150
+    assert found.exact, found.reason
+    with playable(model, anatomy):
+        torch.testing.assert_close(model(images), model[2](backbone(images)))
+    assert not torch.allclose(model(images), model[2](backbone(images)))
+
+
+def test_searches_look_for_model_input_behind_a_normalization() -> None:
+    class Normalize(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return al.HALF.to_input(pixels)
+
+    model = nn.Sequential(Normalize(), made(lambda: of_timm(VIT)))
+    anatomy = dissect(model)
+    pixels = (255 * picture(model, anatomy)).round() / 255
+    images, update = al.HALF.to_input(pixels), shared(model, pixels)
+    found = al.match_gradients(
+        model, update, recipe="april", anatomy=anatomy, start=images, max_evaluations=1, dtype=torch.float64
+    )
+    assert found.diagnostics["residual"] < 1e-9
+    frozen = al.ClientUpdate(
+        {name: g for name, g in update.gradients.items() if name != anatomy.position},
+        withheld=(anatomy.position or "",),
+    )
+    found = al.span_then_round(model, frozen, anatomy=anatomy, max_evaluations=0, progress=False)
+    assert found.exact, found.reason
+    assert db(found, anatomy, images) > 100
 
 
 def test_two_heads_beside_the_backbone_are_not_guessed_from() -> None:
@@ -170,6 +218,9 @@ def test_the_owner_of_a_cnn_is_sent_to_gradient_matching() -> None:
     cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, 3)).double()
     with pytest.raises(UnknownModelError, match=r"no attention.*match_gradients\(model, update, image_shape="):
         dissect(cnn)
+    cut = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(), nn.Linear(64, 3))  # as a patch embedding is, too
+    with pytest.raises(UnknownModelError, match=r"0.weight \(4, 3, 2, 2\)\. .* If it is a CNN, al\.match_gradients"):
+        dissect(cut)
     images = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     update = shared(cnn, images, label=1)
     found = al.match_gradients(cnn, update, recipe="dlg", image_shape=(3, 8, 8), max_evaluations=3)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..record import Anatomy
 from .monai import read_monai
+from .naflex import read_naflex
 from .own import read_aprillab, read_torchvision
 from .timm import read_timm
 from .transformers import read_transformers
@@ -31,6 +32,7 @@ _TIMM = ("vision_transformer.VisionTransformer", "eva.Eva", "beit.Beit", "cait.C
 READERS: dict[str, Reader] = {
     "aprillab.models.VisionTransformer": read_aprillab,
     "torchvision.models.vision_transformer.VisionTransformer": read_torchvision,
+    "timm.models.naflexvit.NaFlexVit": read_naflex,
     "monai.networks.nets.vit.ViT": read_monai,
     **{f"timm.models.{name}": read_timm for name in _TIMM},
     **{

@@ -86,6 +86,21 @@ def of_the_identity(rows: int, like: Tensor) -> Tensor:
     return torch.eye(rows, dtype=like.dtype, device=like.device)[None]
 
 
+class Exchanged:
+    """A module with some of its attributes exchanged, for a method of its class that reads them.
+
+    >>> Exchanged(nn.Linear(2, 3), in_features=7).in_features, Exchanged(nn.Linear(2, 3)).in_features
+    (7, 2)
+    """
+
+    def __init__(self, module: nn.Module, **attributes: Any) -> None:
+        self._module = module
+        self.__dict__.update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def wrong_size(family: str, takes: tuple[int, int], asked: tuple[int, int], why: str) -> ValueError:
     """The refusal of a picture size that the model cannot take."""
     return ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...preprocessing import HALF, IMAGENET, Preprocessing
 from ..record import Anatomy, Rows, UnknownModelError, tensors_of
-from .parts import PROJECTIONS, between, first_of, head_of, norm_names, of_the_identity, pair, wrong_size
+from .parts import PROJECTIONS, Exchanged, between, first_of, head_of, norm_names, of_the_identity, pair, wrong_size
 
 CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -107,18 +107,6 @@ def _attention(names: dict[str, Tensor], layer: str) -> dict[str, Any]:
     return found
 
 
-class _WithIdentity:
-    """The embeddings of a model, the position embedding exchanged for the identity."""
-
-    def __init__(self, embeddings: nn.Module, identity: Tensor):
-        self._embeddings = embeddings
-        self.position_embeddings = identity  # (1, rows, rows)
-        self.position_embedding = SimpleNamespace(weight=identity[0])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._embeddings, name)
-
-
 def _resampling(model: nn.Module, at: _Places, prefix: int, image_size: tuple[int, int]) -> Tensor:
     """R: the library's own interpolation of the identity, whatever its version does."""
     embeddings, patch = model.get_submodule(at.embeddings), pair(at.config.patch_size)
@@ -130,6 +118,9 @@ def _resampling(model: nn.Module, at: _Places, prefix: int, image_size: tuple[in
     rows = stored.numel() // stored.shape[-1]
     identity = of_the_identity(rows, stored)
     tokens = identity.new_zeros(1, prefix + (image_size[0] // patch[0]) * (image_size[1] // patch[1]), rows)
+    # Under either name: a parameter, or the weight of an nn.Embedding.
+    weight = SimpleNamespace(weight=identity[0])
+    exchanged = Exchanged(embeddings, position_embeddings=identity, position_embedding=weight)
     with torch.no_grad():
-        found = kind.interpolate_pos_encoding(_WithIdentity(embeddings, identity), tokens, *image_size)
+        found = kind.interpolate_pos_encoding(exchanged, tokens, *image_size)
     return found[0].double()

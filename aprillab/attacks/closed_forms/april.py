@@ -31,6 +31,7 @@ from ..replay import Loss
 from ..result import Condition, Reconstruction, margin, predicted_psnr, report, shown_if
 from ..verify import verified
 from .april_system import System, Systems, patch_gradient, read_system
+from .inputs import grey_patches, pixel_variance
 from .linear_algebra import condition_number, numerical_rank, row_space_basis
 
 Regularization = Literal["gcv", "none"]
@@ -242,20 +243,17 @@ def april_closed_form(
     if regularization == "none" and systems == "attention":
         solution = _solve_in_two_steps(system)
     else:
-        grey = system.tiling.images(torch.full((1, n, p), prior_pixel).to(system.G))
-        X0 = system.tiling.patches(preprocessing.to_input(grey))[0]  # (n, p)
+        X0 = grey_patches(system.tiling, preprocessing, (n, p), prior_pixel).to(system.G)
         dW = patch_gradient(reading.update, anatomy, systems, like=system.G)
         solution = _solve_as_one(system, X0, dW, systems, regularization, reading.noise)
-
-    # Pixels of which nothing is known, anywhere in [0, 1], have a variance of 1/12.
-    variance = sum(std**2 for std in preprocessing.std) / len(preprocessing.std)
-    predicted = predicted_psnr(float(solution.error.clamp_max(1 / 12 / variance).mean()), preprocessing)
+    error = float(solution.error.clamp_max(pixel_variance(preprocessing)).mean())
+    predicted = predicted_psnr(error, preprocessing)
     one = _one_image(system, solution, anatomy, reading)
-    conditions, numbers = _evidence(system, solution, systems, reading.noise)
+    found, numbers = _evidence(system, solution, systems, reading.noise)
     result = report(
         "april_closed_form",
         system.tiling.images(solution.X[None]),
-        conditions=(*conditions, one, margin(predicted, _MARGIN_DB)),
+        conditions=(*found, one, margin(predicted, _MARGIN_DB)),
         predicted_psnr=predicted,
         labels=labels_or_none(model, update, anatomy, labels, one=one),
         numbers={"patches": n, "width": d, "pixels_per_patch": p, **numbers, "regularization": regularization},

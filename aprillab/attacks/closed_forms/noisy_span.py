@@ -109,12 +109,17 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
     floor = max(rows**0.5 - width**0.5, 1.0)
     # Noise alone is as even as can be: seven digits of its Gram matrix are more than enough.
     rest = D.addmm_(D @ V, V.T, alpha=-1).float()
-    unit = torch.eye(width).to(D)
-    beyond, failed = torch.linalg.cholesky_ex((rest.T @ rest).double() + floor**2 * unit)
+    return NoisySpan(tokens, s, V, _root(rest, floor**2), floor, excess)
+
+
+def _root(rest: Tensor, square: float) -> Tensor:
+    """L (w, w) with L Lᵀ = restᵀ rest + ``square``, float64; ``rest`` (m, w) is float32."""
+    unit = torch.eye(rest.shape[1], dtype=torch.float64, device=rest.device)
+    root, failed = torch.linalg.cholesky_ex((rest.T @ rest).double() + square * unit)
     if failed:  # what is beyond is no noise: then it takes all digits
         gram = rest.double().T @ rest.double()
-        beyond = torch.linalg.cholesky(gram + (floor**2 + _TINY_PART * float(gram.trace())) * unit)
-    return NoisySpan(tokens, s, V, beyond, floor, excess)
+        root = torch.linalg.cholesky(gram + (square + _TINY_PART * float(gram.trace())) * unit)
+    return root
 
 
 def outside_tokens(D: Tensor, tokens: int, k: int) -> tuple[Tensor, Tensor]:

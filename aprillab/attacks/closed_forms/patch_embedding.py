@@ -120,23 +120,41 @@ def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tupl
     s = s.clamp_min(_TINY)
     B = dW - G.T @ X0
     residual = B - U @ (U.T @ B)
-    scale = float(dW.square().mean()) ** 0.5
-    seen = noise_variance(residual, n, noise, scale)
+
+    def deviations(sigma2: float) -> Tensor:
+        """X − X₀ where an entry of B has noise of variance ``sigma2``."""
+        return solve_patches(B, U, s + sigma2 / variance / s, Vt)
+
+    sigma2 = noise_variance(residual, n, noise, _rms(dW))
     if d > n:
         # Noise in G is in the residual, multiplied by the pixels: it cannot be more than is seen there.
-        rough = float((X0 + solve_patches(B, U, s + seen / variance / s, Vt)).square().mean())
-        entry = min(entry, (seen / (n * max(rough, _LEAST_PIXELS * variance))) ** 0.5)
-    carried = n * entry**2 * (float(X0.square().mean()) + variance)
-    sigma2 = seen if d > n else max(seen, carried)
+        pixels = max(_rms(X0 + deviations(sigma2)) ** 2, _LEAST_PIXELS * variance)
+        entry = min(entry, (sigma2 / n / pixels) ** 0.5)
+    carried = n * entry**2 * (_rms(X0) ** 2 + variance)
+    if d <= n:
+        sigma2 = max(sigma2, carried)
+    off = deviations(sigma2)
+    mse = expected_error((Vt @ off).square().mean(1), s, sigma2, d * entry**2, n, variance)
+    gain = (1 + carried / (noise * _rms(dW)) ** 2) ** 0.5 if dW.any() else 1.0
+    return Patches(X0 + off, residual, s, rank, mse, gain)
+
+
+def expected_error(energy: Tensor, s: Tensor, sigma2: float, in_G: float, n: int, variance: float) -> float:
+    """Mean square error of n damped patches, in model-input space.
+
+    Each direction has (4.7)'s error, at most what is known before anything is read. Noise in G, of
+    square ``in_G`` a direction, bends it towards grey besides, once s² is no larger. ``energy`` (r,)
+    is that of the patches found, in each direction.
+    """
+    bent = (in_G / s**2).clamp_max(1.0) ** 2
     damping = sigma2 / variance
-    X = X0 + solve_patches(B, U, s + damping / s, Vt)
-    # Noise in G itself bends a direction towards grey once its singular value is no larger, (4.8).
-    bent = (d * entry**2 / s**2).clamp_max(1.0) ** 2
-    unseen = _energy_of_the_unseen((Vt @ (X - X0)).square().mean(1), bent + damping / (s**2 + damping), variance)
+    unseen = _energy_of_the_unseen(energy, bent + damping / (s**2 + damping), variance)
     known = (sigma2 / (s**2 + damping)).clamp_max(variance) + bent * unseen
-    mse = (float(known.sum()) + (n - len(s)) * unseen) / n
-    gain = (1 + carried / (noise * scale) ** 2) ** 0.5 if scale else 1.0
-    return Patches(X, residual, s, rank, mse, gain)
+    return (float(known.sum()) + (n - len(s)) * unseen) / n
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean()) ** 0.5
 
 
 def _energy_of_the_unseen(energy: Tensor, lost: Tensor, variance: float) -> float:

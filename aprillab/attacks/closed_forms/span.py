@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,9 @@ from ..result import AttackNotApplicable, Condition, Reconstruction, State, marg
 from ..verify import verified
 from .inputs import pixel_variance, shared_gradients
 from .linear_algebra import numerical_rank
-from .noisy_span import NoisySpan, noisy_span
+from .noisy_span import noisy_span
 from .probe import places_of, tokens_as_read
+from .smallest import smallest_combination
 from .span_solution import SpanSolution
 from .token_equations import TokenEquations, token_equations
 
@@ -48,12 +48,6 @@ _MARGIN_DB = 7.0
 _READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
 _CLEARLY = 1e3  # times the noise: tables of 2-D sinusoids lie below, learned ones at 10⁵ and more in float32
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
-# Normal equations square the condition number. Where the factor's diagonal shows a square up to
-# this, one step of refinement leaves no more than QR does; beyond it QR is taken.
-_MOST_SQUARED = 1e8
-
-
-# --- The equations: tensors in, tensors out -------------------------------------------------------
 
 
 def width_needed(
@@ -72,72 +66,6 @@ def width_needed(
     tokens = batch_size * patches + prefix
     unknowns = min(pixels_per_patch, batch_size * patches) if by_rows else pixels_per_patch
     return unknowns + tokens + int(norms) - (batch_size - 1) * patches
-
-
-@dataclass(frozen=True)
-class Smallest:
-    """The patches whose tokens and whose own pixels are the smallest combinations, (7.7).
-
-    Attributes
-    ----------
-    patches : Tensor (p, n)
-    root : Tensor (p, p)
-        H, with HᵀH the normal matrix.
-    token_cost, pixel_cost : Tensor (n,)
-        ‖c‖² of each token and ‖c'‖² of each patch.
-    """
-
-    patches: Tensor
-    root: Tensor
-    token_cost: Tensor
-    pixel_cost: Tensor
-
-
-def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float, normal: tuple[Tensor, Tensor]) -> Smallest:
-    """The pixels x of least ‖T x + t‖² + ratio² ‖R x‖², (7.7), for all columns of t (m, n) at once.
-
-    ``normal`` has TᵀT and RᵀR, (p, p) each, which are the same for every ratio.
-
-    >>> T, t = torch.eye(2).double(), torch.tensor([[2.0], [4.0]]).double()
-    >>> smallest(T, t, T, 1.0, (T, T)).patches.flatten().round(decimals=9).tolist()
-    [-1.0, -2.0]
-    """
-    H, failed = torch.linalg.cholesky_ex(normal[0] + ratio**2 * normal[1], upper=True)
-    squared = failed or float((H.diagonal().max() / H.diagonal().min()) ** 2) >= _MOST_SQUARED
-    if squared:
-        Q, H = torch.linalg.qr(torch.cat([T, ratio * R]))
-        X = torch.linalg.solve_triangular(H, Q[: len(T)].T @ -t, upper=True)
-    else:
-        X = torch.cholesky_solve(T.T @ -t, H, upper=True)
-    c, c_pixel = T @ X + t, R @ X
-    if not squared:  # one step of refinement, from residuals that squared nothing
-        X = X - torch.cholesky_solve(T.T @ c + ratio**2 * (R.T @ c_pixel), H, upper=True)
-    return Smallest(X, H, c.square().sum(0), c_pixel.square().sum(0))
-
-
-def smallest_combination(
-    equations: TokenEquations, token_side: NoisySpan, pixel_side: NoisySpan | None
-) -> tuple[Smallest, float, float]:
-    """The patches of the smallest combinations, (7.7), the variance of one coefficient, and the ratio.
-
-    The ratio says how much a patch's own coefficients weigh against its token's; 0 where the patch
-    embedding's gradient is not there, and the tokens say all.
-    """
-    # What a token and a patch cost: ‖T x + t‖ = ‖c‖ and ‖R x‖ = ‖c'‖.
-    T, t = token_side.coefficients(equations.A), token_side.coefficients(equations.e)
-    if pixel_side is None:
-        alone = smallest(T, t, T[:0], 0.0, (T.T @ T, torch.zeros_like(T.T @ T)))
-        return alone, float(alone.token_cost.mean()) / max(len(equations.A) - T.shape[1], 1), 0.0
-    R = pixel_side.coefficients()  # of the pixels themselves: the unit vectors
-    normal = T.T @ T, R.T @ R
-    # Both estimate the same amplification of noise: a second solve brings them to one scale.
-    # Some fifty patches tell it.
-    first = smallest(T, t[:, :: max(1, t.shape[1] // 48)], R, 1.0, normal)
-    ratio = float((first.token_cost / first.pixel_cost.clamp_min(1e-300)).median().sqrt())
-    solution = smallest(T, t, R, ratio, normal)
-    # What is left, over w + p equations less p unknowns, is the variance of one coefficient.
-    minimum = solution.token_cost + ratio**2 * solution.pixel_cost  # (n,)
-    return solution, float(minimum.mean()) / len(equations.A), ratio
 
 
 # --- The attack -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...anatomy import Anatomy, dissect
+from ...anatomy import Anatomy, dissect, playable
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..closed_forms.span import solve_span
@@ -172,7 +173,8 @@ def span_then_round(
     if batch_size == 1:
         settle(rounds, grid.smooth, grid.smooth_centres(), ratio=RATIO_ALONE)
     numbers = {"settled_by_span": int(rounds.settled.sum()), "span": solution.numbers}
-    replay = Replay(as_shared(model, update), update, grid, anatomy.patch_weight, loss)
+    client = as_shared(model, update)
+    replay = Replay(client, update, grid, anatomy.patch_weight, loss)
     coordinates, numbers["open_directions"] = open_coordinates(solution)
     dtype = dtype or (torch.float64 if update.dtype == torch.float64 else torch.float32)
     match = partial(
@@ -180,12 +182,15 @@ def span_then_round(
         tolerance=replay.eps, dtype=dtype, device=device, anatomy=anatomy, preprocessing=preprocessing,
         progress=False, callback=counting_callback(rounds, callback, start),
     )  # fmt: skip
-    with tqdm(total=rounds.settled.numel(), desc="settled patches", unit=" patch", disable=not progress) as bar:
+    with (
+        playable(client, replace(anatomy, root="")),
+        tqdm(total=rounds.settled.numel(), desc="settled patches", unit=" patch", disable=not progress) as bar,
+    ):
         deadline = Deadline.after(max_seconds, start)
         numbers["stopped"] = _alternate(rounds, replay, match, coordinates, max_evaluations, deadline, bar)
 
-    # Report what was verified, and the pictures.
-    return _report(rounds, replay, {**numbers, "dtype": str(dtype).removeprefix("torch.")}, preprocessing, start)
+        # Report what was verified, and the pictures.
+        return _report(rounds, replay, {**numbers, "dtype": str(dtype).removeprefix("torch.")}, preprocessing, start)
 
 
 def _alternate(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...anatomy import Anatomy, UnknownModelError, dissect
+from ...anatomy import Anatomy, UnknownModelError, dissect, hooked
 from ...models import patchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate, logits_of
@@ -52,6 +53,7 @@ def pose(
     # A copy to search on: in another dtype as a rule, and models may keep parts of their last pass.
     # (functional_call would exchange all tensors at every evaluation: half a millisecond for 72.)
     copied = _with_linear_patches(copy.deepcopy(model), anatomy).to(like.device, dtype).requires_grad_(False)
+    hooked(copied, replace(anatomy, root=""))  # pictures on trial are model input
     parameters = dict(copied.named_parameters())
     coordinates = coordinates or _row_space(update, anatomy, batch_size, recipe)
     if coordinates is not None and isinstance(recipe.optimizer, Adam) and recipe.optimizer.clamp:

@@ -8,9 +8,11 @@ import torch
 from attacked import attack, db, make, private
 
 import aprillab as al
-from aprillab.attacks.closed_forms import span
+from aprillab.attacks.closed_forms import smallest as smallest_module
 from aprillab.attacks.closed_forms.noisy_span import noisy_span
-from aprillab.attacks.closed_forms.span import smallest, smallest_combination, token_equations, width_needed
+from aprillab.attacks.closed_forms.smallest import smallest, smallest_combination
+from aprillab.attacks.closed_forms.span import width_needed
+from aprillab.attacks.closed_forms.token_equations import token_equations
 
 
 @pytest.mark.parametrize("block", ["prenorm", "april"])
@@ -209,7 +211,7 @@ def test_ill_conditioned_equations_go_to_qr_and_both_ways_agree(least, by_qr, qr
     arguments = T, -T @ X, R, 1.0, (T.T @ T, R.T @ R)
     found = smallest(*arguments)
     assert qr_calls == ([(23, 6)] if by_qr else [])
-    monkeypatch.setattr(span, "_MOST_SQUARED", 0.0)
+    monkeypatch.setattr(smallest_module, "_MOST_SQUARED", 0.0)
     by_triangle = smallest(*arguments)
     assert qr_calls[-1] == (23, 6)
     # The condition is 1/least. Without its refinement the squared way is off by 7e-15 / least already at 1e-2.
