@@ -338,6 +338,7 @@ def test_show_prints_a_world_and_its_conditions(capsys: pytest.CaptureFixture) -
     assert "one image" in out
 
 
+@pytest.mark.skipif(not (RESULTS / "fuzz.csv").is_file(), reason="not measured yet: python -m studies.fuzz")
 def test_the_committed_rows_are_ten_thousand_and_without_fault() -> None:
     frame = read(RESULTS / "fuzz.csv", Row)
     assert frame.seed.nunique() == 10_000
