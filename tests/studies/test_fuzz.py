@@ -267,7 +267,7 @@ def test_faults() -> None:
 
 def test_reasons_have_kinds() -> None:
     for world, kind in (
-        (replace(PLAIN, withheld=("position", "patch")), "not shared"),
+        (replace(PLAIN, withheld=("position", "attention")), "not shared"),
         (replace(PLAIN, model=replace(MODEL, width=4), withheld=("position",)), "too narrow"),
         (replace(PLAIN, model=replace(MODEL, zero_head=True)), "zero gradient"),
     ):
