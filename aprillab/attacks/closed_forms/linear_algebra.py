@@ -30,13 +30,14 @@ def numerical_rank(s: Tensor, eps: float) -> int:
     >>> numerical_rank(torch.tensor([1.0, 1e-3, 1e-9]), 1e-7)
     2
     """
-    return int((s > eps * s.max()).sum())
+    return int((s > eps * s.max()).sum()) if s.numel() else 0
 
 
 def condition_number(s: Tensor) -> float:
     """The largest singular value over the least; infinite where one is zero."""
-    least = float(s.min())
-    return float(s.max()) / least if least > 0 else float("inf")
+    if not s.numel() or not (least := float(s.min())) > 0:
+        return float("inf")
+    return float(s.max()) / least
 
 
 def row_space_basis(A: Tensor, most: int, eps: float) -> Tensor:
