@@ -246,7 +246,9 @@ def april_closed_form(
         X0 = grey_patches(system.tiling, preprocessing, (n, p), prior_pixel).to(system.G)
         dW = patch_gradient(reading.update, anatomy, systems, like=system.G)
         solution = _solve_as_one(system, X0, dW, systems, regularization, reading.noise)
-    error = float(solution.error.clamp_max(pixel_variance(preprocessing)).mean())
+    # A row space of which noise left nothing has no unknowns: then nothing is known of the pixels.
+    unknown = pixel_variance(preprocessing)
+    error = float(solution.error.clamp_max(unknown).mean()) if solution.error.numel() else unknown
     predicted = predicted_psnr(error, preprocessing)
     one = _one_image(system, solution, anatomy, reading)
     found, numbers = _evidence(system, solution, systems, reading.noise)
