@@ -15,10 +15,11 @@ _KNOWN = {
 }
 _TOLERANCE = 0.02  # of the range from black to white
 _WHOLE = 0.05  # of a level of 8 bits
+_SHARP = 35.0  # dB
 _MOST, _FEW = 0.9, 0.01
 
 
-def normalization(images: Tensor, assumed: Preprocessing) -> Condition:
+def normalization(images: Tensor, assumed: Preprocessing, predicted_psnr: float) -> Condition:
     """Whether the pixels that the assumed constants give are pixels, or others fit better.
 
     Whole levels of 8 bits decide where the picture is sharp enough to have them; else how many
@@ -28,24 +29,28 @@ def normalization(images: Tensor, assumed: Preprocessing) -> Condition:
     ----------
     images : Tensor of shape (B, C, H, W), in model-input space
     assumed : Preprocessing
+    predicted_psnr : float, in dB
+        Of a picture below 35 dB nothing is said: its errors leave [0, 1] by themselves.
 
     Examples
     --------
     >>> import aprillab as al
     >>> pixels = al.load_victim("coffee", 32).double()[None]
-    >>> normalization(al.HALF.to_input(pixels), al.HALF).state, normalization(pixels, al.HALF).state
+    >>> normalization(al.HALF.to_input(pixels), al.HALF, 90.0).state, normalization(pixels, al.HALF, 90.0).state
     ('shown', 'contradicted')
     """
-    name = next(
-        (name for name, known in _KNOWN.items() if known == assumed), f"mean {assumed.mean}, std {assumed.std}"
-    )
+    constants = tuple(dict.fromkeys(assumed.mean)), tuple(dict.fromkeys(assumed.std))
+    words_of_it = f"mean {assumed.mean}, standard deviation {assumed.std}"
+    name = next((name for name, known in _KNOWN.items() if constants == (known.mean, known.std)), words_of_it)
     whole, outside = _fit(images, assumed)
     numbers: dict[str, float | str] = {"whole": whole, "outside": outside, "assumed": name}
     words = "assumed: {assumed}; {outside:.1%} of the pixels lie outside [0, 1]"
     if whole > _MOST:
         return Condition(_NAME, "shown", numbers, words + ", {whole:.0%} are whole levels of 8 bits")
+    if not predicted_psnr >= _SHARP:
+        return Condition(_NAME, "not checked", numbers, words)
     for other, preprocessing in _KNOWN.items():
-        if preprocessing == assumed or len(preprocessing.mean) not in (1, images.shape[1]):
+        if other == name or len(preprocessing.mean) not in (1, images.shape[1]):
             continue
         whole_there, outside_there = _fit(images, preprocessing)
         is_input_itself = preprocessing == UNIT and outside_there == 0 and float(images.max() - images.min()) > 0.3

@@ -87,7 +87,7 @@ def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preproces
     if replay.state == "contradicted" and replay.residual:
         predicted = min(predicted, _BEST_FOR_MISS - 20 * math.log10(min(replay.residual, 1.0)))
     exact, reason = verdict(conditions, predicted)
-    fit = normalization(found.images, preprocessing)
+    fit = normalization(found.images, preprocessing, predicted)
     if fit.state == "contradicted":
         reason += f"; the model's input, that is: its pixels are {fit.text}"
     return replace(

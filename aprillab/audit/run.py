@@ -121,7 +121,9 @@ def audit(
         one_image=one,
         findings=tuple(findings),
         notes=tuple(dict.fromkeys(_notes(model, update, anatomy, findings))),
-        pixels=None if best is None or best.result is None else normalization(best.result.images, preprocessing),
+        pixels=None
+        if best is None or best.result is None
+        else normalization(best.result.images, preprocessing, best.result.predicted_psnr or 0.0),
     )
 
 

@@ -246,10 +246,7 @@ def april_closed_form(
         X0 = grey_patches(system.tiling, preprocessing, (n, p), prior_pixel).to(system.G)
         dW = patch_gradient(reading.update, anatomy, systems, like=system.G)
         solution = _solve_as_one(system, X0, dW, systems, regularization, reading.noise)
-    # A row space of which noise left nothing has no unknowns: then nothing is known of the pixels.
-    unknown = pixel_variance(preprocessing)
-    error = float(solution.error.clamp_max(unknown).mean()) if solution.error.numel() else unknown
-    predicted = predicted_psnr(error, preprocessing)
+    predicted = predicted_psnr(solution.mean_square_error(pixel_variance(preprocessing)), preprocessing)
     one = _one_image(system, solution, anatomy, reading)
     found, numbers = _evidence(system, solution, systems, reading.noise)
     result = report(
@@ -287,6 +284,10 @@ class _Solution:
     damping: float
     patch_side: Tensor
     unknowns: int
+
+    def mean_square_error(self, most: float) -> float:
+        """Of the pixels, each at most ``most``; that, too, where noise left no unknown to solve for."""
+        return float(self.error.clamp_max(most).mean()) if self.error.numel() else most
 
 
 def _solve_in_two_steps(system: System) -> _Solution:
