@@ -121,6 +121,11 @@ class Audit:
         return self.best_of(self.findings)
 
     @property
+    def batch_evidence(self) -> str:
+        """What says how many images are behind the update, in words."""
+        return self.one_image.text
+
+    @property
     def verdict(self) -> str:
         """The audit in one paragraph of plain words: those of the first attack with the best trust."""
         if (best := self.best) is not None:

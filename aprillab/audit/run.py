@@ -121,10 +121,15 @@ def audit(
         one_image=one,
         findings=tuple(findings),
         notes=tuple(dict.fromkeys(_notes(model, update, anatomy, findings))),
-        pixels=None
-        if best is None or best.result is None
-        else normalization(best.result.images, preprocessing, best.result.predicted_psnr or 0.0),
+        pixels=_pixels(best, preprocessing),
     )
+
+
+def _pixels(best: Finding | None, preprocessing: Preprocessing) -> Condition | None:
+    """How the best picture fits the normalization that was assumed."""
+    if best is None or best.result is None:
+        return None
+    return normalization(best.result.images, preprocessing, best.result.predicted_psnr or 0.0)
 
 
 def _attempt(
