@@ -175,7 +175,7 @@ def _parts_read(anatomy: Anatomy, update: ClientUpdate) -> list[str]:
 
 def _draws(client: nn.Module, images: Tensor) -> bool:
     """Whether two forward passes differ."""
-    if not client.training:
+    if not any(module.training for module in client.modules()):
         return False
     with torch.no_grad():
         return not torch.equal(logits_of(client, images), logits_of(client, images))

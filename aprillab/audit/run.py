@@ -168,8 +168,9 @@ def _trust(result: Reconstruction) -> Trust:
         # The patch-embedding system needs no weights: what it fixes is right with others than the client's, too.
         by_system = result.attack == EMBEDDING and result.diagnostics["predicted_by_system"] >= _CLOSE
         return "contradicted" if by_system else "poor"
-    if result.determined and predicted >= _CLOSE and not misses:
-        return "close" if fits or miss is None else "coarse"
+    if result.determined:
+        sharp = predicted >= _CLOSE and (fits or miss is None)
+        return "close" if sharp else "coarse" if predicted >= _COARSE else "poor"
     if fits and predicted >= _COARSE:
         return "likely"
     if misses or predicted < _COARSE:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ...anatomy import Anatomy, dissect, likely_size, tensors_of
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
-from ..labels import labels_or_none
+from ..labels import check_known, labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
@@ -237,12 +238,16 @@ def embedding_closed_form(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     reading = read_update(model, update, anatomy)
+    check_known(labels, update, anatomy, model)
     dW, G = _check(reading, anatomy, strict, device)
     (d, p), n = dW.shape, len(G)
     if reading.decay:
         dW = without_decay(dW, G, tensors_of(model)[anatomy.patch_weight].to(dW).flatten(1))
     grey = grey_patches(anatomy.tiling, preprocessing, (n, p))[0].to(G)
     found = most_probable(dW, G, reading.noise, reading.noise_of_position, (grey, pixel_variance(preprocessing)))
+    options = {"preprocessing": preprocessing, "labels": labels, "loss": loss, "verify": verify, "device": device}
+    if found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
+        return smaller
     relative = float(found.residual.norm() / dW.norm()) if dW.any() else 0.0
     # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
     of = d - (anatomy.ignores_mean)
@@ -273,6 +278,20 @@ def embedding_closed_form(
         start=start,
     )  # fmt: skip
     return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+
+
+def _of_another_size(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, rank: int, options: dict[str, Any]
+) -> Reconstruction | None:
+    """A smaller picture's result, where the rank is that of its patches and its system fixes them.
+
+    The library's interpolation of the position embedding is known, and undone.
+    """
+    size = likely_size(rank, anatomy)
+    if size is None or anatomy != dissect(model):  # what the caller described is not changed
+        return None
+    result = embedding_closed_form(model, update, anatomy=dissect(model, image_size=size), **options)
+    return result if result.determined else None
 
 
 def _words_of_rank(rank: int, n: int, d: int, anatomy: Anatomy) -> str:

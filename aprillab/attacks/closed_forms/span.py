@@ -27,7 +27,7 @@ from ...anatomy import Anatomy, dissect, tensors_of
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
-from ..labels import labels_or_none
+from ..labels import check_known, labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
@@ -130,6 +130,7 @@ def span_closed_form(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     reading = read_update(model, update, anatomy)
+    check_known(labels, update, anatomy, model)
     solution = solve_span(model, reading, anatomy=anatomy, strict=strict, device=device)
     error = min(solution.mean_square_error, pixel_variance(preprocessing))
     predicted = predicted_psnr(error, preprocessing)
