@@ -8,12 +8,10 @@ played step by step, which needs its loss and its label.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -21,11 +19,12 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, playable
 from ..preprocessing import Preprocessing
-from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
+from ..update import ClientUpdate
+from .client import Player, after_local_steps, draws, inner_client, ways_to_play
 from .evidence import one_image
 from .pixels import normalization
 from .reading import Reading
-from .replay import Loss, as_shared
+from .replay import Loss
 from .result import REPLAY, Reconstruction, Replay, State, verdict
 
 EMBEDDING = "embedding_closed_form"
@@ -107,26 +106,21 @@ def _played(
     loss: Loss | None,
 ) -> tuple[Reconstruction, Replay]:
     """The replay, and the picture, whose brightness it may correct."""
-    client, update = _inner(model, reading.update, anatomy)
+    client, update = inner_client(model, reading.update, anatomy)
     images = found.images.to(next(client.parameters()))
     limit = _limit(reading.noise, found.predicted_psnr)
-    if _draws(client, images):
+    if draws(client, images):
         return found, Replay(
             "not checked", "the model draws at random (dropout, in training mode): no replay is the client's"
         )
     if update.local_steps > 1:
         return found, _by_steps(client, update, images, found.labels, loss, limit)
-    players = _players(client, update, anatomy, found.labels, loss)
-    if not players:
+    ways = ways_to_play(client, update, anatomy, found.labels, loss)
+    if not ways:
         why = "not played back: the head's gradient is not shared, and no label is known"
         return found, Replay("not checked", why)
     reads = _parts_read(anatomy, update)
-    tried = []
-    for how, play in players.items():
-        tried.append((*compare(play(images), update.gradients, reads), how))
-        if tried[-1][0] <= limit:
-            break
-    residual, factor, how = min(tried)
+    residual, factor, how, play = _best_way(ways, images, update, reads, limit)
     if residual <= limit:
         words = f"played back {how}, the picture gives this update"
         words += " up to {residual:.1e} (limit {limit:.1e}), factor {factor:.3g}"
@@ -137,7 +131,29 @@ def _played(
         )
         return found, _replay("contradicted", words, residual, limit, factor)
     found, replay = _with_factors(found, images, play, update, residual, limit, factor, preprocessing)
-    return (found if replay.state == "shown" else _as_several(found, residual, reading.update, anatomy)), replay
+    if replay.state == "contradicted" and residual >= _HALF:
+        found = _as_several(found, play(images), reading.update, anatomy)
+    return found, replay
+
+
+def _best_way(
+    ways: Mapping[str, Player], images: Tensor, update: ClientUpdate, reads: list[str], limit: float
+) -> tuple[float, float, str, Player]:
+    """The first way to play the client that gives the update, else the one that misses it least: the
+    residual, the factor, and the way.
+    """
+    tried, failed = [], None
+    for how, play in ways.items():
+        try:
+            tried.append((*compare(play(images), update.gradients, reads), how, play))
+        except Exception as error:  # of a loss, say, that does not take the labels: the other ways need none
+            failed = error
+            continue
+        if tried[-1][0] <= limit:
+            return tried[-1]
+    if not tried and failed is not None:
+        raise failed
+    return min(tried, key=lambda one: one[0])
 
 
 def _replay(state: State, words: str, residual: float, limit: float, factor: float) -> Replay:
@@ -154,78 +170,12 @@ def _limit(noise: float, predicted_psnr: float | None) -> float:
 # --- The client ---------------------------------------------------------------------------------------------------
 
 
-def _inner(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[nn.Module, ClientUpdate]:
-    """The ViT that reads model input, within whatever holds it, and the update under its names."""
-    prefix = f"{anatomy.root}." if anatomy.root else ""
-    head = anatomy.head_weight or anatomy.head_bias
-    if not prefix or (head is not None and not head.startswith(prefix)):
-        return as_shared(model, update), update
-    inner = {name.removeprefix(prefix): g for name, g in update.gradients.items() if name.startswith(prefix)}
-    update = replace(update, gradients=inner, withheld=())
-    return as_shared(model.get_submodule(anatomy.root), update), update
-
-
 def _parts_read(anatomy: Anatomy, update: ClientUpdate) -> list[str]:
     """Names, within the ViT, of the tensors that closed forms read."""
     prefix = f"{anatomy.root}." if anatomy.root else ""
     parts = [anatomy.patch_weight, anatomy.position or ""]
     names = {name for part in parts for name in (part, part.removeprefix(prefix))}
     return [name for name in update.gradients if name in names]
-
-
-def _draws(client: nn.Module, images: Tensor) -> bool:
-    """Whether two forward passes differ."""
-    if not any(module.training for module in client.modules()):
-        return False
-    with torch.no_grad():
-        return not torch.equal(logits_of(client, images), logits_of(client, images))
-
-
-Player = Callable[[Tensor], Mapping[str, Tensor]]
-
-
-def _players(
-    client: nn.Module, update: ClientUpdate, anatomy: Anatomy, labels: Tensor | None, loss: Loss | None
-) -> dict[str, Player]:
-    """Ways to make gradients of images, as the client would: by its loss, and by what the loss was at the
-    logits. The last one is the surest.
-    """
-    found: dict[str, Player] = {}
-    if labels is not None:
-        known, criterion = labels, loss or nn.functional.cross_entropy
-        how = (
-            "by the loss" if loss else f"by cross-entropy with label {', '.join(map(str, known.flatten().tolist()))}"
-        )
-        found[how] = lambda images: client_update(client, images, known.to(images.device), loss=criterion).gradients
-    r = _at_the_logits(update, anatomy)
-    if r is not None:
-        found["with the head's own gradient at the logits, of another loss"] = lambda images: _vector_jacobian(
-            client, images, r
-        )
-    return found
-
-
-def _at_the_logits(update: ClientUpdate, anatomy: Anatomy) -> Tensor | None:
-    """r up to a factor, from the head's bias gradient, or from its weight gradient r fᵀ."""
-    prefix = f"{anatomy.root}." if anatomy.root else ""
-    names = [(name or "").removeprefix(prefix) for name in (anatomy.head_bias, anatomy.head_weight)]
-    bias, weight = (update.gradients.get(name) for name in names)
-    if bias is not None and bias.any():
-        return bias
-    if weight is None or not weight.any():
-        return None
-    return weight @ weight[weight.double().norm(dim=1).argmax()]
-
-
-def _vector_jacobian(client: nn.Module, images: Tensor, r: Tensor) -> dict[str, Tensor]:
-    """The gradient of ⟨r, logits⟩."""
-    trained = {name: p for name, p in client.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
-        logits = logits_of(client, images)
-        found = torch.autograd.grad((logits * r.to(logits)).sum(), list(trained.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)
-    }
 
 
 # --- Judgement ----------------------------------------------------------------------------------------------------
@@ -310,14 +260,21 @@ def _with_factors(
     return found, _replay("shown", words, left, limit, factor)
 
 
-def _as_several(found: Reconstruction, miss: float, update: ClientUpdate, anatomy: Anatomy) -> Reconstruction:
-    """The same, but not shown to be of one image, where replay and head both deny it.
+def _as_several(
+    found: Reconstruction, mine: Mapping[str, Tensor], update: ClientUpdate, anatomy: Anatomy
+) -> Reconstruction:
+    """The same, but not shown to be of one image, where head and replay deny it.
 
-    With one block, attention leaves so few directions in G that several images' equations can have a
-    common solution: then equations to spare prove nothing.
+    Through one block, attention sends back so few directions that several images' equations can have
+    a common solution: equations to spare prove nothing where the picture's own G has not rank n.
     """
     head = one_image(anatomy, update)
-    if miss < _HALF or head.state != "contradicted":
+    prefix = f"{anatomy.root}." if anatomy.root else ""
+    G = mine.get((anatomy.position or "").removeprefix(prefix))
+    if head.state != "contradicted" or G is None:
+        return found
+    s = torch.linalg.svdvals(G.double().flatten(0, -2)[anatomy.position_prefix :])
+    if bool((s > _ROUNDING * torch.finfo(G.dtype).eps * s.max()).all()):
         return found
     conditions = tuple(head if condition.name == head.name else condition for condition in found.conditions)
     return replace(found, conditions=conditions)
@@ -353,9 +310,9 @@ def _by_steps(
     if labels is None:
         return Replay("not checked", "not played back: several local steps, and no label is known")
     momenta = _MOMENTA if update.momentum is None else (update.momentum,)
-    tried = {}
+    tried, criterion = {}, loss or nn.functional.cross_entropy
     for momentum in momenta:
-        mine = _steps(client, replace(update, momentum=momentum), images, labels, loss or nn.functional.cross_entropy)
+        mine = after_local_steps(client, replace(update, momentum=momentum), images, labels, criterion)
         tried[momentum] = compare(mine, update.gradients)
         if tried[momentum][0] <= limit:
             break
@@ -368,28 +325,3 @@ def _by_steps(
         )
     words += "misses this update by {residual:.1e} (limit {limit:.1e}): another loss, optimizer or picture"
     return _replay("contradicted", words, residual, limit, factor)
-
-
-def _steps(client: nn.Module, update: ClientUpdate, images: Tensor, labels: Tensor, loss: Loss) -> dict[str, Tensor]:
-    """What a client would share after its local steps of SGD."""
-    trained = copy.deepcopy(client)
-    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
-    protocol: dict[str, Any] = {
-        "learning_rate": update.learning_rate, "local_steps": update.local_steps, "momentum": update.momentum,
-        "nesterov": update.nesterov, "weight_decay": update.weight_decay,
-    }  # fmt: skip
-    optimizer = torch.optim.SGD(
-        [p for p in trained.parameters() if p.requires_grad], lr=update.learning_rate or 0.0,
-        momentum=update.momentum or 0.0, nesterov=bool(update.nesterov and update.momentum),
-        weight_decay=update.weight_decay or 0.0,
-    )  # fmt: skip
-    for _ in range(update.local_steps):
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            loss(logits_of(trained, images), labels.to(images.device)).backward()
-        optimizer.step()
-    after = {name: p.detach() for name, p in trained.named_parameters()}
-    try:
-        return dict(update_from_states(before, after, **protocol).gradients)
-    except UpdateError:  # nothing moved
-        return {name: torch.zeros_like(p) for name, p in before.items()}

@@ -132,7 +132,10 @@ class Audit:
             return VERDICTS[best.trust].format(attack=best.attack.title)
         reasons = {found.reason for found in self.findings}
         # One reason for all of them says more than that none applies.
-        return f"{NOTHING_APPLIES} {reasons.pop().capitalize()}." if len(reasons) == 1 else NOTHING_APPLIES
+        if len(reasons) != 1:
+            return NOTHING_APPLIES
+        reason = reasons.pop()
+        return f"{NOTHING_APPLIES} {reason[:1].upper()}{reason[1:]}."
 
     @property
     def leak(self) -> Leak:

@@ -163,7 +163,8 @@ def _trust(result: Reconstruction) -> Trust:
     if result.exact:
         return "exact"
     if one == "contradicted" and not fits:
-        return "mixture" if misses or miss is None else "unverified"
+        # A second image that leaves little is in the predicted error, as noise is.
+        return "mixture" if misses or predicted < _COARSE else "unverified"
     if result.determined and misses:
         # The patch-embedding system needs no weights: what it fixes is right with others than the client's, too.
         by_system = result.attack == EMBEDDING and result.diagnostics["predicted_by_system"] >= _CLOSE

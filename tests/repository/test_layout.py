@@ -33,7 +33,7 @@ FLOORS = (
 )
 #: The same within attacks/. The files of the first floor may import each other, if there is no circle.
 ATTACK_FLOORS = (
-    {"result", "pixels", "reading", "evidence", "labels", "replay", "verify"},
+    {"result", "pixels", "reading", "evidence", "labels", "replay", "client", "verify"},
     {"closed_forms"},
     {"searches"},
     {"grey_levels"},

@@ -197,6 +197,7 @@ def solve_span(
     shared = _check(reading.update, anatomy, device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
     equations = _equations(shared, anatomy, weights)
+    _refuse_one_place(equations.e)
     dW = _patch_rows(reading.update, anatomy, equations.D)
     (d, p), n = weights[anatomy.patch_weight].flatten(1).shape, equations.e.shape[1]
     tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
@@ -254,6 +255,17 @@ def _places(numbers: Mapping[str, float]) -> Condition:
 
 
 # --- Check ----------------------------------------------------------------------------------------
+
+
+def _refuse_one_place(e: Tensor) -> None:
+    """A position embedding that is still zero, say, tells no patch from another."""
+    apart = e - e.mean(1, keepdim=True)
+    if float(apart.norm()) <= torch.finfo(torch.float64).eps * len(e) * float(e.norm()):
+        raise AttackNotApplicable(
+            "span_closed_form",
+            "the position embedding is the same at every patch (zero as initialized?): every patch obeys the same "
+            "equations, and nothing tells the patches apart",
+        )
 
 
 def _patch_rows(update: ClientUpdate, anatomy: Anatomy, like: Tensor) -> Tensor | None:
