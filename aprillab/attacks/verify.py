@@ -253,7 +253,13 @@ def _with_factors(
         return found, _replay("contradicted", words, residual, limit, factor)
     spread = _own_factors(play(best * images), update.gradients)[1]
     if best != 1.0:
-        found = replace(found, images=best * found.images, pixels=preprocessing.to_pixels(best * found.images))
+        # The errors grow with the brightness, which itself is as sure as the replay fits.
+        predicted = (found.predicted_psnr or 0.0) - 20 * math.log10(max(best, 1.0))
+        predicted = min(predicted, _BEST_FOR_MISS - 20 * math.log10(max(left, 1e-300)))
+        found = replace(
+            found, images=best * found.images, pixels=preprocessing.to_pixels(best * found.images),
+            predicted_psnr=predicted,
+        )  # fmt: skip
     words = f"played back with a factor for each tensor (largest over least {spread:.3g}), the picture"
     words += f", its model input times {best:.4g}," if best != 1.0 else ""
     words += " gives this update up to {residual:.1e} (limit {limit:.1e})"
