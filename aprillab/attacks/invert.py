@@ -12,6 +12,7 @@ from ..anatomy import Anatomy, dissect
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .catalogue import ATTACKS, CLOSED_FORMS
+from .labels import check_told
 from .replay import Loss, gradient_residual
 from .result import AttackNotApplicable, Reconstruction
 
@@ -75,6 +76,7 @@ def invert(
         raise ValueError(f"attack={attack!r} is neither 'auto' nor one of {', '.join(ATTACKS)}")
     if attack == "auto" and options:
         raise ValueError(f"options {', '.join(options)} need a named attack, not 'auto'")
+    check_told(anatomy, preprocessing, loss)
     anatomy = anatomy or dissect(model)
     common: dict[str, Any] = {
         "anatomy": anatomy, "preprocessing": preprocessing, "labels": labels, "device": device,

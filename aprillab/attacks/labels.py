@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, dissect, tensors_of
+from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, UpdateError
 from .evidence import one_image
 from .reading import fit_update
@@ -189,6 +190,25 @@ def check_known(labels: Any, update: ClientUpdate, anatomy: Anatomy, model: nn.M
         raise ValueError(f"labels={labels.tolist()}: the model has classes 0 to {len(head) - 1}")
     if update.batch_size is not None and update.batch_size > 1:
         raise UpdateError(f"one label is given, but the client says batch_size={update.batch_size}")
+
+
+def check_told(anatomy: Any, preprocessing: Any, loss: Any) -> None:
+    """Refuse what an attack is told in a form that it cannot be.
+
+    Raises
+    ------
+    ValueError
+        With the form that it should have.
+    """
+    if anatomy is not None and not isinstance(anatomy, Anatomy):
+        raise ValueError(f"anatomy must be what al.dissect(model) returns, not {anatomy!r:.40}")
+    if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+        raise ValueError(
+            "preprocessing must be an al.Preprocessing such as al.IMAGENET, al.HALF or "
+            f"al.Preprocessing(mean=(0.5,), std=(0.25,)), not {preprocessing!r:.40}"
+        )
+    if loss is not None and not callable(loss):
+        raise ValueError(f"loss must be a function of (logits, targets), such as F.cross_entropy, not {loss!r:.40}")
 
 
 def assumed_batch_size(update: ClientUpdate, labels: object, batch_size: int | None) -> int:

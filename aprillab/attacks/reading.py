@@ -213,27 +213,36 @@ def _without_decay(
 ) -> Reading:
     """The update less the multiple of the weights that the sums show, if they show one.
 
-    Matrices have a multiple of their own: many clients let position embedding, biases and norms alone.
+    Matrices, the tokens' embeddings, and biases and norms have each a multiple of their own: many
+    clients spare some of these.
     """
     gradients = update.gradients
     at = {name: weights[name].to(gradients[name].device) for name in gradients}
     of_matrices = _multiple(_head_sum(anatomy, gradients), _head_sum(anatomy, at))
-    of_rest = _multiple(_row_sums(anatomy, gradients), _row_sums(anatomy, at))
-    if of_rest is None:
-        of_rest = _multiple(_bias_sum(anatomy, gradients), _bias_sum(anatomy, at))
-    if of_matrices is None:  # of another loss, or no head: what holds for the position holds for all
-        of_matrices = of_rest
-    if not of_matrices:
+    of_tokens = _multiple(_row_sums(anatomy, gradients), _row_sums(anatomy, at))
+    if of_tokens is None:
+        of_tokens = _multiple(_bias_sum(anatomy, gradients), _bias_sum(anatomy, at))
+    if of_matrices is None:  # of another loss, or no head: what holds for the tokens holds for all
+        of_matrices = of_tokens
+    tokens = {anatomy.position, *anatomy.prefix}
+    multiples = {n: of_tokens if n in tokens else of_matrices if g.ndim > 1 else 0.0 for n, g in gradients.items()}
+    cleaned = {n: _less(g, multiples[n] or 0.0, at[n]) for n, g in gradients.items()}
+    bias = at.get(anatomy.patch_bias or "")
+    alone = (torch.zeros(1), 0.0) if bias is None else (bias.double(), float(bias.double().norm()))
+    of_rest = _multiple(_bias_sum(anatomy, cleaned), alone)
+    cleaned |= {n: _less(g, of_rest, at[n]) for n, g in gradients.items() if g.ndim < 2 and of_rest}
+    if not any((of_matrices, of_tokens, of_rest)):
         return _reading(update, anatomy, noise)
-    apart = {anatomy.position, *anatomy.prefix}
-    cleaned = {}
-    for name, g in gradients.items():
-        multiple = of_matrices if g.ndim > 1 and name not in apart else of_rest or 0.0
-        cleaned[name] = (g.double() - multiple * at[name].double()).to(torch.promote_types(g.dtype, torch.float32))
     left = measured_noise(anatomy, cleaned)
     if left is None or noise is None or left > max(noise, _CLEAR * torch.finfo(update.dtype).eps):
         return _reading(update, anatomy, noise)
-    return _reading(replace(update, gradients=cleaned), anatomy, left, of_matrices)
+    return _reading(replace(update, gradients=cleaned), anatomy, left, of_matrices or of_tokens or of_rest or 0.0)
+
+
+def _less(g: Tensor, multiple: float, weight: Tensor) -> Tensor:
+    return (
+        (g.double() - multiple * weight.double()).to(torch.promote_types(g.dtype, torch.float32)) if multiple else g
+    )
 
 
 def _multiple(shared: tuple[Tensor, float], weights: tuple[Tensor, float]) -> float | None:

@@ -33,7 +33,6 @@ _OF_NOISE, _OF_ERROR = 300.0, 10.0
 _BEST_FOR_MISS = 10.0  # dB: no picture was better than −20 log₁₀ of its miss by more
 _ROUNDING = 1e3  # ε: an entry this much smaller than other tensors' is rounding
 _MOST_LIMIT = 0.1  # a picture that is not the client's misses by about the whole norm
-_HALF = 0.5  # of an update: what a picture of another client misses at least
 _BRIGHTNESSES = 15  # tried where tensors have factors of their own, in steps of √2 down from the brightest possible
 _MOMENTA = (0.0, 0.9)  # tried in this order where the client's is not known
 
@@ -131,8 +130,8 @@ def _played(
         )
         return found, _replay("contradicted", words, residual, limit, factor)
     found, replay = _with_factors(found, images, play, update, residual, limit, factor, preprocessing)
-    if replay.state == "contradicted" and residual >= _HALF:
-        found = _as_several(found, play(images), reading.update, anatomy)
+    if replay.state == "contradicted" and one_image(anatomy, reading.update).state == "contradicted":
+        return _no_single_gradient(found, replay, play(images), reading.update, anatomy)
     return found, replay
 
 
@@ -266,24 +265,27 @@ def _with_factors(
     return found, _replay("shown", words, left, limit, factor)
 
 
-def _as_several(
-    found: Reconstruction, mine: Mapping[str, Tensor], update: ClientUpdate, anatomy: Anatomy
-) -> Reconstruction:
-    """The same, but not shown to be of one image, where head and replay deny it.
+def _no_single_gradient(
+    found: Reconstruction, replay: Replay, mine: Mapping[str, Tensor], update: ClientUpdate, anatomy: Anatomy
+) -> tuple[Reconstruction, Replay]:
+    """What the replay says where the head's gradient is not of rank one, though the system shows one image.
 
-    Through one block, attention sends back so few directions that several images' equations can have
-    a common solution: equations to spare prove nothing where the picture's own G has not rank n.
+    Several local steps leave that; then one gradient of the picture need not be the update. But through
+    one block, attention sends back so few directions that several images' equations can have a common
+    solution: equations to spare prove nothing where the picture's own G has not rank n.
     """
-    head = one_image(anatomy, update)
     prefix = f"{anatomy.root}." if anatomy.root else ""
     G = mine.get((anatomy.position or "").removeprefix(prefix))
-    if head.state != "contradicted" or G is None:
-        return found
-    s = torch.linalg.svdvals(G.double().flatten(0, -2)[anatomy.position_prefix :])
-    if bool((s > _ROUNDING * torch.finfo(G.dtype).eps * s.max()).all()):
-        return found
+    if G is not None:
+        s = torch.linalg.svdvals(G.double().flatten(0, -2)[anatomy.position_prefix :])
+        if bool((s > _ROUNDING * torch.finfo(G.dtype).eps * s.max()).all()):
+            words = (
+                f"{replay.words}; the head's gradient is no single image's at one step, as after several local steps"
+            )
+            return found, replace(replay, state="not checked", words=words)
+    head = one_image(anatomy, update)
     conditions = tuple(head if condition.name == head.name else condition for condition in found.conditions)
-    return replace(found, conditions=conditions)
+    return replace(found, conditions=conditions), replay
 
 
 def _brightness(images: Tensor, gap: Callable[[float], float], preprocessing: Preprocessing) -> tuple[float, float]:
@@ -330,4 +332,6 @@ def _by_steps(
             "shown", words + "gives this update up to {residual:.1e} (limit {limit:.1e})", residual, limit, factor
         )
     words += "misses this update by {residual:.1e} (limit {limit:.1e}): another loss, optimizer or picture"
-    return _replay("contradicted", words, residual, limit, factor)
+    # What was guessed contradicts nothing.
+    guessed = loss is None or update.momentum is None
+    return _replay("not checked" if guessed else "contradicted", words, residual, limit, factor)

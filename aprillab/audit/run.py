@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..anatomy import Anatomy, Rows, dissect
 from ..attacks.catalogue import CLOSED_FORMS, Attack
 from ..attacks.evidence import clear_signs, one_image
-from ..attacks.labels import Labels, recover_labels
+from ..attacks.labels import Labels, check_told, recover_labels
 from ..attacks.pixels import normalization
 from ..attacks.reading import fit_update, measured_noise
 from ..attacks.replay import Loss
@@ -35,6 +35,7 @@ from .words import Trust
 _GOOD_REPLAY, _BAD_REPLAY = 0.01, 0.1
 _FORESEEN = ("rank(G) = n", MARGIN, REPLAY)  # conditions whose failure the predicted error allows for
 _WORTH_A_WORD = 1e-5  # of noise
+_LEVELS_SEEN = 70.0  # dB, from where whole levels of 8 bits can be told
 _CLOSE, _COARSE = 40.0, 20.0  # dB, predicted: too good for the eye; recognizable
 
 
@@ -93,6 +94,7 @@ def audit(
     >>> audit(model, al.client_update(model, images, torch.tensor([3]))).verdict
     'This update gives the private picture away, exactly: patch-embedding system.'
     """
+    check_told(anatomy, preprocessing, loss)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     update = fit_update(model, update, anatomy)
@@ -103,7 +105,9 @@ def audit(
         progress.set_postfix_str(attack.name)
         result, reason = _attempt(attack, model, update, anatomy, options)
         findings.append(
-            Finding(attack, result, reason, _replayed(result), "none" if result is None else _trust(result))
+            Finding(
+                attack, result, reason, _replayed(result), "none" if result is None else _trust(result, preprocessing)
+            )
         )
     best = Audit.best_of(findings)
     one = one_image(anatomy, update)
@@ -150,11 +154,12 @@ def _replayed(result: Reconstruction | None) -> float | None:
     return None if result is None or result.replay is None else result.replay.residual
 
 
-def _trust(result: Reconstruction) -> Trust:
+def _trust(result: Reconstruction, preprocessing: Preprocessing) -> Trust:
     """From the attack's conditions and predicted PSNR; a replay lowers them, or raises what no condition
     vouches for.
     """
-    predicted, miss = result.predicted_psnr or 0.0, _replayed(result)
+    played = result.replay is not None and result.replay.state != "not checked"
+    predicted, miss = result.predicted_psnr or 0.0, _replayed(result) if played else None
     misses, fits = miss is not None and not miss < _BAD_REPLAY, miss is not None and miss < _GOOD_REPLAY
     states = {condition.name: condition.state for condition in result.conditions}
     one = states.pop("one image")
@@ -170,8 +175,13 @@ def _trust(result: Reconstruction) -> Trust:
         by_system = result.attack == EMBEDDING and result.diagnostics["predicted_by_system"] >= _CLOSE
         return "contradicted" if by_system else "poor"
     if result.determined:
-        sharp = predicted >= _CLOSE and (fits or miss is None)
-        return "close" if sharp else "coarse" if predicted >= _COARSE else "poor"
+        if predicted < _CLOSE:
+            return "coarse" if predicted >= _COARSE else "poor"
+        if miss is not None:
+            return "close" if fits else "coarse"
+        # Without a replay only whole levels of grey tell that the brightness is right.
+        levels = normalization(result.images, preprocessing, predicted).state == "shown"
+        return "close" if levels or predicted < _LEVELS_SEEN else "likely"
     if fits and predicted >= _COARSE:
         return "likely"
     if misses or predicted < _COARSE:
@@ -236,6 +246,10 @@ def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, findings: S
         )
     if any(f.result is not None and f.result.diagnostics.get("decay") for f in findings):
         notes.append("A multiple of the weights was in the update, as weight decay leaves; it was taken off.")
+    if any(f.trust == "exact" for f in findings) and (update.batch_size or 1) > 1:
+        notes.append(
+            f"The client says batch_size={update.batch_size}; the equations show one image, or the same each time."
+        )
     if update.source == "fedavg":
         notes.append(
             "The update is a difference of weights. After several local steps it is a sum of gradients at different "

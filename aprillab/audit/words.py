@@ -17,8 +17,8 @@ TRUST_WORDS: dict[Trust, str] = {
     "grey level, and played back the picture gives this update: this is the private picture.",
     "close": "Trust what you see, not every grey level. The conditions are shown, and the predicted error is too "
     "small for the eye.",
-    "likely": "Very probably the private picture: played back through the model it gives this update, up to a small "
-    "part; but a condition of the attack is not shown (see the reason).",
+    "likely": "Very probably the private picture, though not all that it rests on is shown (see the reason): a "
+    "condition, or by a replay that its brightness is right.",
     "coarse": "Trust the scene, not the details. The predicted error leaves a picture that can be recognized.",
     "unverified": "Take it for a hint, and look at it. A condition is not shown (see the reason), so the error "
     "predicted cannot be relied on.",
@@ -44,7 +44,7 @@ _AWAY = "This update gives the private picture away"
 VERDICTS: dict[Trust, str] = {
     "exact": f"{_AWAY}, exactly: {{attack}}.",
     "close": f"{_AWAY}, with errors too small for the eye: {{attack}}.",
-    "likely": f"{_AWAY}, very probably: {{attack}}. A condition of the attack is not shown, yet the picture fits.",
+    "likely": f"{_AWAY}, very probably: {{attack}}. Not all that the picture rests on is shown.",
     "coarse": f"{_AWAY}, recognizable though with visible errors: {{attack}}. {NOT_SAFE}",
     "contradicted": "A picture came out that the equations fix, and yet it does not give this update when played "
     "back: look at it, and check that the model has the weights and the mode the client used, and that the update is "
@@ -59,7 +59,7 @@ NOTHING_APPLIES = f"No closed form applies to this update. {NOT_SAFE}"
 
 #: Under a picture that is not to be taken for the private one.
 BELOW_PICTURE: dict[Trust, str] = {
-    "likely": "very probably, by its replay",
+    "likely": "very probably the picture",
     "mixture": "a mixture, or noise",
     "contradicted": "does not give this update when played back",
     "unverified": "a hint: a condition is not shown",

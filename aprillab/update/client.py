@@ -59,6 +59,7 @@ def client_update(
     >>> int(update.gradients["head.bias"].argmin()), update.batch_size
     (3, 1)
     """
+    _check_round(model, images)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     withhold = as_set(withhold)
     if missing := sorted(withhold - set(trained)):
@@ -76,6 +77,24 @@ def client_update(
     }
     order = tuple(name for name in trained if name in withhold)
     return ClientUpdate(filled, withheld=order, batch_size=len(images), seconds=seconds)
+
+
+def _check_round(model: Any, images: Any) -> None:
+    """A model, and pictures that it can be given."""
+    if not isinstance(model, nn.Module):
+        raise UpdateError(f"model must be a torch.nn.Module, not {type(model).__name__}: build it first")
+    if not isinstance(images, Tensor):
+        raise UpdateError(
+            f"images must be a tensor (B, C, H, W), not {type(images).__name__}: torch.as_tensor(images)"
+        )
+    if images.ndim != 4 or not len(images):
+        raise UpdateError(
+            f"images must have shape (B, C, H, W), not {tuple(images.shape)}: one picture is images[None]"
+        )
+    if not images.is_floating_point():
+        raise UpdateError(
+            f"images are {images.dtype}: make them the model's input, as in al.HALF.to_input(images / 255)"
+        )
 
 
 def _loss_value(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, images: int) -> Tensor:

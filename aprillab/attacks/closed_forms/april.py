@@ -25,7 +25,7 @@ from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System as Spare
 from ..evidence import one_image
-from ..labels import check_known, labels_or_none
+from ..labels import check_known, check_told, labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import Condition, Reconstruction, margin, predicted_psnr, report, shown_if
@@ -232,6 +232,7 @@ def april_closed_form(
         If ``regularization`` or ``systems`` is unknown.
     """
     start = time.perf_counter()
+    check_told(anatomy, preprocessing, loss)
     _check_options(regularization, systems)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing

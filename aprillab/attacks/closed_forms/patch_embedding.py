@@ -22,7 +22,7 @@ from ...anatomy import Anatomy, dissect, likely_size, tensors_of
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
-from ..labels import check_known, labels_or_none
+from ..labels import check_known, check_told, labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
@@ -235,6 +235,7 @@ def embedding_closed_form(
         If the update does not belong to the model, or a tensor that is read is not finite.
     """
     start = time.perf_counter()
+    check_told(anatomy, preprocessing, loss)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     reading = read_update(model, update, anatomy)
