@@ -87,7 +87,7 @@ def _check_round(model: Any, images: Any) -> None:
         raise UpdateError(
             f"images must be a tensor (B, C, H, W), not {type(images).__name__}: torch.as_tensor(images)"
         )
-    if images.ndim != 4 or not len(images):
+    if images.ndim in (0, 3) or not len(images):
         raise UpdateError(
             f"images must have shape (B, C, H, W), not {tuple(images.shape)}: one picture is images[None]"
         )
