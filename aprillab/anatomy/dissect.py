@@ -66,6 +66,9 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
     >>> str(anatomy.key)
     'encoder.layers.encoder_layer_0.self_attention.in_proj_weight[64:128]'
     """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise UnknownModelError(f"dissect needs a torch.nn.Module, not {kind}: build the model and load its weights")
     known = {field.name for field in fields(Anatomy)} - {"resampling", "vit"}
     if wrong := sorted(set(parts) - known):
         raise ValueError(f"dissect: no part is called {', '.join(wrong)}; there are {', '.join(sorted(known))}, vit")

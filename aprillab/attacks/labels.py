@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, dissect
-from ..update import ClientUpdate
+from ..anatomy import Anatomy, dissect, tensors_of
+from ..update import ClientUpdate, UpdateError
 from .evidence import one_image
 from .reading import fit_update
 from .result import AttackNotApplicable, Condition
@@ -160,6 +160,35 @@ def labels_or_none(
     except AttackNotApplicable as refusal:
         return None, refusal.reason
     return found.labels, f"recovered, {'exact' if found.exact else 'not certain'}: {found.reason}"
+
+
+def check_known(labels: Any, update: ClientUpdate, anatomy: Anatomy, model: nn.Module) -> None:
+    """Refuse what cannot be the label of one image of this model: the closed forms return one.
+
+    Raises
+    ------
+    ValueError
+        If it is no int64 tensor of shape (1,) with a class of the model, nor targets of shape
+        (1, classes).
+    UpdateError
+        If the client says that its batch is larger.
+    """
+    if labels is None:
+        return
+    wanted = "labels must be an int64 tensor of shape (1,), or targets of shape (1, classes)"
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{wanted}, not {type(labels).__name__}: torch.tensor([3])")
+    if len(labels.shape) == 2 and len(labels) == 1 and labels.is_floating_point():
+        return
+    if labels.shape != (1,) or labels.is_floating_point():
+        raise ValueError(
+            f"{wanted}, not {labels.dtype} of shape {tuple(labels.shape)}: a closed form is of one image"
+        )
+    head = tensors_of(model).get(anatomy.head_weight or anatomy.head_bias or "")
+    if head is not None and not 0 <= int(labels[0]) < len(head):
+        raise ValueError(f"labels={labels.tolist()}: the model has classes 0 to {len(head) - 1}")
+    if update.batch_size is not None and update.batch_size > 1:
+        raise UpdateError(f"one label is given, but the client says batch_size={update.batch_size}")
 
 
 def assumed_batch_size(update: ClientUpdate, labels: object, batch_size: int | None) -> int:

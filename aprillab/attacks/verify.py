@@ -8,12 +8,10 @@ played step by step, which needs its loss and its label.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -21,17 +19,19 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, playable
 from ..preprocessing import Preprocessing
-from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
+from ..update import ClientUpdate
+from .client import Player, after_local_steps, draws, inner_client, ways_to_play
 from .evidence import one_image
 from .pixels import normalization
 from .reading import Reading
-from .replay import Loss, as_shared
+from .replay import Loss
 from .result import REPLAY, Reconstruction, Replay, State, verdict
 
 EMBEDDING = "embedding_closed_form"
 # How far a picture with this predicted error may miss its update: data/results/fuzz.md.
 _OF_NOISE, _OF_ERROR = 300.0, 10.0
 _BEST_FOR_MISS = 10.0  # dB: no picture was better than −20 log₁₀ of its miss by more
+_ROUNDING = 1e3  # ε: an entry this much smaller than other tensors' is rounding
 _MOST_LIMIT = 0.1  # a picture that is not the client's misses by about the whole norm
 _HALF = 0.5  # of an update: what a picture of another client misses at least
 _BRIGHTNESSES = 15  # tried where tensors have factors of their own, in steps of √2 down from the brightest possible
@@ -92,7 +92,8 @@ def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preproces
         reason += f"; the model's input, that is: its pixels are {fit.text}"
     return replace(
         found, replay=replay, conditions=conditions, exact=exact, reason=reason, predicted_psnr=predicted,
-        diagnostics={**found.diagnostics, "normalization": fit.text, "predicted_by_system": by_system},
+        diagnostics={**found.diagnostics, "normalization": fit.text, "predicted_psnr": predicted,
+                     "predicted_by_system": by_system},
     )  # fmt: skip
 
 
@@ -105,29 +106,54 @@ def _played(
     loss: Loss | None,
 ) -> tuple[Reconstruction, Replay]:
     """The replay, and the picture, whose brightness it may correct."""
-    client, update = _inner(model, reading.update, anatomy)
+    client, update = inner_client(model, reading.update, anatomy)
     images = found.images.to(next(client.parameters()))
     limit = _limit(reading.noise, found.predicted_psnr)
-    if _draws(client, images):
+    if draws(client, images):
         return found, Replay(
             "not checked", "the model draws at random (dropout, in training mode): no replay is the client's"
         )
     if update.local_steps > 1:
         return found, _by_steps(client, update, images, found.labels, loss, limit)
-    play = _player(client, update, anatomy, found.labels, loss)
-    if isinstance(play, str):
-        return found, Replay("not checked", play)
+    ways = ways_to_play(client, update, anatomy, found.labels, loss)
+    if not ways:
+        why = "not played back: the head's gradient is not shared, and no label is known"
+        return found, Replay("not checked", why)
     reads = _parts_read(anatomy, update)
-    gradients = play(images)
-    residual, factor = compare(gradients, update.gradients, reads)
-    words = "played back, the picture gives this update up to {residual:.1e} (limit {limit:.1e}), factor {factor:.3g}"
+    residual, factor, how, play = _best_way(ways, images, update, reads, limit)
     if residual <= limit:
+        words = f"played back {how}, the picture gives this update"
+        words += " up to {residual:.1e} (limit {limit:.1e}), factor {factor:.3g}"
         return found, _replay("shown", words, residual, limit, factor)
     if not found.determined:
-        words = words.replace("gives this update up to", "misses this update by")
+        words = (
+            "played back, the picture misses this update by {residual:.1e} (limit {limit:.1e}), factor {factor:.3g}"
+        )
         return found, _replay("contradicted", words, residual, limit, factor)
     found, replay = _with_factors(found, images, play, update, residual, limit, factor, preprocessing)
-    return (found if replay.state == "shown" else _as_several(found, residual, reading.update, anatomy)), replay
+    if replay.state == "contradicted" and residual >= _HALF:
+        found = _as_several(found, play(images), reading.update, anatomy)
+    return found, replay
+
+
+def _best_way(
+    ways: Mapping[str, Player], images: Tensor, update: ClientUpdate, reads: list[str], limit: float
+) -> tuple[float, float, str, Player]:
+    """The first way to play the client that gives the update, else the one that misses it least: the
+    residual, the factor, and the way.
+    """
+    tried, failed = [], None
+    for how, play in ways.items():
+        try:
+            tried.append((*compare(play(images), update.gradients, reads), how, play))
+        except Exception as error:  # of a loss, say, that does not take the labels: the other ways need none
+            failed = error
+            continue
+        if tried[-1][0] <= limit:
+            return tried[-1]
+    if not tried and failed is not None:
+        raise failed
+    return min(tried, key=lambda one: one[0])
 
 
 def _replay(state: State, words: str, residual: float, limit: float, factor: float) -> Replay:
@@ -144,72 +170,12 @@ def _limit(noise: float, predicted_psnr: float | None) -> float:
 # --- The client ---------------------------------------------------------------------------------------------------
 
 
-def _inner(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[nn.Module, ClientUpdate]:
-    """The ViT that reads model input, within whatever holds it, and the update under its names."""
-    prefix = f"{anatomy.root}." if anatomy.root else ""
-    head = anatomy.head_weight or anatomy.head_bias
-    if not prefix or (head is not None and not head.startswith(prefix)):
-        return as_shared(model, update), update
-    inner = {name.removeprefix(prefix): g for name, g in update.gradients.items() if name.startswith(prefix)}
-    update = replace(update, gradients=inner, withheld=())
-    return as_shared(model.get_submodule(anatomy.root), update), update
-
-
 def _parts_read(anatomy: Anatomy, update: ClientUpdate) -> list[str]:
     """Names, within the ViT, of the tensors that closed forms read."""
     prefix = f"{anatomy.root}." if anatomy.root else ""
     parts = [anatomy.patch_weight, anatomy.position or ""]
     names = {name for part in parts for name in (part, part.removeprefix(prefix))}
     return [name for name in update.gradients if name in names]
-
-
-def _draws(client: nn.Module, images: Tensor) -> bool:
-    """Whether two forward passes differ."""
-    if not client.training:
-        return False
-    with torch.no_grad():
-        return not torch.equal(logits_of(client, images), logits_of(client, images))
-
-
-Player = Callable[[Tensor], Mapping[str, Tensor]]
-
-
-def _player(
-    client: nn.Module, update: ClientUpdate, anatomy: Anatomy, labels: Tensor | None, loss: Loss | None
-) -> Player | str:
-    """Images to gradients, as the client would make them; or why that cannot be played."""
-    r = _at_the_logits(update, anatomy)
-    if r is not None:
-        return lambda images: _vector_jacobian(client, images, r)
-    if labels is None:
-        return "not played back: the head's gradient is not shared, and no label is known"
-    known = labels
-    return lambda images: (
-        client_update(client, images, known.to(images.device), loss=loss or nn.functional.cross_entropy).gradients
-    )
-
-
-def _at_the_logits(update: ClientUpdate, anatomy: Anatomy) -> Tensor | None:
-    """r up to a factor, from the head's bias gradient, or from its weight gradient r fᵀ."""
-    prefix = f"{anatomy.root}." if anatomy.root else ""
-    names = [(name or "").removeprefix(prefix) for name in (anatomy.head_bias, anatomy.head_weight)]
-    bias, weight = (update.gradients.get(name) for name in names)
-    if bias is not None and bias.any():
-        return bias
-    if weight is None or not weight.any():
-        return None
-    return weight @ weight[weight.double().norm(dim=1).argmax()]
-
-
-def _vector_jacobian(client: nn.Module, images: Tensor, r: Tensor) -> dict[str, Tensor]:
-    """The gradient of ⟨r, logits⟩."""
-    trained = {name: p for name, p in client.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
-        logits = logits_of(client, images)
-        found = torch.autograd.grad((logits * r.to(logits)).sum(), list(trained.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.items(), found, strict=True)
-    }
 
 
 # --- Judgement ----------------------------------------------------------------------------------------------------
@@ -244,8 +210,12 @@ def _own_factors(mine: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tu
     the largest factor over the least.
     """
     missed, size, factors = 0.0, 0.0, []
+    # A key's bias has no gradient but rounding, which no factor makes another's.
+    entries = {name: float(t.double().square().mean()) ** 0.5 for name, t in mine.items()}
+    eps = max(torch.finfo(t.dtype).eps for t in mine.values())
+    least = _ROUNDING * eps * max(entries.values())
     for name, g in shared.items():
-        if name not in mine or not g.any() or not mine[name].any():
+        if not entries.get(name, 0.0) > least or not g.any():
             continue
         a, b = mine[name].double(), g.to(mine[name].device).double()
         factor = float((a * b).sum() / a.square().sum())
@@ -290,14 +260,21 @@ def _with_factors(
     return found, _replay("shown", words, left, limit, factor)
 
 
-def _as_several(found: Reconstruction, miss: float, update: ClientUpdate, anatomy: Anatomy) -> Reconstruction:
-    """The same, but not shown to be of one image, where replay and head both deny it.
+def _as_several(
+    found: Reconstruction, mine: Mapping[str, Tensor], update: ClientUpdate, anatomy: Anatomy
+) -> Reconstruction:
+    """The same, but not shown to be of one image, where head and replay deny it.
 
-    With one block, attention leaves so few directions in G that several images' equations can have a
-    common solution: then equations to spare prove nothing.
+    Through one block, attention sends back so few directions that several images' equations can have
+    a common solution: equations to spare prove nothing where the picture's own G has not rank n.
     """
     head = one_image(anatomy, update)
-    if miss < _HALF or head.state != "contradicted":
+    prefix = f"{anatomy.root}." if anatomy.root else ""
+    G = mine.get((anatomy.position or "").removeprefix(prefix))
+    if head.state != "contradicted" or G is None:
+        return found
+    s = torch.linalg.svdvals(G.double().flatten(0, -2)[anatomy.position_prefix :])
+    if bool((s > _ROUNDING * torch.finfo(G.dtype).eps * s.max()).all()):
         return found
     conditions = tuple(head if condition.name == head.name else condition for condition in found.conditions)
     return replace(found, conditions=conditions)
@@ -311,8 +288,14 @@ def _brightness(images: Tensor, gap: Callable[[float], float], preprocessing: Pr
     gaps = [gap(c) for c in tried]
     k = min(range(len(tried)), key=gaps.__getitem__)
     ends = tried[min(k + 1, len(tried) - 1)], tried[max(k - 1, 0)]
-    fit = minimize_scalar(gap, bounds=ends, method="bounded", options={"xatol": 1e-9 * ends[1], "maxiter": 60})
-    return (float(fit.x), float(fit.fun)) if fit.fun < gaps[k] else (tried[k], gaps[k])
+    fit = minimize_scalar(gap, bounds=ends, method="bounded", options={"xatol": 1e-6 * ends[1], "maxiter": 60})
+    best = float(fit.x) if fit.fun < gaps[k] else tried[k]
+    # The square of the gap is a parabola near its least value: its top takes the last digits.
+    for step in (1e-4, 1e-7):
+        below, at, above = (gap(best * (1 + sign * step)) ** 2 for sign in (-1, 0, 1))
+        if (bend := below - 2 * at + above) > 0:
+            best *= 1 + step * (below - above) / 2 / bend
+    return best, gap(best)
 
 
 # --- Several local steps ------------------------------------------------------------------------------------------
@@ -327,9 +310,9 @@ def _by_steps(
     if labels is None:
         return Replay("not checked", "not played back: several local steps, and no label is known")
     momenta = _MOMENTA if update.momentum is None else (update.momentum,)
-    tried = {}
+    tried, criterion = {}, loss or nn.functional.cross_entropy
     for momentum in momenta:
-        mine = _steps(client, replace(update, momentum=momentum), images, labels, loss or nn.functional.cross_entropy)
+        mine = after_local_steps(client, replace(update, momentum=momentum), images, labels, criterion)
         tried[momentum] = compare(mine, update.gradients)
         if tried[momentum][0] <= limit:
             break
@@ -342,28 +325,3 @@ def _by_steps(
         )
     words += "misses this update by {residual:.1e} (limit {limit:.1e}): another loss, optimizer or picture"
     return _replay("contradicted", words, residual, limit, factor)
-
-
-def _steps(client: nn.Module, update: ClientUpdate, images: Tensor, labels: Tensor, loss: Loss) -> dict[str, Tensor]:
-    """What a client would share after its local steps of SGD."""
-    trained = copy.deepcopy(client)
-    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
-    protocol: dict[str, Any] = {
-        "learning_rate": update.learning_rate, "local_steps": update.local_steps, "momentum": update.momentum,
-        "nesterov": update.nesterov, "weight_decay": update.weight_decay,
-    }  # fmt: skip
-    optimizer = torch.optim.SGD(
-        [p for p in trained.parameters() if p.requires_grad], lr=update.learning_rate or 0.0,
-        momentum=update.momentum or 0.0, nesterov=bool(update.nesterov and update.momentum),
-        weight_decay=update.weight_decay or 0.0,
-    )  # fmt: skip
-    for _ in range(update.local_steps):
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            loss(logits_of(trained, images), labels.to(images.device)).backward()
-        optimizer.step()
-    after = {name: p.detach() for name, p in trained.named_parameters()}
-    try:
-        return dict(update_from_states(before, after, **protocol).gradients)
-    except UpdateError:  # nothing moved
-        return {name: torch.zeros_like(p) for name, p in before.items()}

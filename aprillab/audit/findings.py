@@ -121,13 +121,21 @@ class Audit:
         return self.best_of(self.findings)
 
     @property
+    def batch_evidence(self) -> str:
+        """What says how many images are behind the update, in words."""
+        return self.one_image.text
+
+    @property
     def verdict(self) -> str:
         """The audit in one paragraph of plain words: those of the first attack with the best trust."""
         if (best := self.best) is not None:
             return VERDICTS[best.trust].format(attack=best.attack.title)
         reasons = {found.reason for found in self.findings}
         # One reason for all of them says more than that none applies.
-        return f"{NOTHING_APPLIES} {reasons.pop().capitalize()}." if len(reasons) == 1 else NOTHING_APPLIES
+        if len(reasons) != 1:
+            return NOTHING_APPLIES
+        reason = reasons.pop()
+        return f"{NOTHING_APPLIES} {reason[:1].upper()}{reason[1:]}."
 
     @property
     def leak(self) -> Leak:

@@ -121,10 +121,15 @@ def audit(
         one_image=one,
         findings=tuple(findings),
         notes=tuple(dict.fromkeys(_notes(model, update, anatomy, findings))),
-        pixels=None
-        if best is None or best.result is None
-        else normalization(best.result.images, preprocessing, best.result.predicted_psnr or 0.0),
+        pixels=_pixels(best, preprocessing),
     )
+
+
+def _pixels(best: Finding | None, preprocessing: Preprocessing) -> Condition | None:
+    """How the best picture fits the normalization that was assumed."""
+    if best is None or best.result is None:
+        return None
+    return normalization(best.result.images, preprocessing, best.result.predicted_psnr or 0.0)
 
 
 def _attempt(
@@ -158,13 +163,15 @@ def _trust(result: Reconstruction) -> Trust:
     if result.exact:
         return "exact"
     if one == "contradicted" and not fits:
-        return "mixture" if misses or miss is None else "unverified"
+        # A second image that leaves little is in the predicted error, as noise is.
+        return "mixture" if misses or predicted < _COARSE else "unverified"
     if result.determined and misses:
         # The patch-embedding system needs no weights: what it fixes is right with others than the client's, too.
         by_system = result.attack == EMBEDDING and result.diagnostics["predicted_by_system"] >= _CLOSE
         return "contradicted" if by_system else "poor"
-    if result.determined and predicted >= _CLOSE and not misses:
-        return "close" if fits or miss is None else "coarse"
+    if result.determined:
+        sharp = predicted >= _CLOSE and (fits or miss is None)
+        return "close" if sharp else "coarse" if predicted >= _COARSE else "poor"
     if fits and predicted >= _COARSE:
         return "likely"
     if misses or predicted < _COARSE:

@@ -62,6 +62,7 @@ def fitted(
     >>> list(fitted(nn.Linear(2, 1), update).gradients)
     ['weight', 'bias']
     """
+    _refuse_what_is_neither(model, update)
     parameters = dict(model.named_parameters())
     if not (update.gradients.keys() <= parameters.keys() >= set(update.withheld)):
         update = _renamed(model, parameters, update)
@@ -137,6 +138,23 @@ def _listed(names: list[str]) -> str:
     if not names:
         return "none"
     return ", ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _refuse_what_is_neither(model: object, update: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UpdateError(
+            f"model must be the torch.nn.Module that the client trained, not {_kind(model)}: build it and load the "
+            "weights that were sent"
+        )
+    if not isinstance(update, ClientUpdate):
+        raise UpdateError(
+            f"update must be a ClientUpdate, not {_kind(update)}: ClientUpdate({{name: gradient, …}}), "
+            "update_from_states(before, after, …) or load_update(path)"
+        )
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System as Spare
 from ..evidence import one_image
-from ..labels import labels_or_none
+from ..labels import check_known, labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import Condition, Reconstruction, margin, predicted_psnr, report, shown_if
@@ -236,6 +236,7 @@ def april_closed_form(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     reading = read_update(model, update, anatomy)
+    check_known(labels, update, anatomy, model)
     system = read_system(model, reading.update, anatomy, strict=strict, device=device)
     (d, p), n = system.W_e.shape, len(system.G_p)
     systems = systems or ("attention" if p <= d else "row_space")

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, dissect, likely_size
+from ...anatomy import Anatomy, dissect, likely_size, tensors_of
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
-from ..labels import labels_or_none
+from ..labels import check_known, labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
@@ -79,6 +80,21 @@ def least_singular_value(s: Tensor, shape: torch.Size, noise: float, entry: floa
     return rounding if noise < _ROUNDING else max(rounding, entry * sum(size**0.5 for size in shape))
 
 
+def without_decay(dW: Tensor, G: Tensor, W_e: Tensor) -> Tensor:
+    """dW (d, p) less the multiple of W_e (d, p) that Gᵀ X can explain worst: what weight decay left.
+
+    >>> G, X = torch.eye(1, 3).double(), torch.tensor([[1.0, 2.0]]).double()
+    >>> W_e = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).double()
+    >>> without_decay(G.T @ X + 0.1 * W_e, G, W_e)[1:].abs().max().item() < 1e-15
+    True
+    """
+    if len(G) >= len(dW):
+        return dW
+    Q = torch.linalg.qr(G.T).Q
+    left, of_weights = (A - Q @ (Q.T @ A) for A in (dW, W_e))
+    return dW - float((left * of_weights).sum() / of_weights.square().sum()) * W_e
+
+
 @dataclass(frozen=True)
 class Patches:
     """The most probable patches X (n, p), and what is known of their error.
@@ -110,33 +126,31 @@ def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tupl
     """Least squares where the update says more than noise, grey where it does not.
 
     The noise is relative to an entry's r.m.s. in dW, and of size ``entry`` in G. Patches have the
-    mean ``prior[0]`` (n, p) and the variance ``prior[1]`` before anything is read, so a direction
+    mean ``prior[0]`` (p,) and the variance ``prior[1]`` before anything is read, so a direction
     with singular value s is divided by s + λ/s, with λ the noise's variance over theirs. Where
     nothing is damped this is (4.3), its error (4.7).
     """
-    (n, d), (X0, variance) = G.shape, prior
+    (n, d), (x0, variance) = G.shape, prior
     U, s, Vt = thin_svd(G.T)
     rank = int((s > least_singular_value(s, G.shape, noise, entry)).sum())
     s = s.clamp_min(_TINY)
-    B = dW - G.T @ X0
-    residual = B - U @ (U.T @ B)
-
-    def deviations(sigma2: float) -> Tensor:
-        """X − X₀ where an entry of B has noise of variance ``sigma2``."""
-        return solve_patches(B, U, s + sigma2 / variance / s, Vt)
-
+    B = dW - torch.outer(G.sum(0), x0)  # of deviations from grey
+    b = U.T @ B
+    residual = B - U @ b
     sigma2 = noise_variance(residual, n, noise, _rms(dW))
     if d > n:
         # Noise in G is in the residual, multiplied by the pixels: it cannot be more than is seen there.
-        pixels = max(_rms(X0 + deviations(sigma2)) ** 2, _LEAST_PIXELS * variance)
+        off = b / (s + sigma2 / variance / s)[:, None]
+        pixels = max(_rms(x0) ** 2 + float(off.square().sum()) / (n * len(x0)), _LEAST_PIXELS * variance)
         entry = min(entry, (sigma2 / n / pixels) ** 0.5)
-    carried = n * entry**2 * (_rms(X0) ** 2 + variance)
+    carried = n * entry**2 * (_rms(x0) ** 2 + variance)
     if d <= n:
         sigma2 = max(sigma2, carried)
-    off = deviations(sigma2)
-    mse = expected_error((Vt @ off).square().mean(1), s, sigma2, d * entry**2, n, variance)
+    s_used = s + sigma2 / variance / s
+    energy = (b / s_used[:, None]).square().mean(1)
+    mse = expected_error(energy, s, sigma2, d * entry**2, n, variance)
     gain = (1 + carried / (noise * _rms(dW)) ** 2) ** 0.5 if dW.any() else 1.0
-    return Patches(X0 + off, residual, s, rank, mse, gain)
+    return Patches(x0 + solve_patches(B, U, s_used, Vt), residual, s, rank, mse, gain)
 
 
 def expected_error(energy: Tensor, s: Tensor, sigma2: float, in_G: float, n: int, variance: float) -> float:
@@ -224,10 +238,16 @@ def embedding_closed_form(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     reading = read_update(model, update, anatomy)
+    check_known(labels, update, anatomy, model)
     dW, G = _check(reading, anatomy, strict, device)
     (d, p), n = dW.shape, len(G)
-    grey = grey_patches(anatomy.tiling, preprocessing, (n, p)).to(G)
+    if reading.decay:
+        dW = without_decay(dW, G, tensors_of(model)[anatomy.patch_weight].to(dW).flatten(1))
+    grey = grey_patches(anatomy.tiling, preprocessing, (n, p))[0].to(G)
     found = most_probable(dW, G, reading.noise, reading.noise_of_position, (grey, pixel_variance(preprocessing)))
+    options = {"preprocessing": preprocessing, "labels": labels, "loss": loss, "verify": verify, "device": device}
+    if found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
+        return smaller
     relative = float(found.residual.norm() / dW.norm()) if dW.any() else 0.0
     # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
     of = d - (anatomy.ignores_mean)
@@ -258,6 +278,20 @@ def embedding_closed_form(
         start=start,
     )  # fmt: skip
     return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+
+
+def _of_another_size(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, rank: int, options: dict[str, Any]
+) -> Reconstruction | None:
+    """A smaller picture's result, where the rank is that of its patches and its system fixes them.
+
+    The library's interpolation of the position embedding is known, and undone.
+    """
+    size = likely_size(rank, anatomy)
+    if size is None or anatomy != dissect(model):  # what the caller described is not changed
+        return None
+    result = embedding_closed_form(model, update, anatomy=dissect(model, image_size=size), **options)
+    return result if result.determined else None
 
 
 def _words_of_rank(rank: int, n: int, d: int, anatomy: Anatomy) -> str:

@@ -13,6 +13,7 @@ from .token_equations import TokenEquations
 # Normal equations square the condition number. Where the factor's diagonal shows a square up to
 # this, one step of refinement leaves no more than QR does; beyond it QR is taken.
 _MOST_SQUARED = 1e8
+_TOUCH = 1e-12  # of a token's cost
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ def smallest_combination(
     # What a token and a patch cost: ‖T x + t‖ = ‖c‖ and ‖R x‖ = ‖c'‖.
     T, t = token_side.coefficients(equations.A), token_side.coefficients(equations.e)
     if pixel_side is None:
-        alone = smallest(T, t, T[:0], 0.0, (T.T @ T, torch.zeros_like(T.T @ T)))
+        # A touch of the pixels' own size, for directions of which the tokens say nothing.
+        R, squares = torch.eye(T.shape[1]).to(T), T.T @ T
+        touch = _TOUCH * float(squares.diagonal().mean()) ** 0.5
+        alone = smallest(T, t, R, touch, (squares, R))
         return alone, float(alone.token_cost.mean()) / max(len(equations.A) - T.shape[1], 1), 0.0
     R = pixel_side.coefficients()  # of the pixels themselves: the unit vectors
     normal = T.T @ T, R.T @ R

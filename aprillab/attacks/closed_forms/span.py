@@ -27,7 +27,7 @@ from ...anatomy import Anatomy, dissect, tensors_of
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..evidence import System, one_image
-from ..labels import labels_or_none
+from ..labels import check_known, labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
@@ -130,6 +130,7 @@ def span_closed_form(
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
     reading = read_update(model, update, anatomy)
+    check_known(labels, update, anatomy, model)
     solution = solve_span(model, reading, anatomy=anatomy, strict=strict, device=device)
     error = min(solution.mean_square_error, pixel_variance(preprocessing))
     predicted = predicted_psnr(error, preprocessing)
@@ -196,6 +197,7 @@ def solve_span(
     shared = _check(reading.update, anatomy, device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
     equations = _equations(shared, anatomy, weights)
+    _refuse_one_place(equations.e)
     dW = _patch_rows(reading.update, anatomy, equations.D)
     (d, p), n = weights[anatomy.patch_weight].flatten(1).shape, equations.e.shape[1]
     tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
@@ -253,6 +255,17 @@ def _places(numbers: Mapping[str, float]) -> Condition:
 
 
 # --- Check ----------------------------------------------------------------------------------------
+
+
+def _refuse_one_place(e: Tensor) -> None:
+    """A position embedding that is still zero, say, tells no patch from another."""
+    apart = e - e.mean(1, keepdim=True)
+    if float(apart.norm()) <= torch.finfo(torch.float64).eps * len(e) * float(e.norm()):
+        raise AttackNotApplicable(
+            "span_closed_form",
+            "the position embedding is the same at every patch (zero as initialized?): every patch obeys the same "
+            "equations, and nothing tells the patches apart",
+        )
 
 
 def _patch_rows(update: ClientUpdate, anatomy: Anatomy, like: Tensor) -> Tensor | None:

@@ -217,3 +217,46 @@ def test_ill_conditioned_equations_go_to_qr_and_both_ways_agree(least, by_qr, qr
     # The condition is 1/least. Without its refinement the squared way is off by 7e-15 / least already at 1e-2.
     torch.testing.assert_close(found.patches, by_triangle.patches, rtol=0, atol=2e-15 / least)
     assert (found.patches - X).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("withheld", [True, False], ids=["withheld", "zero"])
+def test_the_tokens_alone_fix_the_pixels_of_a_wide_model(withheld):
+    """No patch embedding's gradient: p + n + 2 ≤ d is needed, and nothing else. Or it is there and zero: frozen."""
+    model = make("prenorm", "frozen")  # p = 48, n = 16, d = 96
+    pixels = private(model)
+    update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))
+    name = "patch_embedding.weight"
+    blind = (
+        update.without([name])
+        if withheld
+        else al.ClientUpdate({**update.gradients, name: torch.zeros_like(update.gradients[name])})
+    )
+    found = al.span_closed_form(model, blind)
+    assert db(found, pixels) > 150
+    assert found.diagnostics["width_needed"] == 48 + 17 + 1
+    assert found.determined
+    narrow = make("prenorm", "frozen", width=63)
+    update = al.client_update(narrow, al.HALF.to_input(pixels), torch.tensor([3])).without([name])
+    with pytest.raises(al.AttackNotApplicable, match="48 unknowns"):
+        al.span_closed_form(narrow, update)
+    best = al.span_closed_form(narrow, update, strict=False)
+    assert best.images.isfinite().all()
+    assert not best.determined
+
+
+def test_equal_places_are_refused():
+    model = make("prenorm", "frozen")
+    torch.nn.init.zeros_(model.position_embedding)
+    update = al.client_update(model, al.HALF.to_input(private(model)), torch.tensor([3]))
+    with pytest.raises(al.AttackNotApplicable, match="same at every patch"):
+        al.span_closed_form(model, update)
+
+
+def test_places_that_combine_to_each_other_are_said():
+    model = make("prenorm", "frozen")
+    table = al.sinusoidal_2d((4, 4), 96)
+    model.position_embedding.data[0] = table.to(model.position_embedding)
+    update = al.client_update(model, al.HALF.to_input(private(model)), torch.tensor([3]))
+    found = al.span_closed_form(model, update)
+    assert not found.exact
+    assert {c.name: c.state for c in found.conditions}["places are independent"] == "contradicted"
