@@ -7,10 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-UNFORESEEN = 70  # an error of aprillab's own, which must not be taken for "no attack applies"
-EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 70 unforeseen, 130 interrupted."
+EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted."
 AUDIT_EXIT_CODES = """Exit codes: 0 a picture is given away (exact, close, likely or coarse), 1 none is shown (unclear
-or none), 2 bad input or usage, 70 unforeseen, 130 interrupted. With --fail-on LEVEL: 3 LEVEL or worse, 0 less."""
+or none), 2 bad input or usage, 130 interrupted. With --fail-on LEVEL: 3 LEVEL or worse, 0 less."""
 RESPONSIBLE_USE = (
     "Use this to learn, to audit systems that are yours and to build better defences: attack pictures that are\n"
     "public, or your own, or those of people who said yes."

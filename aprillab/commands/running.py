@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from ..comparison.cases import CompareError
 from ..data import PictureError, PictureWarning
 from ..update import UpdateError
 from ..zoo import ModelError
-from .messages import UNFORESEEN, CommandError, fail, note
+from .messages import CommandError, fail, note
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,12 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "alloc" in str(error):
             return fail(f"not enough memory: choose a smaller model or --image-size ({str(error)[:120]})", 2)
-        traceback.print_exc()
-        return fail("this should not have happened: please report it, with the lines above", UNFORESEEN)
-    except Exception:
-        # Not 1, which says that nothing was shown.
-        traceback.print_exc()
-        return fail("this should not have happened: please report it, with the lines above", UNFORESEEN)
+        raise
 
 
 @contextmanager
