@@ -227,9 +227,8 @@ def _without_decay(
     tokens = {anatomy.position, *anatomy.prefix}
     multiples = {n: of_tokens if n in tokens else of_matrices if g.ndim > 1 else 0.0 for n, g in gradients.items()}
     cleaned = {n: _less(g, multiples[n] or 0.0, at[n]) for n, g in gradients.items()}
-    bias = at.get(anatomy.patch_bias or "")
-    alone = (torch.zeros(1), 0.0) if bias is None else (bias.double(), float(bias.double().norm()))
-    of_rest = _multiple(_bias_sum(anatomy, cleaned), alone)
+    of_rest = _of_biases_and_norms(anatomy, cleaned, at)
+    of_rest = of_tokens if of_rest is None else of_rest  # nothing tells: then they are as the tokens
     cleaned |= {n: _less(g, of_rest, at[n]) for n, g in gradients.items() if g.ndim < 2 and of_rest}
     if not any((of_matrices, of_tokens, of_rest)):
         return _reading(update, anatomy, noise)
@@ -237,6 +236,29 @@ def _without_decay(
     if left is None or noise is None or left > max(noise, _CLEAR * torch.finfo(update.dtype).eps):
         return _reading(update, anatomy, noise)
     return _reading(replace(update, gradients=cleaned), anatomy, left, of_matrices or of_tokens or of_rest or 0.0)
+
+
+def _of_biases_and_norms(
+    anatomy: Anatomy, gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> float | None:
+    """Their multiple, from the patch embedding's bias or, where that is zero, from the norm before the
+    first attention; None where neither tells.
+
+    The norm gives γ ẑ + β to the projections W alone, so γ ∂l/∂γ + β ∂l/∂β = Σ W ∂l/∂W over W's rows.
+    """
+    bias = weights.get(anatomy.patch_bias or "")
+    if bias is not None and bias.any():
+        return _multiple(_bias_sum(anatomy, gradients), (bias.double(), float(bias.double().norm()))) or 0.0
+    names = [name for name in (anatomy.norm_weight, anatomy.norm_bias) if name is not None and name in gradients]
+    rows = [part for part in (anatomy.query, anatomy.key, anatomy.value) if part is not None]
+    shared = [(part.of(weights), part.of(gradients)) for part in rows]
+    if not anatomy.ignores_mean or anatomy.norm_weight not in names or any(g is None for _, g in shared):
+        return None
+    squares = torch.stack([weights[name].double().square() for name in names]).sum(0)
+    before = torch.stack([weights[name].double() * gradients[name].double() for name in names]).sum(0)
+    through = torch.stack([(w.double() * g.double()).sum(0) for w, g in shared if w is not None and g is not None])
+    miss = before - through.sum(0)
+    return _multiple((miss, float(miss.norm())), (squares, float(squares.norm()))) or 0.0
 
 
 def _less(g: Tensor, multiple: float, weight: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ _OF_NOISE, _OF_ERROR = 300.0, 10.0
 _BEST_FOR_MISS = 10.0  # dB: no picture was better than −20 log₁₀ of its miss by more
 _ROUNDING = 1e3  # ε: an entry this much smaller than other tensors' is rounding
 _MOST_LIMIT = 0.1  # a picture that is not the client's misses by about the whole norm
+_HALF_LEVEL = 0.002  # of the range from black to white: half a grey level of 8 bits
 _BRIGHTNESSES = 15  # tried where tensors have factors of their own, in steps of √2 down from the brightest possible
 _MOMENTA = (0.0, 0.9)  # tried in this order where the client's is not known
 
@@ -242,14 +243,17 @@ def _with_factors(
         return _own_factors(play(brightness * images), update.gradients)[0]
 
     best, left = 1.0, gap(1.0)
-    if left > limit and found.attack == EMBEDDING:
-        best, left = _brightness(found.images, gap, preprocessing)
+    # Only the patch-embedding system takes a ratio of factors for brightness.
+    if found.attack == EMBEDDING:
+        brightness, there = _brightness(found.images, gap, preprocessing)
+        best, left = (brightness, there) if there < left else (best, left)
     if not left <= limit:
         words = (
             "played back, the picture misses this update by {residual:.1e} (limit {limit:.1e}): other weights, "
             "another mode or another protocol than the client's, or factors that differ within a tensor"
         )
         return found, _replay("contradicted", words, residual, limit, factor)
+    blurred = [gap(best * (1 + sign * _HALF_LEVEL)) for sign in (-1, 1)] if found.attack == EMBEDDING else [math.inf]
     spread = _own_factors(play(best * images), update.gradients)[1]
     if best != 1.0:
         # The errors grow with the brightness, which itself is as sure as the replay fits.
@@ -259,6 +263,9 @@ def _with_factors(
             found, images=best * found.images, pixels=preprocessing.to_pixels(best * found.images),
             predicted_psnr=predicted,
         )  # fmt: skip
+    if min(blurred) < 2 * left:
+        words = "with a factor for each tensor the replay cannot tell the brightness (it leaves {residual:.1e})"
+        return found, _replay("not checked", words, left, limit, factor)
     words = f"played back with a factor for each tensor (largest over least {spread:.3g}), the picture"
     words += f", its model input times {best:.4g}," if best != 1.0 else ""
     words += " gives this update up to {residual:.1e} (limit {limit:.1e})"
