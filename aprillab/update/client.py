@@ -46,8 +46,9 @@ def client_update(
     Raises
     ------
     UpdateError
-        If a withheld name is not a trained parameter, if labels do not fit the images, the logits
-        or the loss, if the loss is not finite, or if nothing would be shared.
+        If the model cannot read the images, a withheld name is not a trained parameter, labels do
+        not fit the images, the logits or the loss, the loss is not finite, or nothing would be
+        shared.
 
     Examples
     --------
@@ -69,7 +70,7 @@ def client_update(
         raise UpdateError("nothing to share: every parameter is frozen or withheld")
     start = time.perf_counter()
     with torch.enable_grad():
-        value = _loss_value(loss, logits_of(model, images), labels, len(images))
+        value = _loss_value(loss, _read(model, images), labels, len(images))
     gradients = torch.autograd.grad(value, list(shared.values()), allow_unused=True)
     seconds = time.perf_counter() - start
     filled = {
@@ -95,6 +96,22 @@ def _check_round(model: Any, images: Any) -> None:
         raise UpdateError(
             f"images are {images.dtype}: make them the model's input, as in al.HALF.to_input(images / 255)"
         )
+
+
+def _read(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits; what a model says of pictures that it cannot read, as one sentence."""
+    try:
+        return logits_of(model, images)
+    except UpdateError:
+        raise
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        if "alloc" in str(error):  # a lack of memory says nothing of the pictures
+            raise
+        weight = next(iter(model.parameters()))
+        raise UpdateError(
+            f"{type(model).__name__} cannot read images of shape {tuple(images.shape)}, {images.dtype} on "
+            f"{images.device} (its weights: {weight.dtype} on {weight.device}): {_first_line(error)}"
+        ) from error
 
 
 def _loss_value(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, images: int) -> Tensor:

@@ -260,3 +260,22 @@ def test_transformers_models_return_their_logits_first() -> None:
     logits = logits_of(model, images)
     assert torch.equal(logits_of(AsTuple(), images), logits)
     assert not torch.allclose(logits, model(images).cls_logits), "the mean of two heads, and not the first of them"
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(1, 3, 9, 9), r"shape \(1, 3, 9, 9\)"),
+        (torch.zeros(1, 1, 8, 8), r"shape \(1, 1, 8, 8\)"),
+        (torch.zeros(3, 8, 8), r"images\[None\]"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.float64), "float64"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8"),
+        ([[0.0]], "list"),
+    ],
+)
+def test_images_that_the_model_cannot_read_are_refused_in_a_sentence(images: Any, words: str) -> None:
+    model = tiny_vit(torch.float32)
+    with pytest.raises(UpdateError, match=words):
+        client_update(model, images, torch.tensor([3]))
+    with pytest.raises(UpdateError, match="Dict"):
+        client_update(model.state_dict(), torch.zeros(1, 3, 8, 8), torch.tensor([3]))

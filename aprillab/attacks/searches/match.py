@@ -140,8 +140,10 @@ def match_gradients(
     _check_budget(known, max_evaluations, max_seconds)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype}: match in torch.float64 or torch.float32")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be positive")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size={batch_size} must be a positive whole number")
+    if not callable(loss):
+        raise ValueError(f"loss must be a function of (logits, labels), not {loss!r:.40}")
     update = fitted(model, update)
     # Problem
     problem = pose(
