@@ -68,3 +68,21 @@ def test_labels_known_to_the_attacker_are_kept():
     result = al.invert(model, update, labels=torch.tensor([5]))
     assert result.labels.tolist() == [5]
     assert "known" in result.diagnostics["labels"]
+
+
+def test_adapters_are_named_where_the_base_is_frozen():
+    model = make("prenorm").requires_grad_(False)
+    query = model.blocks[0].attention.query
+    query.lora_A, query.lora_B = (torch.nn.Parameter(torch.ones(2, 96).double()) for _ in range(2))
+    names = ("blocks.0.attention.query.lora_A", "blocks.0.attention.query.lora_B", "head.bias")
+    model.head.bias.requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    update = al.ClientUpdate(
+        {
+            name: torch.linspace(-1, 1, parameters[name].numel()).double().reshape(parameters[name].shape)
+            for name in names
+        }
+    )
+    with pytest.raises(al.AttackNotApplicable, match="adapters are trained"):
+        al.invert(model, update)
+    assert al.recover_labels(model, update).labels.tolist() == [0]

@@ -49,12 +49,23 @@ def shared_gradients(
         gradient = rows.of(update.gradients)
         if gradient is None:
             if part == "position":
-                raise AttackNotApplicable(attack, f"no {words} gradient is shared: {rows} is fixed or withheld")
-            raise AttackNotApplicable(attack, f"the gradient of the {words} ({rows}) is not shared")
+                why = f"no {words} gradient is shared: {rows} is fixed or withheld"
+            else:
+                why = f"the gradient of the {words} ({rows}) is not shared"
+            raise AttackNotApplicable(attack, why + _adapters(update))
         if part == "position":
             gradient = _at_the_tokens(attack, anatomy, update)
         found[part] = gradient.to(device, torch.float64)
     return found
+
+
+def _adapters(update: ClientUpdate) -> str:
+    """A word on LoRA's factors, where the update has them."""
+    found = [name for name in update.gradients if "lora_A" in name or "lora_B" in name]
+    if not found:
+        return ""
+    more = f"{found[0]} and {len(found) - 1} more"
+    return f". The base is frozen, and adapters are trained ({more}): no closed form reads these"
 
 
 def _at_the_tokens(attack: str, anatomy: Anatomy, update: ClientUpdate) -> Tensor:

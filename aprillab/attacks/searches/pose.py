@@ -148,6 +148,9 @@ def _labels(
                 f"labels must be {batch_size} integers (batch_size={batch_size}), "
                 f"not {tuple(labels.shape)} of {labels.dtype}"
             )
+        head = dict(model.named_parameters()).get(anatomy.head_weight or anatomy.head_bias or "")
+        if head is not None and not 0 <= int(labels.min()) <= int(labels.max()) < len(head):
+            raise ValueError(f"labels={labels.tolist()}: the model has classes 0 to {len(head) - 1}")
         return labels, "known to the attacker"
     if labels not in ("recover", "optimize"):
         raise ValueError(f"labels={labels!r} is neither a tensor nor one of 'recover', 'optimize'")

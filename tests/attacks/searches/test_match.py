@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from conftest import private_batch, tiny_vit
 from search_tools import SmallCNN, attacked, quietly, randn, small_vit, victim
 from torch import nn
 
@@ -172,3 +173,16 @@ def test_another_models_update_is_refused() -> None:
     _, update = attacked(small_vit())
     with pytest.raises(UpdateError, match="shape"):
         quietly(small_vit(width=24), update)
+
+
+def test_labels_beyond_the_classes_are_refused():
+    model = tiny_vit()
+    images, labels = private_batch(model)
+    update = client_update(model, images, labels)
+    for wrong in (-1, 1000):
+        with pytest.raises(ValueError, match="classes 0 to"):
+            match_gradients(model, update, labels=torch.tensor([wrong]), max_evaluations=2, progress=False)
+    with pytest.raises(ValueError, match="whole number"):
+        match_gradients(model, update, batch_size=2.5, max_evaluations=2, progress=False)
+    with pytest.raises(ValueError, match="function of"):
+        match_gradients(model, update, loss="bce", max_evaluations=2, progress=False)
