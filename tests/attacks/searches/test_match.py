@@ -12,6 +12,7 @@ from torch import nn
 
 from aprillab.anatomy import Tiling
 from aprillab.attacks.searches.coordinates import Coordinates
+from aprillab.attacks.searches.match import match_gradients
 from aprillab.attacks.searches.recipes import RECIPES
 from aprillab.metrics import match_batch, psnr
 from aprillab.models import patchify
