@@ -19,6 +19,15 @@ from .replay import Loss, as_shared
 _PASSES = 6
 
 
+def name_within(name: str | None, anatomy: Anatomy) -> str:
+    """A tensor's name within the module that gives the logits; empty where there is none.
+
+    >>> name_within("1.head.bias", Anatomy("mine", (8, 8), "1.stem.weight", root="1"))
+    'head.bias'
+    """
+    return (name or "").removeprefix(f"{anatomy.root}." if anatomy.root else "")
+
+
 def inner_client(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[nn.Module, ClientUpdate]:
     """The ViT that reads model input, within whatever holds it, and the update under its names."""
     prefix = f"{anatomy.root}." if anatomy.root else ""
@@ -46,8 +55,8 @@ Player = Callable[[Tensor], Mapping[str, Tensor]]
 def ways_to_play(
     client: nn.Module, update: ClientUpdate, anatomy: Anatomy, labels: Tensor | None, loss: Loss | None
 ) -> dict[str, Player]:
-    """Ways to make gradients of images, as the client would: by its loss, and by what the loss was at the
-    logits. The last one is the surest.
+    """Ways to make gradients of images, as the client would: by its loss, and by what any loss was at the
+    logits, or where an activation follows the head, before it. In words, and in the order to be tried.
     """
     found: dict[str, Player] = {}
     if labels is not None:
@@ -68,16 +77,15 @@ def ways_to_play(
 
 def _head_module(client: nn.Module, anatomy: Anatomy) -> nn.Module | None:
     """The linear layer that the head's gradients are of: an activation may follow it."""
-    prefix = f"{anatomy.root}." if anatomy.root else ""
-    name = (anatomy.head_bias or anatomy.head_weight or "").removeprefix(prefix).rpartition(".")[0]
+    name = name_within(anatomy.head_bias or anatomy.head_weight, anatomy).rpartition(".")[0]
     return dict(client.named_modules()).get(name) if name else None
 
 
 def _at_the_logits(update: ClientUpdate, anatomy: Anatomy) -> Tensor | None:
     """r up to a factor, from the head's bias gradient, or from its weight gradient r fᵀ."""
-    prefix = f"{anatomy.root}." if anatomy.root else ""
-    names = [(name or "").removeprefix(prefix) for name in (anatomy.head_bias, anatomy.head_weight)]
-    bias, weight = (update.gradients.get(name) for name in names)
+    bias, weight = (
+        update.gradients.get(name_within(name, anatomy)) for name in (anatomy.head_bias, anatomy.head_weight)
+    )
     if bias is not None and bias.any():
         return bias
     if weight is None or not weight.any():

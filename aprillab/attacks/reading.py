@@ -37,9 +37,8 @@ class Reading:
     update : ClientUpdate
         Under the model's names, weight decay taken off.
     noise : float
-        Of an entry, relative to the r.m.s. of its tensor: measured, at least that of the format.
-    measured : bool
-        False where no sum was there to measure it by; then ``noise`` is the format's ε.
+        Of an entry, relative to the r.m.s. of its tensor: as measured, and at least the format's ε,
+        which stands alone where no sum was there to measure it by.
     noise_of_position : float
         Of an entry of the position embedding's gradient, as it stands.
     decay : float
@@ -48,17 +47,8 @@ class Reading:
 
     update: ClientUpdate
     noise: float
-    measured: bool
     noise_of_position: float
     decay: float = 0.0
-
-    @property
-    def words(self) -> str:
-        """How precise the update is."""
-        dtype = str(self.update.dtype).removeprefix("torch.")
-        if not self.measured:
-            return f"{dtype}, noise not measured"
-        return f"{dtype}, noise of {self.noise:.0e} measured"
 
 
 def read_update(
@@ -96,7 +86,7 @@ def _reading(update: ClientUpdate, anatomy: Anatomy, noise: float | None, decay:
     least = eps if anatomy.resampling is None else max(eps, torch.finfo(torch.float32).eps)
     known = min(max(noise or 0.0, least), 1.0)
     of_position = _noise_of_position(anatomy, update.gradients, known, eps)
-    return Reading(update, known, noise is not None, of_position, decay)
+    return Reading(update, known, of_position, decay)
 
 
 def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise: float, eps: float) -> float:

@@ -66,9 +66,7 @@ def test_a_casts_noise_is_near_its_format(dtype):
     model = make(dtype=torch.float32)
     wide = shared(model).to(dtype=dtype).to(dtype=torch.float32)  # the file says float32
     reading = read_update(model, wide, al.dissect(model))
-    assert reading.measured
     assert 0.1 * torch.finfo(dtype).eps < reading.noise < 2 * torch.finfo(dtype).eps
-    assert "noise" in reading.words
 
 
 def test_another_loss_is_no_noise():
