@@ -33,7 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
         rounds.append((scene, played))
         print(_table_line(scene, played), flush=True)
     print(f"\n{demo_caption(pixels)}")
-    print("exact: the attack itself verified its conditions and predicts an error below half a grey level.")
+    print(
+        "exact: the update shows the attack's conditions, the error predicted is below half a grey level, and the "
+        "picture,\nplayed back through the model, gives the update. The replay is not in the attack's seconds."
+    )
     print(
         "gradient s: the client's forward and backward pass, after one forward pass to warm up; attack s: from the "
         "shared gradient\nto the picture. Building the models and drawing are not timed."
