@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .preprocessing import HALF, IMAGENET, UNIT, Preprocessing
     from .update import (
         ClientUpdate,
+        Round,
         UpdateError,
         check_update,
         client_update,
@@ -76,6 +77,7 @@ __all__ = [
     "Priors",
     "Recipe",
     "Reconstruction",
+    "Round",
     "Rows",
     "UnknownModelError",
     "UpdateError",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, dissect
 from ..preprocessing import Preprocessing
-from ..update import ClientUpdate
+from ..update import Updates, only_one
 from .catalogue import ATTACKS, CLOSED_FORMS
 from .labels import check_told
 from .replay import Loss, gradient_residual
@@ -19,7 +19,7 @@ from .result import AttackNotApplicable, Reconstruction
 
 def invert(
     model: nn.Module,
-    update: ClientUpdate,
+    update: Updates,
     *,
     attack: str = "auto",
     verify: bool = True,
@@ -36,7 +36,10 @@ def invert(
     Parameters
     ----------
     model : nn.Module
-    update : ClientUpdate
+    update : ClientUpdate, Round, or a sequence of these
+        Several rounds of one client say more than one, if they are of one picture: the closed forms
+        stack them, and leave out those of another. Give ``al.Round(state, update)`` where trained
+        tensors moved in between, so that each round can be read and played with its own weights.
     attack : "auto" or a key of :data:`~aprillab.attacks.ATTACKS`
         ``"auto"`` tries the closed forms in their order and stops at the first that is exact; if
         none is, the one with the highest predicted PSNR is returned, marked as not exact. The
@@ -68,7 +71,7 @@ def invert(
         If none applies; the message has all the reasons. Gradient matching may still work then,
         unless nothing but zeros arrives below the head.
     UpdateError
-        If the update does not belong to the model.
+        If the update does not belong to the model, or a named attack reads one and several are given.
     ValueError
         If ``attack`` is unknown, or options are given with ``"auto"``.
     """
@@ -103,9 +106,9 @@ def invert(
     chosen = max(found, key=lambda name: _worth(found[name]))
     best = found[chosen]
     diagnostics = {**best.diagnostics, "attacks": outcome, "chosen": chosen}
-    if verify and best.replay is None:
+    if verify and best.replay is None:  # of an attack that reads one update
         diagnostics["gradient_residual"] = gradient_residual(
-            model, update, best, **({} if loss is None else {"loss": loss})
+            model, only_one(attack, update), best, **({} if loss is None else {"loss": loss})
         )
     elif best.replay is not None and verify:
         diagnostics["gradient_residual"] = best.replay.residual

@@ -52,7 +52,12 @@ class Reading:
 
 
 def read_update(
-    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, *, finite: Collection[str] | None = None
+    model: nn.Module,
+    update: ClientUpdate,
+    anatomy: Anatomy,
+    *,
+    finite: Collection[str] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Reading:
     """Check an update, and say what it is.
 
@@ -62,6 +67,7 @@ def read_update(
     update : ClientUpdate
     anatomy : Anatomy
     finite : names of tensors that must be finite; default is those that the attacks read
+    weights : tensors of the model that the client had, by name; default is the model's
 
     Raises
     ------
@@ -76,7 +82,7 @@ def read_update(
     misses = [_relative(kind(anatomy, update.gradients)) for kind in (_bias_sum, _head_sum, _row_sums)]
     if max((miss or 0.0 for miss in misses), default=0.0) < _CLEAR * torch.finfo(update.dtype).eps:
         return _reading(update, anatomy, noise)
-    return _without_decay(update, anatomy, tensors_of(model), noise)
+    return _without_decay(update, anatomy, tensors_of(model) if weights is None else weights, noise)
 
 
 def _reading(update: ClientUpdate, anatomy: Anatomy, noise: float | None, decay: float = 0.0) -> Reading:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,7 @@ from .pixels import normalization
 from .reading import Reading
 from .replay import Loss
 from .result import REPLAY, Reconstruction, Replay, State, verdict
+from .rounds import RoundRead
 
 EMBEDDING = "embedding_closed_form"
 # How far a picture with this predicted error may miss its update: data/results/fuzz.md.
@@ -37,13 +38,14 @@ _ROUNDING = 1e3  # ε: an entry this much smaller than other tensors' is roundin
 _MOST_LIMIT = 0.1  # however noisy the update: what misses by more is not called the client's
 _HALF_LEVEL = 0.002  # of the range from black to white: half a grey level of 8 bits
 _BRIGHTNESSES = 15  # tried where tensors have factors of their own, in steps of √2 down from the brightest possible
+_ROUNDS_PLAYED = 4  # of several, evenly from all
 _MOMENTA = (0.0, 0.9)  # tried in this order where the client's is not known
 
 
 def verified(
     found: Reconstruction,
     model: nn.Module,
-    reading: Reading,
+    rounds: Sequence[RoundRead],
     anatomy: Anatomy,
     *,
     preprocessing: Preprocessing,
@@ -56,7 +58,9 @@ def verified(
     ----------
     found : Reconstruction of one image, not verified yet
     model : nn.Module
-    reading : Reading, the update and its noise
+    rounds : sequence of RoundRead
+        The update, or those of several rounds: then a few of them are played, each with its own
+        weights, and all of these must give their update.
     anatomy : Anatomy
     preprocessing : Preprocessing
         For a picture whose brightness only the replay can tell.
@@ -70,15 +74,57 @@ def verified(
     if not verify:
         replay = Replay("not checked", "the client was not played: verify=False")
         return _with_replay(found, replay, preprocessing)
+    if len(rounds) == 1:
+        found, replay = _one_round(found, model, rounds[0], anatomy, preprocessing, loss)
+    else:
+        found, replay = _several(found, model, rounds, anatomy, preprocessing, loss)
+    return _with_replay(found, replace(replay, seconds=time.perf_counter() - start), preprocessing)
+
+
+def _one_round(
+    found: Reconstruction, model: nn.Module, read: RoundRead, anatomy: Anatomy, preprocessing: Preprocessing,
+    loss: Loss | None,
+) -> tuple[Reconstruction, Replay]:  # fmt: skip
+    """The replay in one round, and the picture, whose brightness it may correct."""
     try:
         devices = [found.images.device] if found.images.is_cuda else []
-        with torch.random.fork_rng(devices=devices), playable(model, anatomy):
-            found, replay = _played(found, model, reading, anatomy, preprocessing, loss)
+        client = read.model(model)
+        with torch.random.fork_rng(devices=devices), playable(client, anatomy):
+            return _played(found, client, read.reading, anatomy, preprocessing, loss)
     # The model is the user's, and so is whatever its forward pass raises.
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
-        replay = Replay("not checked", f"playing the client failed ({type(error).__name__}: {text})")
-    return _with_replay(found, replace(replay, seconds=time.perf_counter() - start), preprocessing)
+        return found, Replay("not checked", f"playing the client failed ({type(error).__name__}: {text})")
+
+
+def _several(
+    found: Reconstruction, model: nn.Module, rounds: Sequence[RoundRead], anatomy: Anatomy,
+    preprocessing: Preprocessing, loss: Loss | None,
+) -> tuple[Reconstruction, Replay]:  # fmt: skip
+    """The replays in a few of the rounds, as one: all of them must be shown.
+
+    Where the rounds' weights were not given, the model as it stands may be that of one of them.
+    """
+    with_weights = [read for read in rounds if not read.unknown]
+    if not with_weights:
+        for read in (rounds[-1], rounds[0]):
+            _, replay = _one_round(found, model, read, anatomy, preprocessing, loss)
+            if replay.state == "shown":
+                return found, replace(replay, words=f"in round {read.number}, {replay.words}")
+        words = "not played back: the weights of the rounds were not given, and the model's are of none of the ends. "
+        return found, Replay("not checked", words + "al.Round(state, update) gives them")
+    step = max(1, -(-len(with_weights) // _ROUNDS_PLAYED))
+    played: list[tuple[int, Replay]] = []
+    for read in with_weights[::step]:
+        found, replay = _one_round(found, model, read, anatomy, preprocessing, loss)
+        played.append((read.number, replay))
+        if replay.state != "shown":
+            break
+    number, worst = max(played, key=lambda one: (one[1].state != "shown", one[1].residual or 0.0))
+    which = f"in round {number}, " if len(played) == 1 or worst.state != "shown" else (
+        f"in rounds {', '.join(str(n) for n, _ in played)}, of which {number} fits least: "
+    )  # fmt: skip
+    return found, replace(worst, words=which + worst.words)
 
 
 def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preprocessing) -> Reconstruction:

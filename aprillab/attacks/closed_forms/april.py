@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate
+from ...update import Updates, only_one
 from ..evidence import System as Spare
 from ..evidence import one_image
 from ..labels import check_known, check_told, labels_or_none
-from ..reading import Reading, read_update
+from ..reading import Reading
 from ..replay import Loss
 from ..result import Condition, Reconstruction, margin, predicted_psnr, report, shown_if
+from ..rounds import read_rounds
 from ..verify import verified
 from .april_system import System, Systems, patch_gradient, read_system
 from .inputs import grey_patches, pixel_variance
@@ -169,7 +170,7 @@ def remaining_error(diagonal: Diagonal, damping: float, least: float = 0.0) -> T
 
 def april_closed_form(
     model: nn.Module,
-    update: ClientUpdate,
+    update: Updates,
     *,
     regularization: Regularization | float = "gcv",
     systems: Systems | None = None,
@@ -236,8 +237,8 @@ def april_closed_form(
     _check_options(regularization, systems)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    reading = read_update(model, update, anatomy)
-    check_known(labels, update, anatomy, model)
+    reading = (rounds := read_rounds(model, only_one("april_closed_form", update), anatomy))[0].reading
+    check_known(labels, reading.update, anatomy, model)
     system = read_system(model, reading.update, anatomy, strict=strict, device=device)
     (d, p), n = system.W_e.shape, len(system.G_p)
     systems = systems or ("attention" if p <= d else "row_space")
@@ -258,11 +259,11 @@ def april_closed_form(
         predicted_psnr=predicted,
         labels=labels_or_none(model, update, anatomy, labels, one=one),
         numbers={"patches": n, "width": d, "pixels_per_patch": p, **numbers, "regularization": regularization},
-        dtype=update.dtype,
+        dtype=reading.update.dtype,
         preprocessing=preprocessing,
         start=start,
     )
-    return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+    return verified(result, model, rounds, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
 
 
 # --- Check, solve ---------------------------------------------------------------------------------

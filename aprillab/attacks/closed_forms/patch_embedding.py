@@ -12,23 +12,26 @@ derives it. We know of no publication that reads the patches off these two gradi
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, dissect, likely_size, tensors_of
+from ...anatomy import Anatomy, dissect, likely_size
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate
+from ...update import Updates
 from ..evidence import System, one_image
 from ..labels import check_known, check_told, labels_or_none
-from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
+from ..rounds import Left, RoundRead, agreeing, known, read_rounds
 from ..verify import verified
 from .inputs import grey_patches, pixel_variance, shared_gradients
 from .linear_algebra import condition_number, thin_svd
+from .stacked_patches import ROUNDING, Equations, most_probable_of, residuals_of, stacked
 
 NEEDS = ("patch_weight", "position")
 
@@ -38,7 +41,6 @@ _TINY = torch.finfo(torch.float64).tiny
 _MARGIN_DB = 5.0
 _LEAST_PIXELS = 0.01  # of their variance: what a nearly flat grey picture has in model-input space
 _SEEN, _FEW = 0.3, 4  # the part of a direction that noise may take; directions enough to judge others by
-_ROUNDING = 1e-6  # noise below this is a format's rounding, relative to each number and not to all
 
 
 # --- The equations: tensors in, tensors out. G (n, d), dW = ∂l/∂W_e (d, p), X (n, p), Gᵀ = U diag(s
@@ -79,7 +81,7 @@ def least_singular_value(s: Tensor, shape: torch.Size, noise: float, entry: floa
     which has up to √n + √d of them (Bai and Yin), once it is more than rounding.
     """
     rounding = noise * float(s.max())
-    return rounding if noise < _ROUNDING else max(rounding, entry * sum(size**0.5 for size in shape))
+    return rounding if noise < ROUNDING else max(rounding, entry * sum(size**0.5 for size in shape))
 
 
 def without_decay(dW: Tensor, G: Tensor, W_e: Tensor) -> Tensor:
@@ -191,7 +193,7 @@ def _energy_of_the_unseen(energy: Tensor, lost: Tensor, variance: float) -> floa
 
 def embedding_closed_form(
     model: nn.Module,
-    update: ClientUpdate,
+    update: Updates,
     *,
     strict: bool = True,
     anatomy: Anatomy | None = None,
@@ -201,7 +203,7 @@ def embedding_closed_form(
     verify: bool = True,
     device: torch.device | str | None = None,
 ) -> Reconstruction:
-    """Solve ``∂l/∂W_e = Gᵀ X`` for the patches of one private image.
+    """Solve ``∂l/∂W_e = Gᵀ X`` for the patches of one private image, in one round or several.
 
     Needs the gradients of the patch embedding and of the position embedding, one image, and rank(G)
     = n ≤ d: independent gradients at the n patches (in architecture B n ≤ d − 1: only LayerNorms
@@ -212,7 +214,9 @@ def embedding_closed_form(
     ----------
     model : nn.Module
         Only its parts' names and shapes are used to solve, not its weights; the replay uses them.
-    update : ClientUpdate
+    update : ClientUpdate, Round, or a sequence of these
+        Several rounds of one client and one picture are stacked, (10.1): n ≤ T·d patches, and noise
+        averages. The weights of the rounds are needed for the replay alone.
     strict : bool
         Refuse n > d; False returns the patches with the directions that are missing filled in grey.
     anatomy : Anatomy, optional; default is ``dissect(model)``
@@ -227,12 +231,14 @@ def embedding_closed_form(
     Reconstruction
         With ``diagnostics``: ``rank``, ``missing`` (n − rank, directions of the patches that are
         filled in), ``condition`` of G, ``residual`` (relative), ``noise`` (of the update), ``decay``
-        (the multiple of the weights that was taken off).
+        (the multiple of the weights that was taken off); of several rounds, ``rounds``: which were
+        used, and their noise.
 
     Raises
     ------
     AttackNotApplicable
-        If a gradient is not shared, n > d, G is zero, or the update is one of Adam's steps.
+        If a gradient is not shared, n > d, G is zero, the update is one of Adam's steps, or rounds
+        are of different pictures.
     UpdateError
         If the update does not belong to the model, or a tensor that is read is not finite.
     """
@@ -240,51 +246,118 @@ def embedding_closed_form(
     check_told(anatomy, preprocessing, loss)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    reading = read_update(model, update, anatomy)
-    check_known(labels, update, anatomy, model)
-    dW, G = _check(reading, anatomy, strict, device)
-    (d, p), n = dW.shape, len(G)
-    if reading.decay:
-        dW = without_decay(dW, G, tensors_of(model)[anatomy.patch_weight].to(dW).flatten(1))
-    grey = grey_patches(anatomy.tiling, preprocessing, (n, p))[0].to(G)
-    found = most_probable(dW, G, reading.noise, reading.noise_of_position, (grey, pixel_variance(preprocessing)))
+    rounds = read_rounds(model, update, anatomy)
+    check_known(labels, rounds[0].reading.update, anatomy, model)
+    systems = {r.number: _equations(r, anatomy, device) for r in rounds}
+    rounds = tuple(r for r in rounds if systems[r.number].G.any()) or _refuse_zero()
+    agreed = agreeing("embedding_closed_form", rounds, partial(_left_by, systems, anatomy, preprocessing))
+    kept = [systems[r.number] for r in agreed.kept]
+    # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
+    (d, p), n, of = kept[0].dW.shape, len(kept[0].G), (len(kept[0].dW) - anatomy.ignores_mean) * len(kept)
+    if strict and n > len(kept) * d:
+        _refuse_rows(n, d, len(kept))
+    found, relative, noise = _solve(kept, _prior(anatomy, preprocessing, kept[0]))
     options = {"preprocessing": preprocessing, "labels": labels, "loss": loss, "verify": verify, "device": device}
     if found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
         return smaller
-    relative = float(found.residual.norm() / dW.norm()) if dW.any() else 0.0
-    # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
-    of = d - (anatomy.ignores_mean)
+    read, over = agreed.kept[0].reading, f" over {len(kept)} rounds" if len(kept) > 1 else ""
     one = one_image(
-        anatomy, reading.update, noise=reading.noise,
-        system=System("∂W_e = GᵀX", relative, max(of - n, 0), of, found.gain),
+        anatomy, read.update, noise=noise,
+        system=System(f"∂W_e = GᵀX{over}", relative, max(of - n, 0), of, found.gain),
     )  # fmt: skip
     result = report(
         "embedding_closed_form",
         anatomy.tiling.images(found.X[None]),
         conditions=(
             Condition(
-                "rank(G) = n", shown_if(found.rank == n), {"rank": found.rank, "n": n, "d": d},
-                _words_of_rank(found.rank, n, d, anatomy),
+                "rank(G) = n", shown_if(found.rank == n), {"rank": found.rank, "n": n, "d": d * len(kept)},
+                _words_of_rank(found.rank, n, d * len(kept), anatomy) + over,
             ),
             one,
+            *agreed.conditions,
             margin(predicted_psnr(found.mse, preprocessing), _MARGIN_DB),
         ),
         predicted_psnr=predicted_psnr(found.mse, preprocessing),
-        labels=labels_or_none(model, update, anatomy, labels, one=one),
+        labels=labels_or_none(model, read.update, anatomy, labels, one=one),
         numbers={
             "patches": n, "width": d, "pixels_per_patch": p, "rank": found.rank, "missing": n - found.rank,
-            "condition": condition_number(found.s), "residual": relative, "noise": reading.noise,
-            "decay": reading.decay,
+            "condition": condition_number(found.s), "residual": relative, "noise": noise, "decay": read.decay,
+            **agreed.numbers,
         },
-        dtype=update.dtype,
+        dtype=read.update.dtype,
         preprocessing=preprocessing,
         start=start,
     )  # fmt: skip
-    return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+    return verified(result, model, agreed.kept, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+
+
+# --- Check, solve ---------------------------------------------------------------------------------
+
+
+def _equations(read: RoundRead, anatomy: Anatomy, device: torch.device | str | None) -> Equations:
+    """∂l/∂W_e (d, p) and G (n, d) of one round, or a refusal."""
+    name, reading = "embedding_closed_form", read.reading
+    shared = shared_gradients(name, reading.update, anatomy, NEEDS, device=device)
+    dW, G = shared["patch_weight"].flatten(1), shared["position"][anatomy.position_prefix :]
+    if reading.decay and G.any():
+        dW = without_decay(dW, G, known(read, [anatomy.patch_weight], name)[anatomy.patch_weight].to(dW).flatten(1))
+    return Equations(dW, G, reading.noise, reading.noise_of_position)
+
+
+def _refuse_zero() -> NoReturn:
+    raise AttackNotApplicable(
+        "embedding_closed_form",
+        "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
+        "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
+    )
+
+
+def _refuse_rows(n: int, d: int, rounds: int) -> None:
+    of = f"gradients of width {d}" if rounds == 1 else f"{rounds} rounds of width {d} each"
+    raise AttackNotApplicable(
+        "embedding_closed_form",
+        f"{n} patches, but {of}: rank(G) = n needs n ≤ {'d' if rounds == 1 else 'rounds · d'}. {-(-n // d)} rounds of "
+        "one picture would do: al.invert(model, [update, …]). strict=False returns what is known, with the rest "
+        "filled in grey",
+        patches=n,
+        width=d,
+    )
+
+
+def _prior(anatomy: Anatomy, preprocessing: Preprocessing, equations: Equations) -> tuple[Tensor, float]:
+    """Mean (p,) and variance of a patch of which nothing is known: grey, anywhere in [0, 1]."""
+    shape = len(equations.G), equations.dW.shape[1]
+    return grey_patches(anatomy.tiling, preprocessing, shape)[0].to(equations.G), pixel_variance(preprocessing)
+
+
+def _solve(rounds: Sequence[Equations], prior: tuple[Tensor, float]) -> tuple[Patches, float, float]:
+    """The most probable patches of one round, or of several; their relative residual, and the noise of all."""
+    first = rounds[0]
+    noise = (sum(r.noise**-2 for r in rounds) / len(rounds)) ** -0.5  # the precise ones weigh more
+    if len(rounds) == 1:
+        found, size = most_probable(first.dW, first.G, first.noise, first.entry, prior), first.dW.norm()
+    else:
+        stack = stacked(rounds)
+        of_all, size = most_probable_of(stack, prior), stack.dW.norm()
+        rank = int((of_all.s > least_singular_value(of_all.s, stack.G.shape, noise, stack.entry)).sum())
+        gain = max(r.gain(prior) for r in rounds)
+        found = Patches(of_all.X, of_all.residual, of_all.s, rank, of_all.mse, gain)
+    return found, float(found.residual.norm() / size) if size else 0.0, noise
+
+
+def _left_by(
+    systems: Mapping[int, Equations], anatomy: Anatomy, preprocessing: Preprocessing, rounds: Sequence[RoundRead]
+) -> Left:
+    """What one picture leaves of some rounds."""
+    some = [systems[r.number] for r in rounds]
+    prior = _prior(anatomy, preprocessing, some[0])
+    spare = len(some) * (len(some[0].dW) - anatomy.ignores_mean) - len(some[0].G)
+    residuals = residuals_of(some, _solve(some, prior)[0].X)
+    return Left(residuals, tuple(r.gain(prior) for r in some), spare)
 
 
 def _of_another_size(
-    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, rank: int, options: dict[str, Any]
+    model: nn.Module, update: Updates, anatomy: Anatomy, rank: int, options: dict[str, Any]
 ) -> Reconstruction | None:
     """A smaller picture's result, where the rank is that of its patches and its system fixes them.
 
@@ -303,29 +376,3 @@ def _words_of_rank(rank: int, n: int, d: int, anatomy: Anatomy) -> str:
     if size is None or rank == n:
         return words
     return f"{words}, as a picture of {size[0]}×{size[1]} pixels leaves it: dissect(model, image_size={size[0]})"
-
-
-def _check(
-    reading: Reading, anatomy: Anatomy, strict: bool, device: torch.device | str | None
-) -> tuple[Tensor, Tensor]:
-    """∂l/∂W_e (d, p) and G (n, d), or a refusal."""
-    name = "embedding_closed_form"
-    shared = shared_gradients(name, reading.update, anatomy, NEEDS, device=device)
-    dW = shared["patch_weight"].flatten(1)
-    G = shared["position"][anatomy.position_prefix :]
-    if len(G) > len(dW) and strict:
-        raise AttackNotApplicable(
-            name,
-            f"{len(G)} patches, but gradients of width {len(dW)}: rank(G) = n needs n ≤ d. strict=False returns what "
-            "is known, with the rest filled in grey",
-            patches=len(G),
-            width=len(dW),
-        )
-    if not G.any():
-        raise AttackNotApplicable(
-            name,
-            "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
-            "initializes it so) and passes no gradient down: then the update carries the label and nothing of the "
-            "image",
-        )
-    return dW, G

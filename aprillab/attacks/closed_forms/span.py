@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect, tensors_of
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate
+from ...update import ClientUpdate, Updates, only_one
 from ..evidence import System, one_image
 from ..labels import check_known, check_told, labels_or_none
 from ..reading import Reading, read_update
 from ..replay import Loss
 from ..result import AttackNotApplicable, Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
+from ..rounds import read_rounds
 from ..verify import verified
 from .inputs import pixel_variance, shared_gradients
 from .linear_algebra import numerical_rank
@@ -74,7 +75,7 @@ def width_needed(
 
 def span_closed_form(
     model: nn.Module,
-    update: ClientUpdate,
+    update: Updates,
     *,
     strict: bool = True,
     anatomy: Anatomy | None = None,
@@ -131,8 +132,8 @@ def span_closed_form(
     check_told(anatomy, preprocessing, loss)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    reading = read_update(model, update, anatomy)
-    check_known(labels, update, anatomy, model)
+    reading = (rounds := read_rounds(model, only_one("span_closed_form", update), anatomy))[0].reading
+    check_known(labels, reading.update, anatomy, model)
     solution = solve_span(model, reading, anatomy=anatomy, strict=strict, device=device)
     error = min(solution.mean_square_error, pixel_variance(preprocessing))
     predicted = predicted_psnr(error, preprocessing)
@@ -142,13 +143,13 @@ def span_closed_form(
         solution.images,
         conditions=(*conditions, tokens_as_read(model, anatomy, tensors_of(model))),
         predicted_psnr=predicted,
-        labels=labels_or_none(model, update, anatomy, labels),
+        labels=labels_or_none(model, reading.update, anatomy, labels),
         numbers={**solution.numbers, "noise": reading.noise, "decay": reading.decay},
-        dtype=update.dtype,
+        dtype=reading.update.dtype,
         preprocessing=preprocessing,
         start=start,
     )
-    return verified(result, model, reading, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+    return verified(result, model, rounds, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
 
 
 def _conditions(

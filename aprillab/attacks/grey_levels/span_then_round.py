@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ...anatomy import Anatomy, dissect, playable
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate
+from ...update import ClientUpdate, only_one
 from ..closed_forms.span import solve_span
 from ..closed_forms.span_solution import SpanSolution
 from ..labels import assumed_batch_size, labels_or_none
@@ -161,7 +161,7 @@ def span_then_round(
     # Check what the caller says, and whether the span attack applies.
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    update = read_update(model, update, anatomy).update
+    update = read_update(model, only_one("span_then_round", update), anatomy).update
     batch_size = assumed_batch_size(update, labels, batch_size)
     _check(levels, labels, batch_size)
     solution = solve_span(model, update, anatomy=anatomy, batch_size=batch_size, strict=False, device=device)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ...anatomy import Anatomy
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate, fitted
+from ...update import ClientUpdate, fitted, only_one
 from ..result import AttackNotApplicable, Reconstruction
 from .coordinates import Coordinates
 from .pose import pose, undisturbed
@@ -144,7 +144,7 @@ def match_gradients(
         raise ValueError(f"batch_size={batch_size} must be a positive whole number")
     if not callable(loss):
         raise ValueError(f"loss must be a function of (logits, labels), not {loss!r:.40}")
-    update = fitted(model, update)
+    update = fitted(model, only_one("match_gradients", update))
     # Problem
     problem = pose(
         model, update, known, labels=labels, batch_size=batch_size, image_shape=image_shape, coordinates=coordinates,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate
+from ...update import ClientUpdate, only_one
 from ..closed_forms.span import solve_span
 from ..closed_forms.span_solution import SpanSolution
 from ..labels import assumed_batch_size
@@ -107,6 +107,7 @@ def span_then_match(
     recipe = recipe_of(recipe)
     # What the span knows, and where it left something open (7.9)
     anatomy = anatomy or dissect(model)
+    update = only_one("span_then_match", update)
     batch_size = assumed_batch_size(update, labels, batch_size)
     solution = solve_span(model, update, anatomy=anatomy, batch_size=batch_size, strict=False, device=device)
     coordinates, opened = open_coordinates(solution)
