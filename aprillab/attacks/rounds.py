@@ -144,9 +144,8 @@ def known(round: RoundRead, names: Collection[str | None], attack: str) -> Mappi
     if missing := sorted(name for name in names if name in round.unknown):
         raise AttackNotApplicable(
             attack,
-            f"round {round.number}: the values of {missing[0]} ({len(missing)} such in all) in this round are needed, "
-            "for it is trained and changes from round to round: give al.Round(state, update) with the state that was "
-            "sent",
+            f"round {round.number}: the values of {missing[0]} ({len(missing)} such in all) in it are needed. "
+            "It is trained, so that they change: give al.Round(state, update) with the state that was sent",
         )
     return round.weights
 
@@ -208,9 +207,7 @@ class Agreement:
         return {} if len(self.notes) == 1 else {"rounds": self.notes}
 
 
-def agreeing(
-    attack: str, rounds: Sequence[RoundRead], left_by: Callable[[Sequence[RoundRead]], Left]
-) -> Agreement:
+def agreeing(attack: str, rounds: Sequence[RoundRead], left_by: Callable[[Sequence[RoundRead]], Left]) -> Agreement:
     """The rounds that one picture explains; those of another are left out, one after another.
 
     Where several pictures have rounds, the largest group is not sure to be found, but what is kept

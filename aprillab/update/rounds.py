@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .names import matched
@@ -33,6 +32,7 @@ class Round:
 
     Examples
     --------
+    >>> import torch
     >>> from torch import nn
     >>> sent = nn.Linear(2, 1)
     >>> received = ClientUpdate({"weight": torch.ones(1, 2), "bias": torch.ones(1)})
@@ -73,6 +73,7 @@ def listed(updates: Updates) -> list[ClientUpdate | Round]:
 
     Examples
     --------
+    >>> import torch
     >>> len(listed(ClientUpdate({"weight": torch.ones(2)})))
     1
     """
@@ -80,8 +81,9 @@ def listed(updates: Updates) -> list[ClientUpdate | Round]:
         return [updates]
     if not isinstance(updates, Sequence) or isinstance(updates, str | bytes):
         raise UpdateError(
-            f"an attack takes a ClientUpdate, or a sequence of ClientUpdate or Round, not a {type(updates).__name__}: "
-            "ClientUpdate({name: gradient, …}), update_from_states(before, after, …) or load_update(path)"
+            "an attack takes a ClientUpdate, or a sequence of ClientUpdate or Round, not a "
+            f"{type(updates).__name__}: ClientUpdate({{name: gradient, …}}), "
+            "update_from_states(before, after, …) or load_update(path)"
         )
     found = list(updates)
     if not found:
@@ -130,10 +132,9 @@ def state_of_round(number: int, round: Round, known: Mapping[str, Tensor]) -> di
     for name, tensor in found.items():
         if tensor.shape != known[name].shape:
             raise UpdateError(
-                f"round {number}: {name} has shape {tuple(tensor.shape)} in its state, and {tuple(known[name].shape)} "
-                "in the model: rounds of one model are needed"
+                f"round {number}: {name} has shape {tuple(tensor.shape)} in its state, and in the model "
+                f"{tuple(known[name].shape)}: rounds of one model are needed"
             )
         if tensor.is_floating_point() and (bad := count_not_finite(tensor)):
             raise UpdateError(f"round {number}: {bad} of {tensor.numel()} numbers of {name} are NaN or infinite")
     return found
-

@@ -257,7 +257,7 @@ def april_closed_form(
         system.tiling.images(solution.X[None]),
         conditions=(*found, one, margin(predicted, _MARGIN_DB)),
         predicted_psnr=predicted,
-        labels=labels_or_none(model, update, anatomy, labels, one=one),
+        labels=labels_or_none(model, reading.update, anatomy, labels, one=one),
         numbers={"patches": n, "width": d, "pixels_per_patch": p, **numbers, "regularization": regularization},
         dtype=reading.update.dtype,
         preprocessing=preprocessing,

@@ -314,11 +314,11 @@ def _refuse_zero() -> NoReturn:
 
 def _refuse_rows(n: int, d: int, rounds: int) -> None:
     of = f"gradients of width {d}" if rounds == 1 else f"{rounds} rounds of width {d} each"
+    count = "d" if rounds == 1 else "rounds · d"
     raise AttackNotApplicable(
         "embedding_closed_form",
-        f"{n} patches, but {of}: rank(G) = n needs n ≤ {'d' if rounds == 1 else 'rounds · d'}. {-(-n // d)} rounds of "
-        "one picture would do: al.invert(model, [update, …]). strict=False returns what is known, with the rest "
-        "filled in grey",
+        f"{n} patches, but {of}: rank(G) = n needs n ≤ {count}. {-(-n // d)} rounds of one picture would do: "
+        "al.invert(model, [update, …]). strict=False returns what is known, with the rest filled in grey",
         patches=n,
         width=d,
     )
