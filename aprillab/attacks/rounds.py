@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, tensors_of
-from ..update import Round, UpdateError, Updates, listed, state_of_round
+from ..update import ClientUpdate, Round, UpdateError, Updates, listed, state_of_round
 from .evidence import limit_of
 from .reading import Reading, read_update
 from .result import AttackNotApplicable, Condition
@@ -82,31 +82,36 @@ def read_rounds(
         model or a frozen tensor moved; of several, with the round's number.
     """
     rounds = listed(updates)
+    return tuple(
+        _read_one(model, one, anatomy, finite, number if len(rounds) > 1 else None)
+        for number, one in enumerate(rounds, 1)
+    )
+
+
+def _read_one(
+    model: nn.Module, one: ClientUpdate | Round, anatomy: Anatomy, finite: Collection[str] | None, number: int | None
+) -> RoundRead:
+    """One of several rounds, which has a number, or a lone one."""
     own = tensors_of(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    read = []
-    for number, one in enumerate(rounds, 1):
-        update = one.update if isinstance(one, Round) else one
-        moved, unknown = {}, frozenset[str]()
-        if isinstance(one, Round):
-            state = state_of_round(number, one, own)
-            moved = {name: tensor for name, tensor in state.items() if not _same(tensor, own[name])}
-            _refuse_moved(number, moved, own, trained | _buffers_not_read(model, anatomy))
-        elif len(rounds) > 1:
-            unknown = frozenset(trained)
-        weights = {**own, **{name: tensor.to(own[name]) for name, tensor in moved.items()}}
-        try:
-            reading = read_update(model, update, anatomy, finite=finite, weights=None if unknown else weights)
-        except UpdateError as error:
-            raise error if len(rounds) == 1 else UpdateError(f"round {number}: {error}") from error
-        except AttackNotApplicable as refusal:
-            if len(rounds) == 1:
-                raise
-            raise AttackNotApplicable(
-                refusal.attack, f"round {number}: {refusal.reason}", **refusal.numbers
-            ) from refusal
-        read.append(RoundRead(number, reading, weights, unknown, moved))
-    return tuple(read)
+    unknown = frozenset(trained) if number and isinstance(one, ClientUpdate) else frozenset[str]()
+    update = one.update if isinstance(one, Round) else one
+    moved = dict[str, Tensor]()
+    if isinstance(one, Round):
+        changed = {n: t for n, t in state_of_round(number or 1, one, own).items() if not _same(t, own[n])}
+        free = trained | _buffers_not_read(model, anatomy)
+        _refuse_moved(number or 1, changed, own, free)
+        moved = {name: tensor.to(own[name]) for name, tensor in changed.items() if name in free}
+    weights = {**own, **moved}
+    try:
+        reading = read_update(model, update, anatomy, finite=finite, weights=None if unknown else weights)
+    except UpdateError as error:
+        raise error if number is None else UpdateError(f"round {number}: {error}") from error
+    except AttackNotApplicable as refusal:
+        if number is None:
+            raise
+        raise AttackNotApplicable(refusal.attack, f"round {number}: {refusal.reason}", **refusal.numbers) from refusal
+    return RoundRead(number or 1, reading, weights, unknown, moved)
 
 
 def _same(tensor: Tensor, own: Tensor) -> bool:

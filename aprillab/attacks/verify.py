@@ -60,7 +60,7 @@ def verified(
     model : nn.Module
     rounds : sequence of RoundRead
         The update, or those of several rounds: then a few of them are played, each with its own
-        weights, and all of these must give their update.
+        weights, and one of these must give its update.
     anatomy : Anatomy
     preprocessing : Preprocessing
         For a picture whose brightness only the replay can tell.
@@ -101,7 +101,7 @@ def _several(
     found: Reconstruction, model: nn.Module, rounds: Sequence[RoundRead], anatomy: Anatomy,
     preprocessing: Preprocessing, loss: Loss | None,
 ) -> tuple[Reconstruction, Replay]:  # fmt: skip
-    """The replays in a few of the rounds, as one: all of them must be shown.
+    """The replays in a few of the rounds, as one.
 
     Where the rounds' weights were not given, the model as it stands may be that of one of them.
     """
@@ -114,17 +114,26 @@ def _several(
         words = "not played back: the weights of the rounds were not given, and the model's are of none of the ends. "
         return found, Replay("not checked", words + "al.Round(state, update) gives them")
     step = max(1, -(-len(with_weights) // _ROUNDS_PLAYED))
-    played: list[tuple[int, Replay]] = []
+    played: dict[int, Replay] = {}
     for read in with_weights[::step]:
-        found, replay = _one_round(found, model, read, anatomy, preprocessing, loss)
-        played.append((read.number, replay))
-        if replay.state != "shown":
-            break
-    number, worst = max(played, key=lambda one: (one[1].state != "shown", one[1].residual or 0.0))
-    which = f"in round {number}, " if len(played) == 1 or worst.state != "shown" else (
-        f"in rounds {', '.join(str(n) for n, _ in played)}, of which {number} fits least: "
-    )  # fmt: skip
-    return found, replace(worst, words=which + worst.words)
+        found, played[read.number] = _one_round(found, model, read, anatomy, preprocessing, loss)
+    return found, _of_all(played)
+
+
+def _of_all(played: Mapping[int, Replay]) -> Replay:
+    """One replay of several: shown where one of them is, for no other picture gives that update. Others may
+    miss: once the model has nearly fitted the picture, its gradient is a difference of like numbers.
+    """
+    shown = [number for number, replay in played.items() if replay.state == "shown"]
+    others = [number for number in played if number not in shown]
+    group = shown or others
+    number = max(group, key=lambda number: (played[number].state == "contradicted", played[number].residual or 0.0))
+    words = f"in round {number}"
+    if len(group) > 1:
+        words = f"in rounds {', '.join(map(str, group))}, of which {number} fits least"
+    if shown and others:
+        words += f" (but not in {', '.join(map(str, others))})"
+    return replace(played[number], words=f"{words}: {played[number].words}")
 
 
 def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preprocessing) -> Reconstruction:

@@ -48,6 +48,7 @@ LONG_FILES = {}
 _FORMULAS = "each mistake is a formula under the chapter's letters, read beside the others"
 _LISTED = "a check lists the mistakes it knows, one after another"
 LONG_FUNCTIONS = {
+    "attacks/closed_forms/april_rounds.py:april_over_rounds": "check, solve and report, with a number each",
     "attacks/closed_forms/patch_embedding.py:embedding_closed_form": "check, solve and report, with a number each",
     "attacks/closed_forms/patch_embedding.py:most_probable": "one formula after another, a letter each",
     "attacks/closed_forms/stacked_patches.py:most_probable_of": "one formula after another, a letter each",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect
 from ...preprocessing import Preprocessing
-from ...update import Updates, only_one
+from ...update import Updates
 from ..evidence import System as Spare
 from ..evidence import one_image
 from ..labels import check_known, check_told, labels_or_none
@@ -31,6 +31,7 @@ from ..replay import Loss
 from ..result import Condition, Reconstruction, margin, predicted_psnr, report, shown_if
 from ..rounds import read_rounds
 from ..verify import verified
+from .april_rounds import april_over_rounds
 from .april_system import System, Systems, patch_gradient, read_system
 from .inputs import grey_patches, pixel_variance
 from .linear_algebra import condition_number, numerical_rank, row_space_basis
@@ -196,7 +197,8 @@ def april_closed_form(
     Parameters
     ----------
     model : nn.Module
-    update : ClientUpdate
+    update : ClientUpdate, Round, or a sequence of these
+        Several rounds of one client are stacked, (10.2), each with its own weights.
     regularization : {"gcv", "none"} or float
         ``"none"`` solves as it stands, in the paper's two steps. ``"gcv"`` damps by Tikhonov's
         filter around a flat picture, as strongly as generalized cross-validation says, which sees
@@ -237,9 +239,16 @@ def april_closed_form(
     _check_options(regularization, systems)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    reading = (rounds := read_rounds(model, only_one("april_closed_form", update), anatomy))[0].reading
+    rounds = read_rounds(model, update, anatomy)
+    reading = rounds[0].reading
     check_known(labels, reading.update, anatomy, model)
-    system = read_system(model, reading.update, anatomy, strict=strict, device=device)
+    if len(rounds) > 1:
+        _only_by_default(regularization, systems)
+        return april_over_rounds(
+            model, rounds, anatomy=anatomy, preprocessing=preprocessing, labels=labels, loss=loss, verify=verify,
+            device=device,
+        )  # fmt: skip
+    system = read_system(rounds[0].weights, reading.update, anatomy, strict=strict, device=device)
     (d, p), n = system.W_e.shape, len(system.G_p)
     systems = systems or ("attention" if p <= d else "row_space")
 
@@ -274,6 +283,11 @@ def _check_options(regularization: Regularization | float, systems: Systems | No
         raise ValueError(f"regularization={regularization!r} is neither 'gcv', 'none' nor a number")
     if systems not in (None, "attention", "row_space", "both"):
         raise ValueError(f"systems={systems!r} is none of 'attention', 'row_space', 'both'")
+
+
+def _only_by_default(regularization: Regularization | float, systems: Systems | None) -> None:
+    if regularization != "gcv" or systems is not None:
+        raise ValueError("regularization and systems are for one update; several rounds are solved in one way")
 
 
 @dataclass(frozen=True)

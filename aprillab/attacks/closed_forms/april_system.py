@@ -4,6 +4,7 @@ checked.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +48,7 @@ class System:
 
 
 def read_system(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     update: ClientUpdate,
     anatomy: Anatomy,
     *,
@@ -55,7 +56,7 @@ def read_system(
     device: torch.device | str | None = None,
 ) -> System:
     """The system of a model of architecture A whose update has what the identity needs, or a
-    refusal.
+    refusal. In place of the model, its tensors by name will do.
     """
     name = "april_closed_form"
     if anatomy.first_block != "april":
@@ -67,7 +68,7 @@ def read_system(
             first_block=anatomy.first_block,
         )
     shared = shared_gradients(name, update, anatomy, NEEDS, device=device)
-    weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
+    weights = {key: tensor.to(device) for key, tensor in _tensors(model).items()}
     M = attention_product(anatomy, weights, update.to(device).gradients)  # (d, d)
     G = shared["position"]  # (t, d)
     if len(G) > len(M) and strict:
@@ -90,6 +91,10 @@ def read_system(
         E[anatomy.position_prefix :] += weights[anatomy.patch_bias].to(G)
     W_e = weights[anatomy.patch_weight].to(G).flatten(1)  # (d, p)
     return System(M, G, E, W_e, anatomy.position_prefix, anatomy.tiling)
+
+
+def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return tensors_of(model) if isinstance(model, nn.Module) else model
 
 
 def patch_gradient(update: ClientUpdate, anatomy: Anatomy, systems: Systems, *, like: Tensor) -> Tensor:
