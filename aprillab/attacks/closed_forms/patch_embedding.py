@@ -31,7 +31,7 @@ from ..rounds import Left, RoundRead, agreeing, known, read_rounds
 from ..verify import verified
 from .inputs import grey_patches, pixel_variance, shared_gradients
 from .linear_algebra import condition_number, thin_svd
-from .stacked_patches import ROUNDING, Equations, most_probable_of, residuals_of, stacked
+from .stacked_patches import ROUNDING, Equations, most_probable_of, noise_of_entries, residuals_of, stacked
 
 NEEDS = ("patch_weight", "position")
 
@@ -248,7 +248,7 @@ def embedding_closed_form(
     preprocessing = preprocessing or anatomy.preprocessing
     rounds = read_rounds(model, update, anatomy)
     check_known(labels, rounds[0].reading.update, anatomy, model)
-    systems = {r.number: _equations(r, anatomy, device) for r in rounds}
+    systems = {r.number: _equations(r, anatomy, device, several=len(rounds) > 1) for r in rounds}
     rounds = tuple(r for r in rounds if systems[r.number].G.any()) or _refuse_zero()
     agreed = agreeing("embedding_closed_form", rounds, partial(_left_by, systems, anatomy, preprocessing))
     kept = [systems[r.number] for r in agreed.kept]
@@ -294,14 +294,18 @@ def embedding_closed_form(
 # --- Check, solve ---------------------------------------------------------------------------------
 
 
-def _equations(read: RoundRead, anatomy: Anatomy, device: torch.device | str | None) -> Equations:
+def _equations(read: RoundRead, anatomy: Anatomy, device: torch.device | str | None, *, several: bool) -> Equations:
     """∂l/∂W_e (d, p) and G (n, d) of one round, or a refusal."""
     name, reading = "embedding_closed_form", read.reading
     shared = shared_gradients(name, reading.update, anatomy, NEEDS, device=device)
     dW, G = shared["patch_weight"].flatten(1), shared["position"][anatomy.position_prefix :]
     if reading.decay and G.any():
         dW = without_decay(dW, G, known(read, [anatomy.patch_weight], name)[anatomy.patch_weight].to(dW).flatten(1))
-    return Equations(dW, G, reading.noise, reading.noise_of_position)
+    entry = reading.noise_of_position
+    if reading.noise >= ROUNDING and several:  # a stack needs it as it is, and not on the careful side
+        bias = reading.update.gradients.get(anatomy.patch_bias or "")
+        entry = noise_of_entries(G, None if bias is None else bias.to(G), centred=anatomy.ignores_mean) or entry
+    return Equations(dW, G, reading.noise, entry)
 
 
 def _refuse_zero() -> NoReturn:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .linear_algebra import thin_svd
 
 _TINY = torch.finfo(torch.float64).tiny
+_CALIBRATIONS = 4
 ROUNDING = 1e-6  # noise below this is a format's rounding, relative to each number and not to all
 
 
@@ -68,7 +69,10 @@ class Stack:
     added : float
         What noise in G adds to every eigenvalue of GGᵀ: Σ d ρ².
     spread : float
-        How uncertain that is: noise's own eigenvalues differ by so much.
+        By how much noise's own eigenvalues differ from that.
+    kappas : (float, float)
+        Noise in dW over noise in G, both divided: if it is of one size in all tensors, as a
+        defence's is, and if it is in proportion to each tensor, as that of a format is.
     """
 
     dW: Tensor
@@ -76,6 +80,19 @@ class Stack:
     entry: float
     added: float
     spread: float
+    kappas: tuple[float, float]
+
+
+def noise_of_entries(G: Tensor, bias: Tensor | None, *, centred: bool) -> float | None:
+    """The most probable noise of an entry of G (n, d), from sums that vanish without it; None where there
+    are none. Each row does where LayerNorms read the tokens (``centred``), and ∂l/∂b_e − Σ_i G_i does.
+    """
+    (n, d), squares, sums = G.shape, 0.0, 0
+    if centred:
+        squares, sums = squares + float(G.sum(1).square().sum()) / d, sums + n
+    if bias is not None:
+        squares, sums = squares + float((bias - G.sum(0)).square().sum()) / (n + 1), sums + d
+    return (squares / sums) ** 0.5 if sums else None
 
 
 def stacked(rounds: Sequence[Equations]) -> Stack:
@@ -89,6 +106,10 @@ def stacked(rounds: Sequence[Equations]) -> Stack:
         max(r.entry / r.scale for r in rounds),
         sum(d * rho for d, rho in zip(widths, rho2, strict=True)),
         (n * sum(d * rho**2 for d, rho in zip(widths, rho2, strict=True))) ** 0.5,
+        (
+            (sum((r.entry / r.scale) ** 2 for r in rounds) / len(rounds)) ** 0.5,
+            (sum((r.noise * float(r.dW.square().mean().sqrt()) / r.scale) ** 2 for r in rounds) / len(rounds)) ** 0.5,
+        ),
     )
 
 
@@ -118,7 +139,7 @@ def most_probable_of(stack: Stack, prior: tuple[Tensor, float]) -> StackedPatche
 
     Patches have the mean ``prior[0]`` (p,) and the variance ``prior[1]`` before anything is read.
     With λ an eigenvalue of GGᵀ, c what is left of it without the noise's share, and σ² the variance
-    of an equation, a direction b/c is known to σ²λ/c², and weighs against the prior accordingly.
+    of an equation, a direction is known to σ²λ/c², and weighs against the prior accordingly.
 
     Examples
     --------
@@ -127,21 +148,49 @@ def most_probable_of(stack: Stack, prior: tuple[Tensor, float]) -> StackedPatche
     >>> most_probable_of(stacked(halves), (torch.zeros(1).double(), 1.0)).X.flatten().round(decimals=6).tolist()
     [3.0, 4.0]
     """
-    x0, variance = prior
-    n, equations = stack.G.shape
     U, s, Vt = thin_svd(stack.G.T)
-    B = stack.dW - torch.outer(stack.G.sum(0), x0)  # of deviations from grey
+    B = stack.dW - torch.outer(stack.G.sum(0), prior[0])  # of deviations from grey
     b = U.T @ B
-    residual = B - U @ b
-    # An equation's variance: that of its own noise at least, and of G's noise times the pixels.
-    sigma2 = max(1.0, float(residual.square().sum()) / max((equations - n) * B.shape[1], 1))
+    outside = float((B - U @ b).square().sum())
+    # The sums that measured each round's noise are few. All equations together tell it to a per cent.
+    noise = 1.0
+    for _ in range(_CALIBRATIONS if stack.added else 1):
+        found = _believed(stack, s, b, outside, noise, prior[1])
+        X = prior[0] + Vt.T @ found.b
+        noise = _calibrated(stack, found.variance, float(X.square().sum(0).mean()))
+    return StackedPatches(X, B - stack.G.T @ (X - prior[0]), s, found.mse)
+
+
+@dataclass(frozen=True)
+class _Believed:
+    """Deviations b (n, p) in the directions of Vᵀ; an equation's variance; the expected square error."""
+
+    b: Tensor
+    variance: float
+    mse: float
+
+
+def _believed(stack: Stack, s: Tensor, b: Tensor, outside: float, noise: float, variance: float) -> _Believed:
+    """Each direction by its own share: b s/c, believed as far as c stands out."""
+    (n, equations), p = stack.G.shape, b.shape[1]
     lam = s.clamp_min(_TINY) ** 2
-    c = (lam - stack.added).clamp_min(_TINY)
-    # The share of a direction that is believed: its own variance, the prior's, and what the spread bends.
-    share = variance * c**2 / (variance * c**2 + sigma2 * lam + variance * stack.spread**2)
-    X = x0 + Vt.T @ (b * (s / c * share)[:, None])
-    unseen = variance * (n - len(s))
-    return StackedPatches(X, residual, s, (float((variance * (1 - share)).sum()) + unseen) / n)
+    c = (lam - noise * stack.added).clamp_min(0.0)
+    of_equation = max(1.0, outside / max((equations - n) * p, 1))
+    doubt = of_equation * lam + variance * (noise * stack.spread) ** 2  # of b s, with what the spread bends
+    believed = variance * c / (variance * c**2 + doubt)
+    deviations = b * (s * believed)[:, None]
+    left = outside + float((b - s[:, None] * deviations).square().sum())
+    share = (c * believed).clamp_max(1.0)
+    mse = (float((variance * (1 - share)).sum()) + variance * (n - len(s))) / n
+    return _Believed(deviations, left / max((equations - n) * p, 1), mse)
+
+
+def _calibrated(stack: Stack, variance: float, carried: float) -> float:
+    """Noise's variance in G over what the rounds' sums said: an equation has that of dW, and G's times the
+    pixels. Of the two ways in which noise comes, the one that is nearer to the sums.
+    """
+    either = [variance / (kappa**2 + carried) for kappa in stack.kappas]
+    return min(either, key=lambda factor: abs(torch.tensor(factor).log().item()))
 
 
 def residuals_of(rounds: Sequence[Equations], X: Tensor) -> tuple[float, ...]:
