@@ -26,7 +26,7 @@ from ..attacks.replay import Loss
 from ..attacks.result import MARGIN, REPLAY, AttackNotApplicable, Condition, Reconstruction
 from ..attacks.verify import EMBEDDING
 from ..preprocessing import Preprocessing
-from ..update import ClientUpdate
+from ..update import ClientUpdate, Round, Updates, listed
 from .findings import Audit, Finding, Part
 from .words import Trust
 
@@ -41,7 +41,7 @@ _CLOSE, _COARSE = 40.0, 20.0  # dB, predicted: too good for the eye; recognizabl
 
 def audit(
     model: nn.Module,
-    update: ClientUpdate,
+    update: Updates,
     *,
     anatomy: Anatomy | None = None,
     preprocessing: Preprocessing | None = None,
@@ -57,7 +57,9 @@ def audit(
     model : nn.Module
         With the weights the client was given, in the mode (train or eval) the client used; left as
         it is.
-    update : ClientUpdate
+    update : ClientUpdate, Round, or a sequence of these
+        Of one client. Several rounds are read together; what the report says of tensors and labels is
+        of the first.
     anatomy : Anatomy, optional
         Default is ``dissect(model)``.
     preprocessing : Preprocessing, optional
@@ -97,13 +99,15 @@ def audit(
     check_told(anatomy, preprocessing, loss)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    update = fit_update(model, update, anatomy)
+    rounds = listed(update)
+    first = rounds[0].update if isinstance(rounds[0], Round) else rounds[0]
+    given, update = update, fit_update(model, first, anatomy)
     options = {"preprocessing": preprocessing, "strict": strict, "loss": loss, "verify": verify, "labels": labels}
     findings = []
     progress = tqdm(CLOSED_FORMS.values(), desc="attacks", disable=None, leave=False)
     for attack in progress:
         progress.set_postfix_str(attack.name)
-        result, reason = _attempt(attack, model, update, anatomy, options)
+        result, reason = _attempt(attack, model, given if len(rounds) > 1 else update, anatomy, options)
         findings.append(
             Finding(
                 attack, result, reason, _replayed(result), "none" if result is None else _trust(result, preprocessing)
@@ -124,7 +128,7 @@ def audit(
         labels_reason=labels_reason,
         one_image=one,
         findings=tuple(findings),
-        notes=tuple(dict.fromkeys(_notes(model, update, anatomy, findings))),
+        notes=tuple(dict.fromkeys([*_of_rounds(len(rounds), findings), *_notes(model, update, anatomy, findings)])),
         pixels=_pixels(best, preprocessing),
     )
 
@@ -137,7 +141,7 @@ def _pixels(best: Finding | None, preprocessing: Preprocessing) -> Condition | N
 
 
 def _attempt(
-    attack: Attack, model: nn.Module, update: ClientUpdate, anatomy: Anatomy, options: Mapping[str, Any]
+    attack: Attack, model: nn.Module, update: Updates, anatomy: Anatomy, options: Mapping[str, Any]
 ) -> tuple[Reconstruction | None, str]:
     """What the attack returns, and its reason; None, and why, where it does not apply."""
     try:
@@ -228,6 +232,18 @@ def _parts(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[Pa
             state = "withheld" if name in trained else "fixed"
         parts.append(Part(part, None if where is None else str(where), state, norm, gives))
     return tuple(parts)
+
+
+def _of_rounds(count: int, findings: Sequence[Finding]) -> list[str]:
+    """A note on several rounds: that they were read together, and which were left out."""
+    if count == 1:
+        return []
+    notes = [f"{count} rounds of one client were read together; tensors and labels are those of the first."]
+    for finding in findings:
+        used = () if finding.result is None else finding.result.diagnostics.get("rounds", ())
+        if out := [str(entry["number"]) for entry in used if not entry["used"]]:
+            notes.append(f"The {finding.attack.title} left out round {', '.join(out)}, of another picture.")
+    return notes
 
 
 def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, findings: Sequence[Finding]) -> list[str]:

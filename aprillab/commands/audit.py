@@ -33,7 +33,7 @@ from ..audit.report import write_audit
 from ..audit.run import audit
 from ..audit.words import TRUST_WORDS
 from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
-from ..update import ClientUpdate, UpdateError, load_update
+from ..update import ClientUpdate, Round, UpdateError, load_state, load_update
 from .arguments.names import LEAKS
 from .arguments.types import Normalization
 from .files import writable_folder
@@ -58,9 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         level or a worse one was found, else 0.
     """
     folder = writable_folder(arguments.out)
-    update = _update(arguments)
-    if not arguments.quiet:
-        note(f"{arguments.update}: {len(update.gradients)} tensors in {dtype_name(update)}")
+    rounds = _rounds(arguments)
     with here_importable():
         model = built_model(arguments.model)
         anatomy = _anatomy(model, arguments)
@@ -70,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         with nullcontext() if arguments.quiet else patience("still at it"):
             try:
                 found = audit(
-                    model, update, anatomy=anatomy, preprocessing=preprocessing, loss=loss, verify=arguments.verify,
+                    model, rounds, anatomy=anatomy, preprocessing=preprocessing, loss=loss, verify=arguments.verify,
                     strict=arguments.strict,
                 )  # fmt: skip
             except UpdateError as error:
@@ -91,10 +89,24 @@ def run(arguments: argparse.Namespace) -> int:
 # --- What is audited ----------------------------------------------------------------------------------------------
 
 
-def _update(arguments: argparse.Namespace) -> ClientUpdate:
-    update = load_update(arguments.update)
+def _rounds(arguments: argparse.Namespace) -> list[ClientUpdate | Round]:
+    """The update, or those of several rounds, each with its weights where they are given."""
+    if arguments.state and len(arguments.state) != len(arguments.update):
+        raise CommandError(
+            f"--state: {len(arguments.state)} files for {len(arguments.update)} of --update: one for each round"
+        )
+    updates = [_update(file, arguments) for file in arguments.update]
+    if not arguments.state:
+        return list(updates)
+    return [Round(load_state(file), update) for file, update in zip(arguments.state, updates, strict=True)]
+
+
+def _update(file: str, arguments: argparse.Namespace) -> ClientUpdate:
+    update = load_update(file)
     if shared := [name for name in arguments.withheld if name in update.gradients]:
-        raise CommandError(f"--withheld {shared[0]}: this gradient is in the update")
+        raise CommandError(f"--withheld {shared[0]}: this gradient is in the update {file}")
+    if not arguments.quiet:
+        note(f"{file}: {len(update.gradients)} tensors in {dtype_name(update)}")
     return replace(update, withheld=(*update.withheld, *arguments.withheld))
 
 
@@ -186,10 +198,13 @@ def _exit_code(found: Audit, fail_on: str | None) -> int:
 
 
 def _source(arguments: argparse.Namespace, code: int) -> Source:
-    with Path(arguments.update).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = []
+    for name in arguments.update:
+        with Path(name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return Source(
-        command=shlex.join(arguments.words), model=arguments.model, file=Path(arguments.update).name, sha256=digest,
+        command=shlex.join(arguments.words), model=arguments.model,
+        file=", ".join(Path(name).name for name in arguments.update), sha256=", ".join(digests),
         loss=str(arguments.loss or ""), exit_code=code,
     )  # fmt: skip
 

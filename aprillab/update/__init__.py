@@ -7,7 +7,7 @@ and after more a sum of gradients. :func:`fitted` brings either to the model tha
 """
 
 from .client import client_update, logits_of
-from .files import load_update, save_update
+from .files import load_state, load_update, save_update
 from .fit import check_update, fitted
 from .record import DTYPES, FORMAT, MAX_BATCH, ClientUpdate, UpdateError
 from .rounds import Round, Updates, listed, only_one, state_of_round
@@ -25,6 +25,7 @@ __all__ = [
     "client_update",
     "fitted",
     "listed",
+    "load_state",
     "load_update",
     "logits_of",
     "only_one",

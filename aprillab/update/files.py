@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .record import FACTS, FORMAT, ClientUpdate
 from .tensors import UpdateError
@@ -57,21 +58,7 @@ def load_update(path: str | Path) -> ClientUpdate:
     tensor([0.5000])
     """
     path = Path(path)
-    if not path.is_file():
-        raise UpdateError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # what safetensors and torch raise depends on the file and on their versions
-        if _looks_like_pickle(path):
-            raise UpdateError(
-                f"{path}: a pickle (torch.save), which could run code when read. "
-                "Write updates with aprillab.save_update or safetensors.torch.save_file."
-            ) from error
-        raise UpdateError(f"{path}: not a readable safetensors file, or cut off ({error})") from error
-    if not tensors:
-        raise UpdateError(f"{path}: holds no tensor")
+    tensors, metadata = _read(path, "Write updates with aprillab.save_update or safetensors.torch.save_file.")
     facts = _read_facts(path, metadata)
     try:
         gradients = ClientUpdate(tensors).gradients
@@ -81,6 +68,44 @@ def load_update(path: str | Path) -> ClientUpdate:
         return ClientUpdate(gradients, **facts)
     except UpdateError as error:
         raise UpdateError(f"{path}: metadata {error}") from error
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights that were sent in a round, a safetensors file of tensors by name, for
+    :class:`~aprillab.Round`.
+
+    Raises
+    ------
+    UpdateError
+        If the file is missing, a pickle, truncated or empty.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from safetensors.torch import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"weight": torch.tensor([0.5])}, f"{folder}/state.safetensors")
+    ...     load_state(f"{folder}/state.safetensors")
+    {'weight': tensor([0.5000])}
+    """
+    return _read(Path(path), "Write states with safetensors.torch.save_file(model.state_dict(), path).")[0]
+
+
+def _read(path: Path, remedy: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    if not path.is_file():
+        raise UpdateError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # what safetensors and torch raise depends on the file and on their versions
+        if _looks_like_pickle(path):
+            raise UpdateError(f"{path}: a pickle (torch.save), which could run code when read. {remedy}") from error
+        raise UpdateError(f"{path}: not a readable safetensors file, or cut off ({error})") from error
+    if not tensors:
+        raise UpdateError(f"{path}: holds no tensor")
+    return tensors, metadata
 
 
 def _looks_like_pickle(path: Path) -> bool:

@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -45,6 +45,7 @@ NUMBER = 3
 
 def build(): return VisionTransformer(**SHAPE)
 def april(): return VisionTransformer(**{**SHAPE, "block": "april", "width": 16, "heads": 2})
+def thin(): return VisionTransformer(**{**SHAPE, "width": 12, "heads": 2})
 def narrow(): return VisionTransformer(**{**SHAPE, "width": 8, "heads": 2})
 def grey(): return VisionTransformer(**{**SHAPE, "channels": 1})
 def zero(): return Torchvision(16, 4, num_layers=1, num_heads=2, hidden_dim=64, mlp_dim=64, num_classes=10)
@@ -87,11 +88,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     save_update(update_of(vit()), tmp_path / "update.safetensors")
 
     def call(
-        function: str = "federated:build", *more: str, update: str = "update.safetensors", out: str = "found"
+        function: str = "federated:build",
+        *more: str,
+        update: str | Sequence[str] = "update.safetensors",
+        out: str = "found",
     ) -> tuple[int, str, str]:
         monkeypatch.delitem(sys.modules, "federated", raising=False)
         path = list(sys.path)
-        code = cli.main(["audit", "--model", function, "--update", str(update), "--out", str(out), *more])
+        files = [str(update)] if isinstance(update, str | Path) else list(update)
+        code = cli.main(["audit", "--model", function, "--update", *files, "--out", str(out), *more])
         assert sys.path == path
         shown = capsys.readouterr()
         assert "Traceback" not in shown.err
@@ -324,7 +329,7 @@ def test_files_that_are_wrong(run: Run, tmp_path: Path) -> None:
         ("federated:NUMBER", ["is no function but a int"]),
         ("federated:word", ["federated:word() returned str, not a torch.nn.Module"]),
         ("federated:broken", ["federated:broken() failed: ValueError: two lines", "federated.py, line"]),
-        ("federated:sized", ["'width'", "it is called without arguments", "federated.py, line 16"]),
+        ("federated:sized", ["'width'", "it is called without arguments", "federated.py, line 17"]),
         ("federated:convolution", ["Conv2d is not a Vision Transformer known to aprillab", "match_gradients"]),
     ],
 )
@@ -534,3 +539,24 @@ def test_weights_of_classes_that_the_model_does_not_have(run: Run, tmp_path: Pat
     assert (code, out) == (2, "")
     is_one_error(err, "--loss bce,weights=1/2: 2 weights, but the model has 10 classes")
     assert not (tmp_path / "found").exists()
+
+
+def test_rounds_are_read_together_with_the_weights_that_were_sent(run: Run, tmp_path: Path) -> None:
+    model = vit(width=12, heads=2)  # narrower than its 16 patches: one update does not do
+    for number in (1, 2, 3):
+        save_file({n: t.clone() for n, t in model.state_dict().items()}, tmp_path / f"state{number}.safetensors")
+        update = update_of(model)
+        save_update(update, tmp_path / f"round{number}.safetensors")
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p -= 0.1 * update.gradients[name]
+    rounds, states = ([f"{kind}{number}.safetensors" for number in (2, 3)] for kind in ("round", "state"))
+    code, out, err = run("federated:thin", "--state", *states, update=("round2.safetensors", "round3.safetensors"))
+    assert code == 0, err
+    assert "exactly: patch-embedding system" in out
+    facts = json.loads((tmp_path / "found/report.json").read_text(encoding="utf-8"))
+    assert facts["update"]["file"] == ", ".join(rounds)
+    assert any("2 rounds of one client were read together" in note for note in facts["notes"])
+    code, _, err = run("federated:thin", "--state", states[0], update=rounds)
+    assert code == 2
+    is_one_error(err, "--state: 1 files for 2 of --update: one for each round")

@@ -34,9 +34,7 @@ def add_arguments(commands: Any) -> None:
         help="a function without arguments that returns the model, with the weights and in the mode (train or eval) "
         "that the client used; imported from the current folder too, and run",
     )  # fmt: skip
-    command.add_argument(
-        "--update", required=True, metavar="FILE", help="the client's update, safetensors; see below"
-    )
+    _add_rounds(command)
     command.add_argument(
         "--out", required=True, metavar="DIR",
         help="folder for report.md, report.json, overview.png and a picture an attack; made if need be",
@@ -62,3 +60,15 @@ def add_arguments(commands: Any) -> None:
         help=f"for continuous integration: exit with 3 where this or worse is found, of {', '.join(LEAKS)}",
     )  # fmt: skip
     command.add_argument("--quiet", action="store_true", help="print the verdict alone")
+
+
+def _add_rounds(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--update", required=True, nargs="+", metavar="FILE",
+        help="the client's update, safetensors; of several rounds several files, read together; see below",
+    )  # fmt: skip
+    command.add_argument(
+        "--state", default=[], nargs="+", metavar="FILE",
+        help="with several rounds: the weights that were sent in each, safetensors, in the order of the updates; a "
+        "state may lack what the client does not train",
+    )  # fmt: skip
