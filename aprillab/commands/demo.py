@@ -17,7 +17,7 @@ from ..metrics import EXACT_TO_8_BITS_DB
 from ..zoo import Position, build_model
 from .files import photograph, writable_file, write
 from .messages import RESPONSIBLE_USE
-from .round import Round, play_round
+from .round import Played, play_round
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,7 +80,7 @@ SCENES = (
 )
 
 
-def play_demo(pixels: Tensor, *, label: int = 3, seed: int = 0) -> Iterator[tuple[Scene, Round]]:
+def play_demo(pixels: Tensor, *, label: int = 3, seed: int = 0) -> Iterator[tuple[Scene, Played]]:
     """The three rounds of the demonstration, one after another, in float32 with random weights.
 
     Parameters
@@ -91,14 +91,14 @@ def play_demo(pixels: Tensor, *, label: int = 3, seed: int = 0) -> Iterator[tupl
 
     Yields
     ------
-    (Scene, Round)
+    (Scene, Played)
     """
     for scene in SCENES:
         model = build_model(scene.name, image_size=pixels.shape[-1], position=scene.position, seed=seed)
         yield scene, play_round(model, pixels, label, attack=scene.attack)
 
 
-def demo_figure(pixels: Tensor, rounds: Sequence[tuple[Scene, Round]]) -> Figure:
+def demo_figure(pixels: Tensor, rounds: Sequence[tuple[Scene, Played]]) -> Figure:
     """The original beside what each attack made of the gradient."""
     fig, axes = viz.figure(1, 1 + len(rounds), size=(3.4 * (1 + len(rounds)), 4.9))
     viz.draw(axes[0, 0], pixels)
@@ -133,7 +133,7 @@ def _write_around(ax: Axes, title: str, subtitle: str, below: str) -> None:
     ax.set_xlabel(below, fontsize=17, fontweight="bold", labelpad=8)
 
 
-def _table_line(scene: Scene, played: Round) -> str:
+def _table_line(scene: Scene, played: Played) -> str:
     found = played.reconstruction
     return _LINE.format(
         scene.title,

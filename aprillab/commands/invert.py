@@ -26,7 +26,7 @@ from ..zoo import build_model
 from .files import photograph, writable_file, write
 from .losses import loss_function
 from .messages import CommandError, note
-from .round import Round, play_round
+from .round import Played, play_round
 
 _SECONDS = 300.0  # of a search, unless a budget is given
 _EVERY = 10.0  # seconds between two lines where there is no terminal for a bar
@@ -97,7 +97,7 @@ def _classes(model: nn.Module) -> int:
 
 def _play(
     arguments: argparse.Namespace, model: nn.Module, pixels: Tensor, label: int, words: TextIO
-) -> tuple[Round | None, AttackNotApplicable | None]:
+) -> tuple[Played | None, AttackNotApplicable | None]:
     """The round, or why no attack applies and where to go from there."""
     loss = None if arguments.loss is None else loss_function(arguments.loss, _classes(model))
     judging = {"strict": arguments.strict, "verify": arguments.verify}
@@ -163,7 +163,7 @@ def _print_setting(arguments: argparse.Namespace, words: TextIO) -> None:
 
 
 def _show(
-    arguments: argparse.Namespace, pixels: Tensor, played: Round, files: dict[str, Path | None], words: TextIO
+    arguments: argparse.Namespace, pixels: Tensor, played: Played, files: dict[str, Path | None], words: TextIO
 ) -> dict[str, Any]:
     """Print the round, write its pictures, and return what is known now for the JSON."""
     _print_round(arguments, played, words)
@@ -178,7 +178,7 @@ def _show(
     return _facts_of_round(played) | written
 
 
-def _print_round(arguments: argparse.Namespace, played: Round, words: TextIO) -> None:
+def _print_round(arguments: argparse.Namespace, played: Played, words: TextIO) -> None:
     """Say in a few lines how a round went, and what came of the other attacks that were tried."""
     found = played.reconstruction
     recovered = "not recovered" if found.labels is None else f"{int(found.labels[0])}"
@@ -217,7 +217,7 @@ def _facts(arguments: argparse.Namespace, label: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _facts_of_round(played: Round) -> dict[str, Any]:
+def _facts_of_round(played: Played) -> dict[str, Any]:
     found = played.reconstruction
     return {
         "attack": found.attack,
@@ -233,7 +233,7 @@ def _facts_of_round(played: Round) -> dict[str, Any]:
     }
 
 
-def _before_after(arguments: argparse.Namespace, pixels: Tensor, played: Round) -> bytes:
+def _before_after(arguments: argparse.Namespace, pixels: Tensor, played: Played) -> bytes:
     """The figure of ``invert``; the difference is magnified by the power of ten that makes it
     visible.
     """

@@ -19,7 +19,7 @@ from ..update import client_update, logits_of
 
 
 @dataclass(frozen=True)
-class Round:
+class Played:
     """What the attacker got in one round, and how near it is, which only whoever holds the original
     can tell.
 
@@ -51,7 +51,7 @@ def play_round(
     loss: Loss | None = None,
     judging: Mapping[str, Any] | None = None,
     search: Mapping[str, Any] | None = None,
-) -> Round:
+) -> Played:
     """Be the client with one private picture, then the server that attacks what the client shares.
 
     Parameters
@@ -92,7 +92,7 @@ def play_round(
     else:
         found = invert(model, update, attack=attack, anatomy=anatomy, loss=loss, **(judging or {}))
     original = pixels.to(found.pixels)
-    return Round(
+    return Played(
         reconstruction=found,
         psnr=float(psnr(found.pixels[0], original)),
         ssim=float(ssim(found.pixels[0], original)),

@@ -177,11 +177,11 @@ def _believed(stack: Stack, s: Tensor, b: Tensor, outside: float, noise: float, 
     c = (lam - noise * stack.added).clamp_min(0.0)
     of_equation = max(1.0, outside / max((equations - n) * p, 1))
     doubt = of_equation * lam + variance * (noise * stack.spread) ** 2  # of b s, with what the spread bends
-    believed = variance * c / (variance * c**2 + doubt)
+    either = variance * c**2 + doubt
+    believed = variance * c / either
     deviations = b * (s * believed)[:, None]
     left = outside + float((b - s[:, None] * deviations).square().sum())
-    share = (c * believed).clamp_max(1.0)
-    mse = (float((variance * (1 - share)).sum()) + variance * (n - len(s))) / n
+    mse = variance * (float((doubt / either).sum()) + n - len(s)) / n
     return _Believed(deviations, left / max((equations - n) * p, 1), mse)
 
 
