@@ -109,6 +109,9 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
     s, V = strongest_directions(D, k, start=DV / noise[:, None])
     # Bai and Yin: noise of variance 1 in m × w numbers has no singular value below √m − √w.
     floor = max(rows**0.5 - width**0.5, 1.0)
+    if rows < width:
+        # What few rows have beyond the tokens is noise, and not the noise of the combinations that make the tokens.
+        return NoisySpan(tokens, s, V, floor * torch.eye(width).to(D), floor, excess)
     # Noise alone is as even as can be: seven digits of its Gram matrix are more than enough.
     rest = D.addmm_(D @ V, V.T, alpha=-1).float()
     return NoisySpan(tokens, s, V, _root(rest, floor**2), floor, excess)

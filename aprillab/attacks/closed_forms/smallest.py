@@ -76,6 +76,8 @@ def smallest_combination(
         R, squares = torch.eye(T.shape[1]).to(T), T.T @ T
         touch = _TOUCH * float(squares.diagonal().mean()) ** 0.5
         alone = smallest(T, t, R, touch, (squares, R))
+        # Of few rows the tokens' directions cost nothing, and tell nothing of the variance.
+        of -= sum(span.tokens for equations, span in sides if len(equations.D) < len(equations.A))
         return alone, float(alone.token_cost.mean()) / max(of - T.shape[1], 1), 0.0
     R = pixel_side.coefficients()  # of the pixels themselves: the unit vectors
     normal = T.T @ T, R.T @ R

@@ -30,7 +30,7 @@ from ..evidence import System, one_image
 from ..labels import check_known, check_told, labels_or_none
 from ..reading import Reading
 from ..replay import Loss
-from ..result import AttackNotApplicable, Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
+from ..result import Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
 from ..rounds import Agreement, RoundRead, read_rounds
 from ..verify import verified
 from .inputs import pixel_variance
@@ -38,19 +38,10 @@ from .linear_algebra import numerical_rank
 from .noisy_span import noisy_span
 from .probe import adapters_as_read, tokens_as_read
 from .smallest import smallest_combination
-from .span_rounds import (
-    NAME,
-    NEEDS,
-    agreed_rounds,
-    check_model,
-    grouped,
-    refuse_one_place,
-    refuse_rows,
-    rows_of,
-    with_rows,
-)
+from .span_agreement import agreed_rounds
+from .span_rounds import NEEDS, check_model, grouped, refuse_one_place, refuse_rows, rows_of, with_rows
 from .span_solution import SpanSolution
-from .token_equations import TokenEquations
+from .span_width import NAME, directions_lost, extra_prefix, refuse_width, usable_width, width_needed
 
 __all__ = ["NEEDS", "solve_span", "span_closed_form", "width_needed"]
 
@@ -60,24 +51,6 @@ __all__ = ["NEEDS", "solve_span", "span_closed_form", "width_needed"]
 _MARGIN_DB = 7.0
 _CLEARLY = 1e3  # times the noise: tables of 2-D sinusoids lie below, learned ones at 10⁵ and more in float32
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
-
-
-def width_needed(
-    patches: int, pixels_per_patch: int, prefix: int, norms: int, *, batch_size: int = 1, by_rows: bool = True
-) -> int:
-    """The least width d that the count (7.6) allows: ``norms`` is 1 for a LayerNorm before the attention, 2 for two.
-
-    In a batch (B − 1)·n directions stay open at any width: the differences of its images at each
-    place. Without the patch embedding's gradient (``by_rows=False``) all p pixels are unknown.
-
-    >>> width_needed(196, 768, 1, True)  # ViT-B/16 at 224
-    394
-    >>> width_needed(196, 768, 1, True, by_rows=False)
-    966
-    """
-    tokens = batch_size * patches + prefix
-    unknowns = min(pixels_per_patch, batch_size * patches) if by_rows else pixels_per_patch
-    return unknowns + tokens + int(norms) - (batch_size - 1) * patches
 
 
 # --- The attack -----------------------------------------------------------------------------------
@@ -154,16 +127,17 @@ def span_closed_form(
     check_model(anatomy)
     rounds = read_rounds(model, update, anatomy)
     check_known(labels, rounds[0].reading.update, anatomy, model)
-    agreed = _of_one_picture(model, rounds, anatomy, device)
+    some, remark = with_rows([rows_of(one, anatomy, device) for one in rounds])
+    agreed = agreed_rounds(some, anatomy, tensors_of(model), device)
     reading = agreed.kept[0].reading
-    solution = solve_rounds(model, agreed.kept, anatomy=anatomy, strict=strict, device=device)
+    solution = solve_rounds(model, agreed.kept, anatomy=anatomy, strict=strict, device=device, remark=remark)
     error = min(solution.mean_square_error, pixel_variance(preprocessing))
     predicted = predicted_psnr(error, preprocessing)
     result = report(
         NAME,
         solution.images,
         conditions=(
-            *_conditions(solution, reading, anatomy, predicted),
+            *_conditions(solution, reading, anatomy, predicted, remark),
             *agreed.conditions,
             *_as_read(model, agreed.kept[0], anatomy, solution),
         ),
@@ -183,15 +157,6 @@ def span_closed_form(
     return verified(result, model, agreed.kept, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
 
 
-def _of_one_picture(
-    model: nn.Module, rounds: Sequence[RoundRead], anatomy: Anatomy, device: torch.device | str | None
-) -> Agreement:
-    """The rounds that have rows and show one picture."""
-    tokens = anatomy.tiling.count + anatomy.position_prefix + _extra_prefix(anatomy, tensors_of(model))
-    some, _ = with_rows([rows_of(one, anatomy, device) for one in rounds])
-    return agreed_rounds(some, anatomy, tokens, device)
-
-
 def _as_read(model: nn.Module, read: RoundRead, anatomy: Anatomy, solution: SpanSolution) -> tuple[Condition, ...]:
     """Whether tokens and adapters are given what the equations have, in one round's model."""
     client = read.model(model)
@@ -202,34 +167,35 @@ def _as_read(model: nn.Module, read: RoundRead, anatomy: Anatomy, solution: Span
 
 
 def _conditions(
-    solution: SpanSolution, reading: Reading, anatomy: Anatomy, predicted: float
+    solution: SpanSolution, reading: Reading, anatomy: Anatomy, predicted: float, remark: str
 ) -> tuple[Condition, ...]:
     """What the span attack rests on, but for the tokens' way to the attention."""
     numbers = solution.numbers
     tokens, rows, width = (int(numbers[name]) for name in ("tokens", "rows", "width_of_rows"))
     # Only where every token is seen does nothing beyond them mean that there is no second image.
     seen, spare = solution.gap > _LEAST_GAP, min(rows, width) - tokens
-    system = System("the span", solution.excess, spare, spare + tokens, numbers["noise_gain"]) if seen else None
-    # The head's sums tell too much noise where the loss is nearly zero. What is outside the span bounds it.
-    least = max(torch.finfo(reading.update.dtype).eps, solution.excess / max(numbers["noise_gain"], 1.0))
+    # Noise that were as much larger there as rows differ in size would be seen.
+    gain = min(numbers["noise_gain"], max(solution.excess / numbers["noise_of_rows"], 1.0))
+    system = System("the span", solution.excess, spare, spare + tokens, gain) if seen else None
     return (
         Condition(
             "enough width", shown_if(solution.width_needed <= solution.usable_width),
             {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
         ),
-        one_image(anatomy, reading.update, system=system, noise=min(reading.noise, least)),
-        _tokens_seen(solution, seen),
+        one_image(anatomy, reading.update, system=system, noise=numbers["noise_of_rows"]),
+        _tokens_seen(solution, seen, remark),
         _places(numbers),
         margin(predicted, _MARGIN_DB),
     )  # fmt: skip
 
 
-def _tokens_seen(solution: SpanSolution, seen: bool) -> Condition:
+def _tokens_seen(solution: SpanSolution, seen: bool, remark: str) -> Condition:
     """Each token must have a row of its own, and a direction above the noise."""
     rows, tokens = int(solution.numbers["rows"]), int(solution.numbers["tokens"])
     words = "the weakest token's singular value is {gap:.1f} times the strongest of the noise"
     if rows <= tokens:
         words = "{rows:.0f} rows for {tokens:.0f} tokens leave nothing to see the noise by"
+    words += f"; {remark}" if remark else ""
     numbers = {"gap": solution.gap, "rows": float(rows), "tokens": float(tokens)}
     return Condition("tokens stand out from the noise", shown_if(seen), numbers, words)
 
@@ -267,27 +233,30 @@ def solve_rounds(
     batch_size: int = 1,
     strict: bool = True,
     device: torch.device | str | None = None,
+    remark: str = "",
 ) -> SpanSolution:
-    """As :func:`solve_span`, of rounds that were read."""
-    rounds, words = with_rows([rows_of(one, anatomy, device) for one in read])
+    """As :func:`solve_span`, of rounds that were read; with a remark for its refusal."""
+    rounds, empty = with_rows([rows_of(one, anatomy, device) for one in read])
     weights = tensors_of(model)
     p, n = weights[anatomy.patch_weight][0].numel(), anatomy.tiling.count
-    tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
+    tokens = batch_size * n + anatomy.position_prefix + extra_prefix(anatomy, weights)
     groups = grouped(rounds, anatomy, tokens, device)
     equations, e = [group.equations for group in groups], groups[0].equations.e
     refuse_one_place(e)
     dW = [one.dW.to(e) for one in rounds if one.dW is not None]
     # Is the model wide enough for one solution? (7.6)
-    norms = _directions_lost(anatomy, weights)
+    norms = directions_lost(anatomy, weights)
     needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size, by_rows=bool(dW))
     usable = usable_width(equations, tokens + norms)
     if strict:
         if needed > usable:
-            _refuse_width(needed, usable, tokens, min(p, batch_size * n) if dW else p, norms, len(groups))
-        refuse_rows(groups, anatomy, words)
+            unknowns = f"min(p, n) = {min(p, batch_size * n)}" if dW else f"p = {p}"
+            refuse_width(needed, usable, tokens, unknowns, norms, len(groups))
+        refuse_rows(groups, anatomy, remark or empty)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
     sides = [group.span() for group in groups]
+    noise = max(group.noise_seen(side) for group, side in zip(groups, sides, strict=True))
     pixel_side = noisy_span(torch.cat(dW), batch_size * n, min(group.noise for group in groups)) if dW else None
     solution, variance, ratio = smallest_combination(list(zip(equations, sides, strict=True)), pixel_side)
     return SpanSolution(
@@ -312,18 +281,12 @@ def solve_rounds(
             "gap": min(side.gap for side in sides),
             "outside": max(side.excess for side in sides),
             "width_of_rows": min(one.D.shape[1] for one in equations),
-            **_directions_of_places(e, max(group.noise for group in groups)),
+            **_directions_of_places(e, noise),
+            "noise_of_rows": noise,
             "noise_gain": max(group.gain for group in groups),
             "ratio": ratio,
         },
     )
-
-
-def usable_width(equations: Sequence[TokenEquations], lost: int) -> int:
-    """The width that counts: each further group of rounds adds its equations, but for the ``lost`` of its tokens and
-    norms.
-    """
-    return equations[0].usable + sum(max(one.usable - lost, 0) for one in equations[1:])
 
 
 def _directions_of_places(e: Tensor, noise: float) -> dict[str, float]:
@@ -341,27 +304,3 @@ def _places(numbers: Mapping[str, float]) -> Condition:
         {name: int(numbers[name]) for name in ("patches", "places", "places_clearly")},
         "the positions of {patches} patches span {places} directions, {places_clearly} clearly above the noise",
     )  # fmt: skip
-
-
-def _directions_lost(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
-    """Directions of the width that the norms take, besides the tokens': the mean's, and C β₁."""
-    if anatomy.first_block != "two norms":
-        return int(anatomy.first_block == "prenorm")
-    return 1 + int(anatomy.embedding_norm_bias is not None and bool(weights[anatomy.embedding_norm_bias].any()))
-
-
-def _extra_prefix(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
-    """Tokens before the patches that have no position of their own (timm's ``no_embed_class``)."""
-    prefix = sum(weights[token].numel() // weights[token].shape[-1] for token in anatomy.prefix)
-    return max(prefix - anatomy.position_prefix, 0)
-
-
-def _refuse_width(needed: int, usable: int, tokens: int, unknowns: int, norms: int, groups: int) -> None:
-    of = "d" if groups == 1 else f"d and what {groups - 1} more state(s) of the model add"
-    raise AttackNotApplicable(
-        NAME,
-        f"min(p, n) + tokens{f' + {norms}' if norms else ''} = {needed} > {usable} = {of}: "
-        f"the span of {tokens} tokens leaves {usable - tokens} equations for {unknowns} unknowns a patch",
-        width_needed=needed,
-        width=usable,
-    )

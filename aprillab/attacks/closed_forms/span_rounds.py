@@ -9,7 +9,7 @@ costs add up (10.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +17,15 @@ from torch import Tensor
 
 from ...anatomy import Anatomy, Rows
 from ..result import AttackNotApplicable
-from ..rounds import Agreement, Left, RoundRead, agreeing, known
+from ..rounds import RoundRead, known
 from .inputs import shared_gradients
-from .noisy_span import NoisySpan, noisy_span, residuals_by_row
+from .noisy_span import NoisySpan, noisy_span
 from .probe import places_of
+from .span_width import NAME
 from .token_equations import TokenEquations, token_equations
 
-NAME = "span_closed_form"
 NEEDS = ("query", "key", "value")
 _READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
-_ROUNDING = 10.0  # times the format's ε outside the span is rounding: rounds of one picture leave once that
-_MUCH_BETTER = 0.03  # of the residual: noise alone does not shrink so by a few rounds less
-_LEFT_OUT = 4  # rounds, in search of a better agreement
 #: Fields of the anatomy whose values the token equations have in them.
 _VALUES = (
     "patch_weight", "patch_bias", "position", "norm_weight", "norm_bias", "embedding_norm_weight",
@@ -127,14 +124,15 @@ def with_rows(rounds: Sequence[SpanRound]) -> tuple[list[SpanRound], str]:
     if not some and adapters:
         raise AttackNotApplicable(
             NAME,
-            f"the gradient of {adapters[0]} is zero in all {len(rounds)} round(s): LoRA's B is zero until its first "
-            "step, and then nothing arrives at A. A later round has it",
+            f"the gradient of {adapters[0]} is zero in {_rounds(len(rounds))}: LoRA's B is zero until its first "
+            "step, and until then nothing arrives at A. A later round has it",
         )
     if not some:
         raise AttackNotApplicable(NAME, "the first attention's gradient is zero: the head passes nothing down")
     empty = [str(one.read.number) for one in rounds if not one.rows]
-    words = f"; nothing in round {', '.join(empty)}, where B is still zero" if empty else ""
-    return some, words
+    words = f"nothing in round{'s' if len(empty) > 1 else ''} {', '.join(empty)}"
+    words += ", where LoRA's B is still zero" if adapters else ", where nothing arrives below the head"
+    return some, words if empty else ""
 
 
 # --- Groups -------------------------------------------------------------------------------------------------------
@@ -159,7 +157,7 @@ class Group:
 
     @property
     def noise(self) -> float:
-        """Of an entry, relative: that of the most precise round."""
+        """Of an entry, relative, as the sums of the updates tell it: that of the most precise round."""
         return min(one.read.reading.noise for one in self.rounds)
 
     def gains(self) -> list[float]:
@@ -172,6 +170,17 @@ class Group:
         """The same of all its rows: each round's noise is relative to its own size."""
         weighted = zip(self.rounds, self.gains(), strict=True)
         return (sum(len(one.D) * gain**2 for one, gain in weighted) / len(self.equations.D)) ** 0.5
+
+    def noise_seen(self, span: NoisySpan) -> float:
+        """Of an entry, relative: as the sums tell it, and no more than what is outside the span.
+
+        The head's sums tell too much where the loss is nearly zero: they are mostly rounding then, and
+        the same factor is in all that is below the head.
+        """
+        if len(self.equations.D) <= self.tokens:
+            return self.noise
+        eps = max(torch.finfo(one.read.reading.update.dtype).eps for one in self.rounds)
+        return min(self.noise, max(eps, span.excess / max(self.gain, 1.0)))
 
     def span(self) -> NoisySpan:
         """Its noisy span."""
@@ -243,7 +252,7 @@ def refuse_one_place(e: Tensor) -> None:
         )
 
 
-def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str) -> None:
+def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str = "") -> None:
     """Refuse rows that do not show the span as a whole: fewer than tokens, or those of the keys alone.
 
     A shift of all keys changes no attention, so Σ_i ∂l/∂k_i = 0: the keys' rows are combinations of the
@@ -258,8 +267,8 @@ def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str) -> None:
     if parts and all(_of_the_keys(part, anatomy) for part in parts):
         raise AttackNotApplicable(
             NAME,
-            f"only {', '.join(sorted(parts))} is shared of the first attention: the keys' rows lie in the span of the "
-            "tokens' differences (a shift of all keys changes no attention), and no token does. The query's or the "
+            f"only {', '.join(sorted(parts))} is shared of the first attention: the keys' rows lie in the span of "
+            "the tokens' differences (a shift of all keys changes no attention), and no token does. The query's or the "
             "value's are needed",
         )
     rows, tokens = max((len(group.equations.D), group.tokens) for group in groups)
@@ -267,16 +276,20 @@ def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str) -> None:
         return
     largest = max(groups, key=lambda group: len(group.equations.D))
     each = max(len(one.D) for one in largest.rounds)
-    more = -(-(tokens - rows) // each)
+    more, remark = -(-(tokens - rows) // each), f" ({words})" if words else ""
     raise AttackNotApplicable(
         NAME,
-        f"{rows} rows of the first attention's adapters for {tokens} tokens: their span is not seen yet. A round adds "
-        f"{each}, so {more} more round{'s' if more > 1 else ''} of this picture would do{words}. strict=False returns "
-        "the best picture so far",
+        f"{rows} rows that read the first attention's input, for {tokens} tokens: their span is not seen yet. A "
+        f"round adds {each}, so {more} more round{'s' if more > 1 else ''} of this picture would do{remark}. strict=False "
+        "returns the best picture so far",
         rows=rows,
         tokens=tokens,
         more_rounds=more,
     )
+
+
+def _rounds(number: int) -> str:
+    return "this round" if number == 1 else f"all {number} rounds"
 
 
 def _of_the_keys(part: str, anatomy: Anatomy) -> bool:
@@ -285,82 +298,6 @@ def _of_the_keys(part: str, anatomy: Anatomy) -> bool:
         return part == "key"
     layer = anatomy.key.name.removesuffix("base_layer.weight")
     return anatomy.key.start is None and layer != anatomy.key.name and part.startswith(layer)
-
-
-# --- One picture --------------------------------------------------------------------------------------------------
-
-
-def left_by(rounds: Sequence[SpanRound], anatomy: Anatomy, tokens: int, device: torch.device | str | None) -> Left:
-    """What the span of the tokens leaves of each round's rows, all rounds taken together."""
-    residuals, gains, spare = dict[int, float](), dict[int, float](), 0
-    for group in grouped(rounds, anatomy, tokens, device):
-        D = group.equations.D
-        outside = residuals_by_row(D, tokens).split([len(one.D) for one in group.rounds])
-        for one, left, gain in zip(group.rounds, outside, group.gains(), strict=True):
-            residuals[one.read.number] = float(left.square().mean().sqrt())
-            gains[one.read.number] = gain
-        spare += max(min(D.shape) - tokens, 0)
-    numbers = [one.read.number for one in rounds]
-    return Left(tuple(residuals[n] for n in numbers), tuple(gains[n] for n in numbers), spare)
-
-
-def agreed_rounds(
-    rounds: Sequence[SpanRound], anatomy: Anatomy, tokens: int, device: torch.device | str | None
-) -> Agreement:
-    """Which rounds show one picture.
-
-    Adapters' rows are few, and the weakest tokens in them small: another picture's rows push these out of
-    the span and leave no more than noise might. So where some rounds agree much better without the others,
-    what they leave counts as the noise.
-
-    Raises
-    ------
-    AttackNotApplicable
-        As :func:`~aprillab.attacks.rounds.agreeing`.
-    """
-    by_number = {one.read.number: one for one in rounds}
-
-    def left(some: Sequence[RoundRead]) -> Left:
-        return left_by([by_number[read.number] for read in some], anatomy, tokens, device)
-
-    read = [one.read for one in rounds]
-    limit = _limit_by_the_best(read, left)
-    if limit is None:
-        return agreeing(NAME, read, left)
-
-    def strictly(some: Sequence[RoundRead]) -> Left:
-        found = left(some)
-        noise = limit / 1e3 if limit < 1e-4 else limit / 10  # so that limit_of() says this limit
-        gains = [min(gain, noise / one.reading.noise) for gain, one in zip(found.gains, some, strict=True)]
-        return Left(found.residuals, tuple(gains), found.spare)
-
-    return agreeing(NAME, read, strictly)
-
-
-def _limit_by_the_best(read: Sequence[RoundRead], left: Callable[[Sequence[RoundRead]], Left]) -> float | None:
-    """A limit for the residuals, where leaving out a few rounds shrinks them as noise alone does not."""
-    kept, full = list(read), left(read)
-    most = max(full.residuals)
-    if (
-        full.spare <= 0
-        or full.excess(read) > 1
-        or most < _ROUNDING * max(torch.finfo(_dtype(one)).eps for one in read)
-    ):
-        return None
-    for _ in range(min(_LEFT_OUT, len(read) - 2)):
-        fewer = [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
-        tried = [left(some) for some in fewer]
-        best = min(range(len(fewer)), key=lambda i: max(tried[i].residuals))
-        kept = fewer[best]
-        if tried[best].spare <= 0:
-            return None
-        if (now := max(tried[best].residuals)) < _MUCH_BETTER * most:
-            return now / _MUCH_BETTER**0.5
-    return None
-
-
-def _dtype(read: RoundRead) -> torch.dtype:
-    return read.reading.update.dtype
 
 
 def noise_gain(D: Tensor, tokens: int) -> float:
