@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .record import Anatomy, Rows, UnknownModelError, tensors_of
+from .record import Anatomy, Rows, tensors_of
 
 _TUNER = "peft.tuners.tuners_utils.BaseTunerLayer"
 _LORA = "peft.tuners.lora.layer.LoraLayer"
@@ -137,12 +137,9 @@ def _join(path: str, name: str) -> str:
 def with_adapters(model: nn.Module, anatomy: Anatomy, bare: Bare) -> Anatomy:
     """The anatomy of a bare model under the names of the model itself, its adapters named.
 
-    Raises
-    ------
-    UnknownModelError
-        If an adapter sits on a tensor whose *values* an attack reads, such as the patch embedding.
+    Where an adapter sits on a tensor whose *values* an attack reads, such as the patch embedding, what stands
+    before the first attention counts as unknown, and the remark says why: the labels can still be read.
     """
-    _refuse_on_values(anatomy, bare)
     found = replace(anatomy.renamed(bare.real), root=bare.real(anatomy.root), vit=bare.real(anatomy.vit))
     tensors = tensors_of(model)
     factors, others = dict[str, None](), dict[str, None]()  # ordered sets
@@ -158,12 +155,11 @@ def with_adapters(model: nn.Module, anatomy: Anatomy, bare: Bare) -> Anatomy:
         factors |= dict.fromkeys(read)
         if not read:
             others[f"{_kind_of(layer)} at {at}"] = None
-    remark = f"adapters that no attack reads: {', '.join(others)}" if others else ""
-    return replace(
-        _with_tuned_head(model, found, anatomy.head_weight, bare),
-        adapters=tuple(factors),
-        remark="; ".join(word for word in (anatomy.remark, remark) if word),
-    )
+    found = _with_tuned_head(model, found, anatomy.head_weight, bare)
+    remarks = [anatomy.remark, f"adapters that no attack reads: {', '.join(others)}" if others else ""]
+    if on_values := _on_values(anatomy, bare):
+        found, remarks = replace(found, first_block="unknown"), [*remarks, on_values]
+    return replace(found, adapters=tuple(factors), remark="; ".join(filter(None, remarks)))
 
 
 def _reads_inputs(layer: Any, adapter: str) -> bool:
@@ -173,8 +169,8 @@ def _reads_inputs(layer: Any, adapter: str) -> bool:
     return plain and _is_a(layer, _LORA) and type(layer).__name__ not in _OTHER_LORA and hasattr(layer, "lora_A")
 
 
-def _refuse_on_values(anatomy: Anatomy, bare: Bare) -> None:
-    """Values of the embedding and of the norms must be those that the forward pass uses."""
+def _on_values(anatomy: Anatomy, bare: Bare) -> str:
+    """A sentence where an adapter makes the values of the embedding or of the norms others than the tensors have."""
     names = [
         anatomy.patch_weight, anatomy.patch_bias, anatomy.position, *anatomy.prefix, anatomy.norm_weight,
         anatomy.norm_bias, anatomy.embedding_norm_weight, anatomy.embedding_norm_bias,
@@ -183,11 +179,12 @@ def _refuse_on_values(anatomy: Anatomy, bare: Bare) -> None:
         owner = (name or "").rpartition(".")[0]
         if name is not None and owner in bare.tuned:
             path, layer = bare.tuned[owner]
-            raise UnknownModelError(
+            return (
                 f"an adapter ({_kind_of(layer)}) sits on {path}, so the model does not compute with "
-                f"{bare.real(name)} as it stands, and that tensor's values are read: merge the adapters into the "
-                "model (peft's merge_and_unload()), or leave that layer out of target_modules"
+                f"{bare.real(name)} as it stands, whose values the attacks read: merge the adapters into the model "
+                "(peft's merge_and_unload()), or leave that layer out of target_modules"
             )
+    return ""
 
 
 def _with_tuned_head(model: nn.Module, found: Anatomy, head: str | None, bare: Bare) -> Anatomy:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vit_families import made, of_timm, of_torchvision, of_transformers, picture, shared
 
 import aprillab as al
-from aprillab.anatomy import UnknownModelError, dissect, tensors_of
+from aprillab.anatomy import dissect, tensors_of
 from aprillab.anatomy.adapters import kinds_of, without_adapters
 
 peft = pytest.importorskip("peft")
@@ -200,20 +200,28 @@ def test_of_a_saved_norm_the_copy_in_use_is_read(kind: str) -> None:
         assert not torch.equal(model(images), before)
 
 
-def test_a_saved_embedding_is_read_and_an_adapted_one_refused() -> None:
+def test_a_saved_embedding_is_read_and_an_adapted_one_is_unknown() -> None:
     base = of_hugging_face()
     model = with_lora(base, projections(base), modules_to_save=["embeddings"])
     anatomy = dissect(model)
     saved = "base_model.model.vit.embeddings.modules_to_save.default"
     assert anatomy.position == f"{saved}.position_embeddings"
     assert anatomy.patch_weight == f"{saved}.patch_embeddings.projection.weight"
-    model = with_lora(of_own(), ["query", "patch_embedding"])
-    with pytest.raises(UnknownModelError, match=r"adapter \(LoRA\) sits on .*patch_embedding, .*merge_and_unload"):
-        dissect(model)
+    model = with_lora(of_own(), ["query", "patch_embedding"], modules_to_save=["head"])
+    anatomy = dissect(model)
+    assert anatomy.first_block == "unknown"
+    update = shared(model, picture(model, anatomy), label=2)
+    with pytest.raises(
+        al.AttackNotApplicable, match=r"adapter \(LoRA\) sits on .*patch_embedding, .*merge_and_unload"
+    ):
+        al.invert(model, update, attack="span")
+    assert al.recover_labels(model, update).labels.tolist() == [2]
     assert dissect(model.merge_and_unload()).adapters == ()
     model = with_lora(of_own(), ["query", "patch_embedding"])
     model.base_model.merge_adapter()  # then the tensor itself is what the forward pass uses
-    assert dissect(model).patch_weight == "base_model.model.patch_embedding.base_layer.weight"
+    anatomy = dissect(model)
+    assert anatomy.patch_weight == "base_model.model.patch_embedding.base_layer.weight"
+    assert anatomy.first_block == "prenorm"
 
 
 OTHERS = {

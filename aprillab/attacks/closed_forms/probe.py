@@ -4,6 +4,7 @@ noise for a picture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, position_values
+from ...update import logits_of
 from ..result import Condition, shown_if
 
 _NAME = "tokens as the equations have them"
@@ -74,18 +76,35 @@ def adapters_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, T
     # The model is the user's, and so is whatever its forward pass raises.
     except Exception as error:
         return Condition(name, "not checked", {}, f"not checked: the model could not be run ({type(error).__name__})")
-    reference = seen.get(norm) if norm else None
-    if reference is None:
-        reference = next(iter(seen.values()), None)
-    if reference is None:
-        words = "{factors:.0f} factors A are no modules of their own: what reads with them is not seen"
-        return Condition(name, "shown", {"factors": len(owners)}, words)
-    misses = [float((x - reference).norm() / reference.norm()) for x in seen.values() if x.shape == reference.shape]
-    miss = max(misses) if len(misses) == len(seen) else float("inf")
-    words = "what they are given misses it by {miss:.1e}"
+    u = seen.pop(norm, None)
+    given = list(seen.values())
+    if u is None and given:
+        u = given.pop(0)
+    if u is None:
+        words = "not checked: neither the factors nor a norm before the attention are modules that are run"
+        return Condition(name, "not checked", {}, words)
+    if given:
+        miss = max(float((x - u).norm() / u.norm()) if x.shape == u.shape else math.inf for x in given)
+        words = "what they are given misses it by {miss:.1e}"
+    else:  # as in peft's nn.MultiheadAttention, which puts them into one weight
+        miss = _outside(model, anatomy, picture, u.flatten(0, -2))
+        words = "of a picture of noise their gradients lie outside its span by {miss:.1e}"
     if miss > _LARGEST_MISS and model.training:
         words += "; the model is in training mode: LoRA's dropout does that, and puts the rows outside the span"
     return Condition(name, shown_if(miss <= _LARGEST_MISS), {"miss": miss}, words)
+
+
+def _outside(model: nn.Module, anatomy: Anatomy, picture: Tensor, u: Tensor) -> float:
+    """How much of the adapters' gradients lies outside the span of the tokens u (n + 1, d); 1 where they are zero."""
+    factors = [p for name, p in model.named_parameters() if name in anatomy.adapters and p.requires_grad]
+    with torch.enable_grad(), torch.random.fork_rng(devices=[picture.device] if picture.is_cuda else []):
+        value = logits_of(model.get_submodule(anatomy.root), picture).square().sum()
+        found = torch.autograd.grad(value, factors, allow_unused=True) if factors else ()
+    rows = [g.double() for g in found if g is not None and g.any()]
+    if not rows:
+        return 1.0
+    D, Q = torch.cat([g / g.norm() for g in rows]), torch.linalg.qr(u.T).Q
+    return float((D - D @ Q @ Q.T).norm() / D.norm())
 
 
 def _passed(

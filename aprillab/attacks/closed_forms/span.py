@@ -31,7 +31,7 @@ from ..labels import check_known, check_told, labels_or_none
 from ..reading import Reading
 from ..replay import Loss
 from ..result import Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
-from ..rounds import Agreement, RoundRead, read_rounds
+from ..rounds import RoundRead, read_rounds
 from ..verify import verified
 from .inputs import pixel_variance
 from .linear_algebra import numerical_rank
@@ -39,7 +39,16 @@ from .noisy_span import noisy_span
 from .probe import adapters_as_read, tokens_as_read
 from .smallest import smallest_combination
 from .span_agreement import agreed_rounds
-from .span_rounds import NEEDS, check_model, grouped, refuse_one_place, refuse_rows, rows_of, with_rows
+from .span_rounds import (
+    NEEDS,
+    check_model,
+    grouped,
+    refuse_one_place,
+    refuse_rows,
+    rows_of,
+    seen_as_a_whole,
+    with_rows,
+)
 from .span_solution import SpanSolution
 from .span_width import NAME, directions_lost, extra_prefix, refuse_width, usable_width, width_needed
 
@@ -240,7 +249,7 @@ def solve_rounds(
     weights = tensors_of(model)
     p, n = weights[anatomy.patch_weight][0].numel(), anatomy.tiling.count
     tokens = batch_size * n + anatomy.position_prefix + extra_prefix(anatomy, weights)
-    groups = grouped(rounds, anatomy, tokens, device)
+    groups = seen_as_a_whole(grouped(rounds, anatomy, tokens, device))
     equations, e = [group.equations for group in groups], groups[0].equations.e
     refuse_one_place(e)
     dW = [one.dW.to(e) for one in rounds if one.dW is not None]

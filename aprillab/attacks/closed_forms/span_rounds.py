@@ -76,7 +76,7 @@ def check_model(anatomy: Anatomy) -> None:
         raise AttackNotApplicable(
             NAME,
             "what stands before the first attention is neither nothing (architecture A) nor one or two norms "
-            f'(architecture B): first_block="{anatomy.first_block}"',
+            f'(architecture B): first_block="{anatomy.first_block}"{f". {anatomy.remark}" if anatomy.remark else ""}',
         )
     if anatomy.position is None:
         raise AttackNotApplicable(
@@ -187,6 +187,11 @@ class Group:
         return noisy_span(self.equations.D, self.tokens, self.noise)
 
 
+def seen_as_a_whole(groups: Sequence[Group]) -> list[Group]:
+    """The groups with a row for each token, where there are any: others' rows span a part of their tokens."""
+    return [group for group in groups if len(group.equations.D) >= group.tokens] or list(groups)
+
+
 def grouped(
     rounds: Sequence[SpanRound], anatomy: Anatomy, tokens: int, device: torch.device | str | None
 ) -> list[Group]:
@@ -267,21 +272,30 @@ def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str = "") -> N
     if parts and all(_of_the_keys(part, anatomy) for part in parts):
         raise AttackNotApplicable(
             NAME,
-            f"only {', '.join(sorted(parts))} is shared of the first attention: the keys' rows lie in the span of "
-            "the tokens' differences (a shift of all keys changes no attention), and no token does. The query's or the "
-            "value's are needed",
+            f"only {', '.join(sorted(parts))} is shared of the first attention: the keys' rows lie in the span "
+            "of the tokens' differences (a shift of all keys changes no attention), and no token does. The query's "
+            "or the value's are needed",
         )
     rows, tokens = max((len(group.equations.D), group.tokens) for group in groups)
     if rows >= tokens:
         return
+    if len(groups) > 1:
+        raise AttackNotApplicable(
+            NAME,
+            f"at most {rows} rows for {tokens} tokens in one state of the model, and {len(groups)} states: what is "
+            "trained below the first attention (the embedding, a norm) changes its inputs from round to round, so "
+            "that their rows are of different spans",
+            rows=rows,
+            tokens=tokens,
+        )
     largest = max(groups, key=lambda group: len(group.equations.D))
     each = max(len(one.D) for one in largest.rounds)
     more, remark = -(-(tokens - rows) // each), f" ({words})" if words else ""
     raise AttackNotApplicable(
         NAME,
-        f"{rows} rows that read the first attention's input, for {tokens} tokens: their span is not seen yet. A "
-        f"round adds {each}, so {more} more round{'s' if more > 1 else ''} of this picture would do{remark}. strict=False "
-        "returns the best picture so far",
+        f"{rows} rows that read the first attention's input, for {tokens} tokens: their span is not seen yet. "
+        f"A round adds {each}, so {more} more round{'s' if more > 1 else ''} of this picture would do{remark}. "
+        "strict=False returns the best picture so far",
         rows=rows,
         tokens=tokens,
         more_rounds=more,

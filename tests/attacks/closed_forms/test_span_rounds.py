@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from attacked import db, make, private
 from torch import Tensor, nn
+from vit_families import of_torchvision, picture
 
 import aprillab as al
 from aprillab.attacks.closed_forms.noisy_span import noisy_span
+from aprillab.attacks.closed_forms.probe import adapters_as_read
 from aprillab.attacks.closed_forms.span_width import usable_width
 from aprillab.attacks.closed_forms.token_equations import token_equations
 
@@ -184,6 +187,26 @@ def test_the_factors_a_caller_names_are_read() -> None:
     result = al.span_closed_form(model, rounds, anatomy=anatomy)
     assert result.diagnostics["rows_of"] == (VALUE,)
     assert db(result, pixels) > 90
+
+
+def test_factors_that_are_put_into_one_weight_are_seen_by_their_gradient() -> None:
+    """peft's nn.MultiheadAttention calls no factor, so what it is given cannot be looked at."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = of_torchvision(hidden_dim=96)
+        nn.init.normal_(base.heads.head.weight, std=0.02)
+    model = adapted(base.double(), targets=("self_attention",))
+    anatomy = al.dissect(model)
+    images = anatomy.preprocessing.to_input(picture(model, anatomy))
+    first = al.client_update(model, images, torch.tensor([3]))
+    with torch.no_grad():
+        for name, g in first.gradients.items():
+            dict(model.named_parameters())[name].sub_(0.1 * g)
+    seen = adapters_as_read(model, anatomy, al.tensors_of(model))
+    assert seen.state == "shown"
+    assert seen.numbers["miss"] < 1e-12
+    other = dataclasses.replace(anatomy, adapters=tuple(n.replace("layer_0", "layer_1") for n in anatomy.adapters))
+    assert adapters_as_read(model, other, al.tensors_of(model)).state == "contradicted"
 
 
 # --- Rounds of another picture ------------------------------------------------------------------------------------
