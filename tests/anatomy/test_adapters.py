@@ -135,6 +135,22 @@ def test_of_lora_on_the_head_the_factor_b_gives_the_label() -> None:
     assert al.recover_labels(model, update).labels.tolist() == [1]
 
 
+def test_an_adapters_file_is_an_update_though_it_lacks_the_adapters_name() -> None:
+    """What peft's clients save and send: ``….lora_A.weight``, ``….head.weight``."""
+    model = with_lora(of_own(), ["query", "value"], modules_to_save=["head"], use_dora=True)
+    before = {name: t.clone() for name, t in peft.get_peft_model_state_dict(model).items()}
+    update = shared(model, picture(model, dissect(model)), label=4)
+    trained = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, g in update.gradients.items():
+            trained[name].sub_(0.1 * g)
+    sent = al.update_from_states(before, peft.get_peft_model_state_dict(model), learning_rate=0.1)
+    assert not set(sent.gradients) & set(trained)
+    assert al.recover_labels(model, sent).labels.tolist() == [4]
+    for name, g in al.update.fitted(model, sent).gradients.items():
+        torch.testing.assert_close(g, update.gradients[name], rtol=1e-6, atol=1e-9)
+
+
 def test_any_adapters_name_and_only_those_in_use() -> None:
     model = with_lora(of_own(), ["query"])
     model.add_adapter("second one", peft.LoraConfig(r=2, target_modules=["query", "value"]))
