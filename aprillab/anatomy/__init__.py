@@ -2,6 +2,7 @@
 :class:`Anatomy`.
 """
 
+from .adapters import what_adapters
 from .dissect import dissect
 from .playing import hooked, playable
 from .positions import likely_size, position_gradient, position_values
@@ -20,4 +21,5 @@ __all__ = [
     "position_gradient",
     "position_values",
     "tensors_of",
+    "what_adapters",
 ]

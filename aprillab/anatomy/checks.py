@@ -62,7 +62,7 @@ def check(model: nn.Module, anatomy: Anatomy) -> None:
         With the part, the name and the shapes.
     """
     tensors = tensors_of(model)
-    wanted = [getattr(anatomy, part) for part in NAME_FIELDS] + list(anatomy.prefix)
+    wanted = [getattr(anatomy, part) for part in NAME_FIELDS] + [*anatomy.prefix, *anatomy.adapters]
     wanted += [getattr(anatomy, part).name for part in ROW_FIELDS if getattr(anatomy, part) is not None]
     if missing := [name for name in wanted if name is not None and name not in tensors]:
         raise ValueError(_missing(model, tensors, missing))
@@ -85,6 +85,9 @@ def _check_shapes(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> None:
     for name in anatomy.prefix:
         if tensors[name].shape[-1] != d:
             raise ValueError(f"prefix {name!r} must have width {d}, not shape {tuple(tensors[name].shape)}")
+    for name in anatomy.adapters:
+        if tensors[name].ndim != 2 or tensors[name].shape[1] != d:
+            raise ValueError(f"adapter {name!r} must have shape (r, {d}), not {tuple(tensors[name].shape)}")
     for part, dimensions in (("head_weight", 2), ("head_bias", 1)):
         name = getattr(anatomy, part)
         if name is not None and tensors[name].ndim != dimensions:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..preprocessing import UNIT
+from .adapters import with_adapters, without_adapters
 from .checks import check, with_patch
 from .given import as_field
 from .readers.known import NO_POSITIONS, READERS
@@ -29,7 +30,8 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
     ``deit*``, with distillation or register tokens), ``Eva``, ``Beit``, ``Cait`` and ``NaFlexVit``; transformers'
     ViT, DeiT, Dinov2, ViTMSN, BEiT, CLIP and SigLIP, classifiers and backbones; MONAI's ``ViT`` of
     pictures. Each is found alone or inside a wrapper such as ``nn.Sequential(normalize, vit)``,
-    ``torch.compile``'s or a module of teacher and student, of which the trained one is read.
+    ``torch.compile``'s or a module of teacher and student, of which the trained one is read; and with peft's
+    adapters in it (LoRA and DoRA on the first attention's projections are named, ``modules_to_save`` are read).
 
     Parameters
     ----------
@@ -90,21 +92,23 @@ def dissect(model: nn.Module, *, vit: str | None = None, **parts: Any) -> Anatom
 
 def _read(model: nn.Module, vit: str | None, given: dict[str, Any]) -> Anatomy | None:
     """The anatomy of the ViT that is meant, with names from the outermost model."""
-    vits = vits_in(model)
+    bare = without_adapters(model)
+    vits = vits_in(model, bare)
     if not vits:
         if vit is not None:
             raise UnknownModelError(f"vit={vit!r}: {_what_was_looked_for(model)}")
         return None
     weight = given.get("patch_weight")
     if weight is not None and vit is None:
-        if not any(is_in(weight, found.path) for found in vits):
+        if not any(is_in(bare.seen(weight), found.path) for found in vits):
             return None  # the caller describes another part of the model
         vit = weight
     elif vit is not None and vit not in dict(model.named_modules()):
         at = ", ".join(repr(found.path) for found in vits)
         raise UnknownModelError(f"vit={vit!r} is no module of this model; its Vision Transformers are at {at}")
-    found, remark = choose(vits, vit)
-    anatomy = seen_from_outside(model, found.reader(found.module, given.get("image_size")), found.path, vits)
+    found, remark = choose(vits, None if vit is None else bare.seen(vit))
+    read = found.reader(found.module, given.get("image_size"))
+    anatomy = with_adapters(model, seen_from_outside(bare.model, read, found.path, vits), bare)
     return replace(anatomy, remark="; ".join(word for word in (remark, anatomy.remark) if word))
 
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ..preprocessing import Preprocessing
-from .record import NAME_FIELDS, ROW_FIELDS, Rows
+from .record import NAME_FIELDS, ROW_FIELDS, TUPLE_FIELDS, Rows
 
 FIRST_BLOCKS = ("april", "postnorm", "prenorm", "two norms", "rmsnorm", "unknown")
 _NUMBERS = ("position_prefix", "channels", "heads")
@@ -42,7 +42,7 @@ def as_field(name: str, value: Any) -> Any:
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be a whole number, not {value!r}")
         return value
-    if name == "prefix":
+    if name in TUPLE_FIELDS:
         names = (value,) if isinstance(value, str) else value
         return tuple(_text(name, token) for token in names)
     if name in (*NAME_FIELDS, "pixel_order", "first_block"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -98,7 +99,11 @@ class Anatomy:
     prefix : tuple of str
         Parameters of the tokens before the patches: class token, distillation token, registers.
     query, key, value, query_bias, key_bias, value_bias : Rows or None
-        The first attention's projections, (d, d) and (d,).
+        The first attention's projections, (d, d) and (d,); of a layer that has an adapter, its frozen
+        weight.
+    adapters : tuple of str
+        LoRA's factors A, (r, d) each, that read the first attention's input: those of its query, key and
+        value, or of the three fused. The rows of their gradients lie in the span of that input's tokens.
     norm_weight, norm_bias : str or None
         The norm right before the first attention, (d,) each; None in architecture A.
     embedding_norm_weight, embedding_norm_bias : str or None
@@ -139,6 +144,7 @@ class Anatomy:
     query_bias: Rows | None = None
     key_bias: Rows | None = None
     value_bias: Rows | None = None
+    adapters: tuple[str, ...] = ()
     norm_weight: str | None = None
     norm_bias: str | None = None
     embedding_norm_weight: str | None = None
@@ -172,7 +178,22 @@ class Anatomy:
         """Names of all tensors of the model that an attack may read."""
         found = {name for part in NAME_FIELDS if (name := getattr(self, part)) is not None}
         found |= {rows.name for part in ROW_FIELDS if (rows := getattr(self, part)) is not None}
-        return found | set(self.prefix)
+        return found | set(self.prefix) | set(self.adapters)
+
+    def renamed(self, to: Callable[[str], str]) -> Anatomy:
+        """The same with every tensor's name exchanged.
+
+        >>> Anatomy("mine", (32, 32), "stem.weight", prefix=("cls",)).renamed("vit.{}".format).prefix
+        ('vit.cls',)
+        """
+        changes: dict[str, Any] = {part: tuple(map(to, getattr(self, part))) for part in TUPLE_FIELDS}
+        for part in NAME_FIELDS:
+            if (name := getattr(self, part)) is not None:
+                changes[part] = to(name)
+        for part in ROW_FIELDS:
+            if (rows := getattr(self, part)) is not None:
+                changes[part] = replace(rows, name=to(rows.name))
+        return replace(self, **changes)
 
     def names(self) -> dict[str, str]:
         """Part to tensor name, for every part the model has: what a report or an error prints.
@@ -187,18 +208,19 @@ class Anatomy:
             value = getattr(self, part.name)
             if isinstance(value, Rows):
                 found[part.name] = str(value)
-            elif part.name == "prefix" and value:
+            elif part.name in TUPLE_FIELDS and value:
                 found[part.name] = ", ".join(value)
             elif part.name in NAME_FIELDS and value is not None:
                 found[part.name] = value
         return found
 
 
-#: Fields of :class:`Anatomy` that name one tensor, and those that name rows of one.
+#: Fields of :class:`Anatomy` that name one tensor, those that name several, and those that name rows of one.
 NAME_FIELDS = (
     "patch_weight", "patch_bias", "head_weight", "head_bias", "position", "norm_weight", "norm_bias",
     "embedding_norm_weight", "embedding_norm_bias",
 )  # fmt: skip
+TUPLE_FIELDS = ("prefix", "adapters")
 ROW_FIELDS = ("query", "key", "value", "query_bias", "key_bias", "value_bias")
 
 

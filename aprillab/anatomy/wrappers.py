@@ -8,43 +8,42 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import Bare
 from .readers.known import READERS, Reader
 from .readers.parts import last_linear
 from .readers.timm import looks_like_timm, read_timm
-from .record import NAME_FIELDS, ROW_FIELDS, Anatomy, UnknownModelError
+from .record import Anatomy, UnknownModelError
 
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A Vision Transformer at ``path`` in the model, and who reads it."""
+    """A Vision Transformer at ``path`` in the bare model, who reads it, and whether anything in it is trained."""
 
     path: str
     module: nn.Module
     reader: Reader
-
-    @property
-    def trained(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.module.parameters())
+    trained: bool
 
 
-def vits_in(model: nn.Module) -> list[Found]:
-    """The outermost Vision Transformers among the model and its submodules, in their order.
+def vits_in(model: nn.Module, bare: Bare) -> list[Found]:
+    """The outermost Vision Transformers among the modules of the bare model, in their order.
 
     Those of known classes; where there is none, those that look like timm's.
     """
-    return _outermost(model, _by_class) or _outermost(model, _by_looks)
+    return _outermost(model, bare, _by_class) or _outermost(model, bare, _by_looks)
 
 
-def _outermost(model: nn.Module, reader_of: Callable[[nn.Module], Reader | None]) -> list[Found]:
+def _outermost(model: nn.Module, bare: Bare, reader_of: Callable[[nn.Module], Reader | None]) -> list[Found]:
     found: list[Found] = []
-    for path, module in model.named_modules():
+    for path, module in bare.model.named_modules():
         if any(is_in(path, other.path) for other in found):
             continue
         reader = reader_of(module)
-        if reader is not None:
-            found.append(Found(path, module, reader))
+        if reader is not None:  # whether it is trained, its adapters tell
+            parameters = model.get_submodule(bare.real(path)).parameters()
+            found.append(Found(path, module, reader, any(parameter.requires_grad for parameter in parameters)))
     return found
 
 
@@ -152,12 +151,4 @@ def _head_outside(model: nn.Module, path: str, vits: list[Found]) -> dict[str, A
 
 def _with_path(anatomy: Anatomy, path: str) -> Anatomy:
     """The same anatomy seen from a model that holds the ViT as a submodule."""
-    dot = f"{path}." if path else ""
-    changes: dict[str, Any] = {"prefix": tuple(dot + name for name in anatomy.prefix)}
-    for part in NAME_FIELDS:
-        if (name := getattr(anatomy, part)) is not None:
-            changes[part] = dot + name
-    for part in ROW_FIELDS:
-        if (rows := getattr(anatomy, part)) is not None:
-            changes[part] = replace(rows, name=dot + rows.name)
-    return replace(anatomy, **changes)
+    return anatomy.renamed(f"{path}.{{}}".format) if path else anatomy

@@ -2,16 +2,20 @@
 
 DataParallel and DistributedDataParallel put ``module.`` in front of every name, torch.compile
 ``_orig_mod.``, Opacus ``_module.``, Lightning and many a class of one's own ``model.``; compiled or
-sharded parts carry theirs in the middle of a name.
+sharded parts carry theirs in the middle of a name. In peft's models the names of an adapter's tensors have
+the adapter's own name in them, and in its files they have not.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 _WRAPPERS = frozenset({"module", "_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 DEEPEST = 8
+_SAVED = re.compile(r"(?<=\.)modules_to_save\.[^.]+\.")  # a trained copy: its file has the layer's own name
+_FACTOR = re.compile(r"(?<=\.)(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight$")
 
 
 def bare(name: str) -> str:
@@ -21,7 +25,13 @@ def bare(name: str) -> str:
     --------
     >>> bare("_orig_mod.module.model.blocks.0._orig_mod.attn.qkv.weight")
     'blocks.0.attn.qkv.weight'
+    >>> bare("vit.attn.q_proj.lora_A.default.weight"), bare("vit.attn.q_proj.lora_A.weight")
+    ('vit.attn.q_proj.lora_A.weight', 'vit.attn.q_proj.lora_A.weight')
     """
+    if "lora_" in name or "modules_to_save" in name:
+        name = _SAVED.sub("", _FACTOR.sub(r"\1.weight", name))
+        # Of DoRA's vector the file says no more than that.
+        name = name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     first = next((i for i, part in enumerate(parts) if part != "model"), len(parts) - 1)
     return ".".join(parts[first:]) or name

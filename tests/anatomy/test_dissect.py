@@ -362,7 +362,7 @@ QKV = "blocks.0.attn.qkv.weight"
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"pach_weight": "x"}, "no part is called pach_weight; there are channels, embedding_norm_bias"),
+        ({"pach_weight": "x"}, "no part is called pach_weight; there are adapters, channels, embedding_norm_bias"),
         ({"position": "pos"}, "has no tensor called pos; its tensors are cls_token"),
         ({"prefix": ("cls_token", "registers")}, "has no tensor called registers"),
         ({"query": "blocks.0.attn.q.weight[0:3]"}, r"has no tensor called blocks.0.attn.q.weight"),

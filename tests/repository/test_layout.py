@@ -51,7 +51,7 @@ LONG_FUNCTIONS = {
     "attacks/closed_forms/april_rounds.py:april_over_rounds": "check, solve and report, with a number each",
     "attacks/closed_forms/patch_embedding.py:embedding_closed_form": "check, solve and report, with a number each",
     "attacks/closed_forms/patch_embedding.py:most_probable": "one formula after another, a letter each",
-    "attacks/closed_forms/span.py:solve_span": "the chapter's steps in a row, a letter each",
+    "attacks/closed_forms/span.py:solve_rounds": "the chapter's steps in a row, a letter each",
     "exercises/chapter02.py:check_sticks_out": _LISTED,
     "exercises/chapter02.py:check_token_gradient.body": _FORMULAS,
     "exercises/chapter02.py:check_sticks_out.body": _FORMULAS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...anatomy import Anatomy, Rows, Tiling, position_gradient
+from ...anatomy import Anatomy, Rows, Tiling, position_gradient, what_adapters
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..result import AttackNotApplicable
@@ -52,20 +52,11 @@ def shared_gradients(
                 why = f"no {words} gradient is shared: {rows} is fixed or withheld"
             else:
                 why = f"the gradient of the {words} ({rows}) is not shared"
-            raise AttackNotApplicable(attack, why + _adapters(update))
+            raise AttackNotApplicable(attack, why + what_adapters(anatomy, update.gradients))
         if part == "position":
             gradient = _at_the_tokens(attack, anatomy, update)
         found[part] = gradient.to(device, torch.float64)
     return found
-
-
-def _adapters(update: ClientUpdate) -> str:
-    """A word on LoRA's factors, where the update has them."""
-    found = [name for name in update.gradients if "lora_A" in name or "lora_B" in name]
-    if not found:
-        return ""
-    more = f"{found[0]} and {len(found) - 1} more"
-    return f". The base is frozen, and adapters are trained ({more}): no closed form reads these"
 
 
 def _at_the_tokens(attack: str, anatomy: Anatomy, update: ClientUpdate) -> Tensor:

@@ -101,15 +101,30 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
     k = min(tokens + _OVERSAMPLING, *D.shape)
     # What a row has outside the tokens' directions is its noise.
     DV, outside = outside_tokens(D, tokens, k)
-    excess, noise = row_noise(outside, width - tokens, eps)
+    # Of few rows the tokens' directions bend towards the noise, and take their part of it.
+    spare = (width - tokens) * (1 if rows >= width else (rows - tokens) / rows)
+    excess, noise = row_noise(outside, spare, eps)
     # The tokens' directions once more, now that all rows count by what they know.
     D /= noise[:, None]
     s, V = strongest_directions(D, k, start=DV / noise[:, None])
     # Bai and Yin: noise of variance 1 in m × w numbers has no singular value below √m − √w.
     floor = max(rows**0.5 - width**0.5, 1.0)
+    if rows < width:
+        # What few rows have beyond the tokens is noise, and not the noise of the combinations that make the tokens.
+        return NoisySpan(tokens, s, V, floor * torch.eye(width).to(D), floor, excess)
     # Noise alone is as even as can be: seven digits of its Gram matrix are more than enough.
     rest = D.addmm_(D @ V, V.T, alpha=-1).float()
     return NoisySpan(tokens, s, V, _root(rest, floor**2), floor, excess)
+
+
+def residuals_by_row(D: Tensor, tokens: int) -> Tensor:
+    """How much of each row of D (m, w), at length 1, lies outside the ``tokens`` strongest directions of all (m,).
+
+    >>> residuals_by_row(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 1e-3]]).double(), 1) < 1e-3
+    tensor([True, True, True])
+    """
+    D = D / D.norm(dim=1, keepdim=True).clamp_min(torch.finfo(D.dtype).tiny)
+    return outside_tokens(D, tokens, min(tokens + _OVERSAMPLING, *D.shape))[1].norm(dim=1)
 
 
 def _root(rest: Tensor, square: float) -> Tensor:
@@ -180,7 +195,7 @@ def strongest_directions(D: Tensor, k: int, *, start: Tensor | None = None) -> t
     return s, V @ rotation
 
 
-def row_noise(outside: Tensor, spare: int, eps: float) -> tuple[float, Tensor]:
+def row_noise(outside: Tensor, spare: float, eps: float) -> tuple[float, Tensor]:
     """How much lies outside the tokens' directions, and an entry's noise by row (m,).
 
     ``outside`` (m, w) is what rows of length 1 have there, in ``spare`` dimensions. With none to

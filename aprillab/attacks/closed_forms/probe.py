@@ -1,14 +1,19 @@
-"""Do a model's tokens reach its first attention as the equations have it? One look, with noise for a picture."""
+"""Do a model's tokens reach its first attention, and LoRA's factors, as the equations have it? One look, with
+noise for a picture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, position_values
+from ...update import logits_of
 from ..result import Condition, shown_if
 
 _NAME = "tokens as the equations have them"
@@ -35,10 +40,8 @@ def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Ten
     weights : tensors of the model by name
     """
     owner = anatomy.embedding_norm_weight or anatomy.norm_weight or (anatomy.query.name if anatomy.query else "")
-    kernel, tiling = weights[anatomy.patch_weight].flatten(1), anatomy.tiling
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.randn(1, tiling.count, kernel.shape[1], generator=generator).to(kernel)
-    picture = tiling.images(patches)
+    kernel, patches = weights[anatomy.patch_weight].flatten(1), _noise_patches(anatomy, weights)
+    picture = anatomy.tiling.images(patches[None])
     try:
         seen = _tokens_before(model, owner.rpartition(".")[0], picture, anatomy)
     # The model is the user's, and so is whatever its forward pass raises.
@@ -46,7 +49,7 @@ def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Ten
         seen, why = None, f"the model could not be run ({type(error).__name__})"
     else:
         why = "the module before the first attention was not reached"
-    expected = patches[0].double() @ kernel.double().T + places_of(anatomy, weights)
+    expected = patches.double() @ kernel.double().T + places_of(anatomy, weights)
     if seen is None or seen.shape[-1] != expected.shape[-1] or seen.numel() < expected.numel():
         return Condition(_NAME, "not checked", {}, f"not checked: {why}")
     tokens = seen.double().reshape(-1, seen.shape[-1])[-len(expected) :]
@@ -55,6 +58,90 @@ def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Ten
     if miss > _LARGEST_MISS and model.training:
         words += "; the model is in training mode: dropout on the tokens does that"
     return Condition(_NAME, shown_if(miss <= _LARGEST_MISS), {"miss": miss}, words)
+
+
+def adapters_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Condition:
+    """Whether LoRA's factors A read what the first attention reads: they do not behind a dropout of their own.
+
+    Parameters
+    ----------
+    as :func:`tokens_as_read`; ``anatomy.adapters`` are looked at.
+    """
+    name = "adapters read the attention's input"
+    picture = anatomy.tiling.images(_noise_patches(anatomy, weights)[None])
+    owners = [factor.removesuffix(".weight") for factor in anatomy.adapters]
+    norm = (anatomy.norm_weight or "").rpartition(".")[0]
+    try:
+        seen = _passed(model, anatomy, picture, owners, norm)
+    # The model is the user's, and so is whatever its forward pass raises.
+    except Exception as error:
+        return Condition(name, "not checked", {}, f"not checked: the model could not be run ({type(error).__name__})")
+    u = seen.pop(norm, None)
+    given = list(seen.values())
+    if u is None and given:
+        u = given.pop(0)
+    if u is None:
+        words = "not checked: neither the factors nor a norm before the attention are modules that are run"
+        return Condition(name, "not checked", {}, words)
+    if given:
+        miss = max(float((x - u).norm() / u.norm()) if x.shape == u.shape else math.inf for x in given)
+        words = "what they are given misses it by {miss:.1e}"
+    else:  # as in peft's nn.MultiheadAttention, which puts them into one weight
+        miss = _outside(model, anatomy, picture, u.flatten(0, -2))
+        words = "of a picture of noise their gradients lie outside its span by {miss:.1e}"
+    if miss > _LARGEST_MISS and model.training:
+        words += "; the model is in training mode: LoRA's dropout does that, and puts the rows outside the span"
+    return Condition(name, shown_if(miss <= _LARGEST_MISS), {"miss": miss}, words)
+
+
+def _outside(model: nn.Module, anatomy: Anatomy, picture: Tensor, u: Tensor) -> float:
+    """How much of the adapters' gradients lies outside the span of the tokens u (n + 1, d); 1 where they are zero."""
+    factors = [p for name, p in model.named_parameters() if name in anatomy.adapters and p.requires_grad]
+    with torch.enable_grad(), torch.random.fork_rng(devices=[picture.device] if picture.is_cuda else []):
+        value = logits_of(model.get_submodule(anatomy.root), picture).square().sum()
+        found = torch.autograd.grad(value, factors, allow_unused=True) if factors else ()
+    rows = [g.double() for g in found if g is not None and g.any()]
+    if not rows:
+        return 1.0
+    D, Q = torch.cat([g / g.norm() for g in rows]), torch.linalg.qr(u.T).Q
+    return float((D - D @ Q @ Q.T).norm() / D.norm())
+
+
+def _passed(
+    model: nn.Module, anatomy: Anatomy, picture: Tensor, owners: Collection[str], norm: str
+) -> dict[str, Tensor]:
+    """What the modules ``owners`` are given, and what the norm gives, by their paths."""
+    modules = dict(model.named_modules())
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for path in owners:
+        if path in modules:
+            look = partial(_note_given, seen, path)
+            handles.append(modules[path].register_forward_pre_hook(look))
+    if norm:
+        handles.append(modules[norm].register_forward_hook(partial(_note_out, seen, norm)))
+    try:
+        with torch.random.fork_rng(devices=[picture.device] if picture.is_cuda else []), torch.no_grad():
+            model.get_submodule(anatomy.root)(picture)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _note_given(seen: dict[str, Tensor], path: str, _: nn.Module, given: tuple[Any, ...]) -> None:
+    seen[path] = given[0].detach().double()
+
+
+def _note_out(seen: dict[str, Tensor], path: str, _: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+    seen[path] = out.detach().double()
+
+
+def _noise_patches(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Tensor:
+    """Patches (n, p) of a picture of noise, always the same."""
+    kernel = weights[anatomy.patch_weight].flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(anatomy.tiling.count, kernel.shape[1], generator=generator).to(kernel)
 
 
 def places_of(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,21 +59,26 @@ def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float, normal: tuple[Tensor
 
 
 def smallest_combination(
-    equations: TokenEquations, token_side: NoisySpan, pixel_side: NoisySpan | None
+    sides: Sequence[tuple[TokenEquations, NoisySpan]], pixel_side: NoisySpan | None
 ) -> tuple[Smallest, float, float]:
     """The patches of the smallest combinations, (7.7), the variance of one coefficient, and the ratio.
 
-    The ratio says how much a patch's own coefficients weigh against its token's; 0 where the patch
+    Token equations may be several, each with the span of its own rounds: their costs add up, (10.3). The
+    ratio says how much a patch's own coefficients weigh against its token's; 0 where the patch
     embedding's gradient is not there, and the tokens say all.
     """
     # What a token and a patch cost: ‖T x + t‖ = ‖c‖ and ‖R x‖ = ‖c'‖.
-    T, t = token_side.coefficients(equations.A), token_side.coefficients(equations.e)
+    T = torch.cat([span.coefficients(equations.A) for equations, span in sides])
+    t = torch.cat([span.coefficients(equations.e) for equations, span in sides])
+    of = sum(len(equations.A) for equations, _ in sides)
     if pixel_side is None:
         # A touch of the pixels' own size, for directions of which the tokens say nothing.
         R, squares = torch.eye(T.shape[1]).to(T), T.T @ T
         touch = _TOUCH * float(squares.diagonal().mean()) ** 0.5
         alone = smallest(T, t, R, touch, (squares, R))
-        return alone, float(alone.token_cost.mean()) / max(len(equations.A) - T.shape[1], 1), 0.0
+        # Of few rows the tokens' directions cost nothing, and tell nothing of the variance.
+        of -= sum(span.tokens for equations, span in sides if len(equations.D) < len(equations.A))
+        return alone, float(alone.token_cost.mean()) / max(of - T.shape[1], 1), 0.0
     R = pixel_side.coefficients()  # of the pixels themselves: the unit vectors
     normal = T.T @ T, R.T @ R
     # Both estimate the same amplification of noise: a second solve brings them to one scale.
@@ -82,4 +88,4 @@ def smallest_combination(
     solution = smallest(T, t, R, ratio, normal)
     # What is left, over w + p equations less p unknowns, is the variance of one coefficient.
     minimum = solution.token_cost + ratio**2 * solution.pixel_cost  # (n,)
-    return solution, float(minimum.mean()) / len(equations.A), ratio
+    return solution, float(minimum.mean()) / of, ratio

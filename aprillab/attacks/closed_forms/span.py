@@ -18,56 +18,48 @@ way; the nearest are DAGER (Petrov et al., NeurIPS 2024, arXiv 2405.15586) and T
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ...anatomy import Anatomy, dissect, tensors_of
 from ...preprocessing import Preprocessing
-from ...update import ClientUpdate, Updates, only_one
+from ...update import Updates
 from ..evidence import System, one_image
 from ..labels import check_known, check_told, labels_or_none
-from ..reading import Reading, read_update
+from ..reading import Reading
 from ..replay import Loss
-from ..result import AttackNotApplicable, Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
-from ..rounds import read_rounds
+from ..result import Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
+from ..rounds import RoundRead, read_rounds
 from ..verify import verified
-from .inputs import pixel_variance, shared_gradients
+from .inputs import pixel_variance
 from .linear_algebra import numerical_rank
 from .noisy_span import noisy_span
-from .probe import places_of, tokens_as_read
+from .probe import adapters_as_read, tokens_as_read
 from .smallest import smallest_combination
+from .span_agreement import agreed_rounds
+from .span_rounds import (
+    NEEDS,
+    check_model,
+    grouped,
+    refuse_one_place,
+    refuse_rows,
+    rows_of,
+    seen_as_a_whole,
+    with_rows,
+)
 from .span_solution import SpanSolution
-from .token_equations import TokenEquations, token_equations
+from .span_width import NAME, directions_lost, extra_prefix, refuse_width, usable_width, width_needed
 
-NEEDS = ("query", "key", "value")
+__all__ = ["NEEDS", "solve_span", "span_closed_form", "width_needed"]
 
 # Measured on 2 430 attacks (data/results/conditioning.csv): near the verdict, the error predicted
 # from the minimum of the least squares was too small by at most this; by 7.8 dB once in 77 pictures
 # of data/results/fuzz.csv.
 _MARGIN_DB = 7.0
-_READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
 _CLEARLY = 1e3  # times the noise: tables of 2-D sinusoids lie below, learned ones at 10⁵ and more in float32
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
-
-
-def width_needed(
-    patches: int, pixels_per_patch: int, prefix: int, norms: int, *, batch_size: int = 1, by_rows: bool = True
-) -> int:
-    """The least width d that the count (7.6) allows: ``norms`` is 1 for a LayerNorm before the attention, 2 for two.
-
-    In a batch (B − 1)·n directions stay open at any width: the differences of its images at each
-    place. Without the patch embedding's gradient (``by_rows=False``) all p pixels are unknown.
-
-    >>> width_needed(196, 768, 1, True)  # ViT-B/16 at 224
-    394
-    >>> width_needed(196, 768, 1, True, by_rows=False)
-    966
-    """
-    tokens = batch_size * patches + prefix
-    unknowns = min(pixels_per_patch, batch_size * patches) if by_rows else pixels_per_patch
-    return unknowns + tokens + int(norms) - (batch_size - 1) * patches
 
 
 # --- The attack -----------------------------------------------------------------------------------
@@ -93,20 +85,26 @@ def span_closed_form(
     with the same matrix for all patches. Rows of D are first scaled to equal noise, which the
     singular vectors beyond the tokens' number measure.
 
-    Needs the gradients of the first attention's projections, the position embedding's *values*
-    (public: it is part of the model), one image, and enough width: min(p, n) + tokens (+ 1 for the
+    Needs a gradient of the first attention, the position embedding's *values* (public: it is part
+    of the model), one image, and enough width: min(p, n) + tokens (+ 1 for the
     LayerNorm's mean) ≤ d, features with γ = 0 not counted; p + tokens + 1 where the patch
     embedding's gradient is not shared, because its rows then tell nothing of the patches. The E_i
     + b_e must be independent modulo the image of W_e, to the gradient's precision; sinusoids are
     not, in float32.
 
+    The gradient is that of W_Q, W_K or W_V, as many as are shared, or of LoRA's factors A beside
+    them: these have few rows, and as many rounds are needed as it takes to have a row for each
+    token.
+
     Parameters
     ----------
     model : nn.Module
-    update : ClientUpdate
+    update : ClientUpdate, Round, or a sequence of these
+        Several rounds of one client and one picture. While the embedding and the norms are frozen,
+        their rows are of one D; else each state of the model has its own D, and the costs add up.
     strict : bool
-        Refuse where the width does not suffice; False returns the smallest solution, marked not
-        exact.
+        Refuse where the width or the number of rows does not suffice; False returns the smallest
+        solution, marked not exact.
     anatomy : Anatomy, optional; default is ``dissect(model)``
     preprocessing : Preprocessing, optional; default is the model family's own
     labels : int64 Tensor of shape (1,), optional; if the attacker knows the label
@@ -118,13 +116,16 @@ def span_closed_form(
     -------
     Reconstruction
         With ``diagnostics``: ``tokens``, ``width_needed``, ``tokens_above_noise`` (numerical rank
-        of D), ``gap`` (the last token's singular value over the largest of the noise).
+        of D), ``gap`` (the last token's singular value over the largest of the noise), ``rows`` of D
+        and ``rows_of``, what gradients they are of, ``groups`` (states of the model); of several
+        rounds, ``rounds``: which were used, and their noise.
 
     Raises
     ------
     AttackNotApplicable
-        If a gradient is not shared, the first block is unknown, there is no position embedding, or
-        the width does not suffice.
+        If no such gradient is shared or all are zero, the first block is unknown, there is no
+        position embedding, the width or the rows do not suffice, rounds are of different pictures,
+        or the values of what is trained below the attention are not known in some round.
     UpdateError
         If the update does not belong to the model.
     """
@@ -132,60 +133,92 @@ def span_closed_form(
     check_told(anatomy, preprocessing, loss)
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
-    reading = (rounds := read_rounds(model, only_one("span_closed_form", update), anatomy))[0].reading
-    check_known(labels, reading.update, anatomy, model)
-    solution = solve_span(model, reading, anatomy=anatomy, strict=strict, device=device)
+    check_model(anatomy)
+    rounds = read_rounds(model, update, anatomy)
+    check_known(labels, rounds[0].reading.update, anatomy, model)
+    some, remark = with_rows([rows_of(one, anatomy, device) for one in rounds])
+    agreed = agreed_rounds(some, anatomy, tensors_of(model), device)
+    reading = agreed.kept[0].reading
+    solution = solve_rounds(model, agreed.kept, anatomy=anatomy, strict=strict, device=device, remark=remark)
     error = min(solution.mean_square_error, pixel_variance(preprocessing))
     predicted = predicted_psnr(error, preprocessing)
-    conditions = _conditions(solution, reading, anatomy, predicted)
     result = report(
-        "span_closed_form",
+        NAME,
         solution.images,
-        conditions=(*conditions, tokens_as_read(model, anatomy, tensors_of(model))),
+        conditions=(
+            *_conditions(solution, reading, anatomy, predicted, remark),
+            *agreed.conditions,
+            *_as_read(model, agreed.kept[0], anatomy, solution),
+        ),
         predicted_psnr=predicted,
         labels=labels_or_none(model, reading.update, anatomy, labels),
-        numbers={**solution.numbers, "noise": reading.noise, "decay": reading.decay},
+        numbers={
+            **solution.numbers,
+            "rows_of": solution.rows_of,
+            **agreed.numbers,
+            "noise": reading.noise,
+            "decay": reading.decay,
+        },
         dtype=reading.update.dtype,
         preprocessing=preprocessing,
         start=start,
     )
-    return verified(result, model, rounds, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+    return verified(result, model, agreed.kept, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+
+
+def _as_read(model: nn.Module, read: RoundRead, anatomy: Anatomy, solution: SpanSolution) -> tuple[Condition, ...]:
+    """Whether tokens and adapters are given what the equations have, in one round's model."""
+    client = read.model(model)
+    tokens = tokens_as_read(client, anatomy, read.weights)
+    if not set(solution.rows_of) & set(anatomy.adapters):
+        return (tokens,)
+    return tokens, adapters_as_read(client, anatomy, read.weights)
 
 
 def _conditions(
-    solution: SpanSolution, reading: Reading, anatomy: Anatomy, predicted: float
+    solution: SpanSolution, reading: Reading, anatomy: Anatomy, predicted: float, remark: str
 ) -> tuple[Condition, ...]:
     """What the span attack rests on, but for the tokens' way to the attention."""
-    span, numbers = solution.token_side, solution.numbers
-    spare = int(numbers["width_of_rows"]) - span.tokens
+    numbers = solution.numbers
+    tokens, rows, width = (int(numbers[name]) for name in ("tokens", "rows", "width_of_rows"))
     # Only where every token is seen does nothing beyond them mean that there is no second image.
-    seen = span.gap > _LEAST_GAP
-    system = System("the span", span.excess, spare, spare + span.tokens, numbers["noise_gain"]) if seen else None
+    seen, spare = solution.gap > _LEAST_GAP, min(rows, width) - tokens
+    # Noise that were as much larger there as rows differ in size would be seen.
+    gain = min(numbers["noise_gain"], max(solution.excess / numbers["noise_of_rows"], 1.0))
+    system = System("the span", solution.excess, spare, spare + tokens, gain) if seen else None
     return (
         Condition(
             "enough width", shown_if(solution.width_needed <= solution.usable_width),
             {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
         ),
-        one_image(anatomy, reading.update, system=system, noise=reading.noise),
-        Condition(
-            "tokens stand out from the noise", shown_if(seen), {"gap": span.gap},
-            "the weakest token's singular value is {gap:.1f} times the strongest of the noise",
-        ),
+        one_image(anatomy, reading.update, system=system, noise=numbers["noise_of_rows"]),
+        _tokens_seen(solution, seen, remark),
         _places(numbers),
         margin(predicted, _MARGIN_DB),
     )  # fmt: skip
 
 
+def _tokens_seen(solution: SpanSolution, seen: bool, remark: str) -> Condition:
+    """Each token must have a row of its own, and a direction above the noise."""
+    rows, tokens = int(solution.numbers["rows"]), int(solution.numbers["tokens"])
+    words = "the weakest token's singular value is {gap:.1f} times the strongest of the noise"
+    if rows <= tokens:
+        words = "{rows:.0f} rows for {tokens:.0f} tokens leave nothing to see the noise by"
+    words += f"; {remark}" if remark else ""
+    numbers = {"gap": solution.gap, "rows": float(rows), "tokens": float(tokens)}
+    return Condition("tokens stand out from the noise", shown_if(seen), numbers, words)
+
+
 def solve_span(
     model: nn.Module,
-    update: ClientUpdate | Reading,
+    update: Updates,
     *,
     anatomy: Anatomy,
     batch_size: int = 1,
     strict: bool = True,
     device: torch.device | str | None = None,
 ) -> SpanSolution:
-    """The linear algebra of the span attack, for one image or for a batch.
+    """The linear algebra of the span attack, for one image or for a batch, of one round or several.
 
     With B images the span has the B·n + 1 directions of all their tokens, and a patch is known up
     to combinations of the differences between the images at each place: (B − 1)·n directions of p
@@ -196,45 +229,70 @@ def solve_span(
     AttackNotApplicable
         As :func:`span_closed_form`.
     """
-    reading = update if isinstance(update, Reading) else read_update(model, update, anatomy)
-    shared = _check(reading.update, anatomy, device)
-    weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
-    equations = _equations(shared, anatomy, weights)
-    _refuse_one_place(equations.e)
-    dW = _patch_rows(reading.update, anatomy, equations.D)
-    (d, p), n = weights[anatomy.patch_weight].flatten(1).shape, equations.e.shape[1]
-    tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
+    check_model(anatomy)
+    read = read_rounds(model, update, anatomy)
+    return solve_rounds(model, read, anatomy=anatomy, batch_size=batch_size, strict=strict, device=device)
+
+
+def solve_rounds(
+    model: nn.Module,
+    read: Sequence[RoundRead],
+    *,
+    anatomy: Anatomy,
+    batch_size: int = 1,
+    strict: bool = True,
+    device: torch.device | str | None = None,
+    remark: str = "",
+) -> SpanSolution:
+    """As :func:`solve_span`, of rounds that were read; with a remark for its refusal."""
+    rounds, empty = with_rows([rows_of(one, anatomy, device) for one in read])
+    weights = tensors_of(model)
+    p, n = weights[anatomy.patch_weight][0].numel(), anatomy.tiling.count
+    tokens = batch_size * n + anatomy.position_prefix + extra_prefix(anatomy, weights)
+    groups = seen_as_a_whole(grouped(rounds, anatomy, tokens, device))
+    equations, e = [group.equations for group in groups], groups[0].equations.e
+    refuse_one_place(e)
+    dW = [one.dW.to(e) for one in rounds if one.dW is not None]
     # Is the model wide enough for one solution? (7.6)
-    norms = _directions_lost(anatomy, weights)
-    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size, by_rows=dW is not None)
-    if strict and needed > equations.usable:
-        _refuse_width(needed, equations, tokens, p if dW is None else min(p, batch_size * n), norms)
+    norms = directions_lost(anatomy, weights)
+    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size, by_rows=bool(dW))
+    usable = usable_width(equations, tokens + norms)
+    if strict:
+        if needed > usable:
+            unknowns = f"min(p, n) = {min(p, batch_size * n)}" if dW else f"p = {p}"
+            refuse_width(needed, usable, tokens, unknowns, norms, len(groups))
+        refuse_rows(groups, anatomy, remark or empty)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
-    token_side = noisy_span(equations.D, tokens, reading.noise)
-    pixel_side = None if dW is None else noisy_span(dW, batch_size * n, reading.noise)
-    solution, variance, ratio = smallest_combination(equations, token_side, pixel_side)
+    sides = [group.span() for group in groups]
+    noise = max(group.noise_seen(side) for group, side in zip(groups, sides, strict=True))
+    pixel_side = noisy_span(torch.cat(dW), batch_size * n, min(group.noise for group in groups)) if dW else None
+    solution, variance, ratio = smallest_combination(list(zip(equations, sides, strict=True)), pixel_side)
     return SpanSolution(
         patches=solution.patches,
         root=solution.root,
         variance=variance,
         tiling=anatomy.tiling,
-        token_side=token_side,
+        token_sides=tuple(sides),
         width_needed=needed,
-        usable_width=equations.usable,
+        usable_width=usable,
+        rows_of=tuple(dict.fromkeys(part for one in rounds for part in one.rows)),
         numbers={
             "patches": n,
             "tokens": tokens,
-            "width": d,
-            "usable_width": equations.usable,
+            "width": len(weights[anatomy.patch_weight]),
+            "usable_width": usable,
             "width_needed": needed,
             "pixels_per_patch": p,
-            "tokens_above_noise": token_side.above_noise,
-            "gap": token_side.gap,
-            "outside": token_side.excess,
-            "width_of_rows": equations.D.shape[1],
-            **_directions_of_places(equations.e, reading.noise),
-            "noise_gain": _noise_gain(equations.D, tokens),
+            "rows": min(len(one.D) for one in equations),
+            "groups": len(groups),
+            "tokens_above_noise": min(side.above_noise for side in sides),
+            "gap": min(side.gap for side in sides),
+            "outside": max(side.excess for side in sides),
+            "width_of_rows": min(one.D.shape[1] for one in equations),
+            **_directions_of_places(e, noise),
+            "noise_of_rows": noise,
+            "noise_gain": max(group.gain for group in groups),
             "ratio": ratio,
         },
     )
@@ -255,95 +313,3 @@ def _places(numbers: Mapping[str, float]) -> Condition:
         {name: int(numbers[name]) for name in ("patches", "places", "places_clearly")},
         "the positions of {patches} patches span {places} directions, {places_clearly} clearly above the noise",
     )  # fmt: skip
-
-
-# --- Check ----------------------------------------------------------------------------------------
-
-
-def _refuse_one_place(e: Tensor) -> None:
-    """A position embedding that is still zero, say, tells no patch from another."""
-    apart = e - e.mean(1, keepdim=True)
-    if float(apart.norm()) <= torch.finfo(torch.float64).eps * len(e) * float(e.norm()):
-        raise AttackNotApplicable(
-            "span_closed_form",
-            "the position embedding is the same at every patch (zero as initialized?): every patch obeys the same "
-            "equations, and nothing tells the patches apart",
-        )
-
-
-def _patch_rows(update: ClientUpdate, anatomy: Anatomy, like: Tensor) -> Tensor | None:
-    """∂l/∂W_e (d, p); None where it is not shared, or says nothing: the tokens do without."""
-    shared = update.gradients.get(anatomy.patch_weight)
-    return None if shared is None or not shared.any() else shared.to(like).flatten(1)
-
-
-def _noise_gain(D: Tensor, tokens: int) -> float:
-    """By how much noise, relative to an entry's r.m.s., is larger outside the tokens in rows of length 1."""
-    squares = D.square().sum(1)
-    squares = squares[squares > 0]
-    entry = float(squares.sum()) / D.numel()
-    return max(D.shape[1] - tokens, 0) ** 0.5 * (entry * float((1 / squares).mean())) ** 0.5
-
-
-def _check(update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None) -> dict[str, Tensor]:
-    """The gradients that the span needs, or a refusal."""
-    name = "span_closed_form"
-    if anatomy.first_block not in _READABLE:
-        raise AttackNotApplicable(
-            name,
-            "what stands before the first attention is neither nothing (architecture A) nor one or two norms "
-            f'(architecture B): first_block="{anatomy.first_block}"',
-        )
-    if anatomy.position is None:
-        raise AttackNotApplicable(
-            name,
-            "without a position embedding every patch obeys the same equations: nothing tells the patches apart, and "
-            "x = 0 solves them all when there is no bias",
-        )
-    shared = shared_gradients(name, update, anatomy, NEEDS, device=device)
-    if not any(shared[part].any() for part in NEEDS):
-        raise AttackNotApplicable(name, "the first attention's gradient is zero: the head passes nothing down")
-    return shared
-
-
-def _equations(shared: Mapping[str, Tensor], anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
-    """The token equations of a model: its values of W_e, b_e + E_i, γ and β put in."""
-    W_e = weights[anatomy.patch_weight].double().flatten(1)  # (d, p)
-    places = places_of(anatomy, weights)  # (n, d)
-    D = torch.cat([shared[part] for part in ("query", "key", "value")])  # (3d, d)
-    if anatomy.first_block in ("april", "postnorm"):
-        return token_equations(D, W_e, places)
-
-    def norm(weight: str | None, bias: str | None) -> tuple[Tensor, Tensor | None]:
-        gamma = weights[weight].double() if weight else torch.ones_like(W_e[:, 0])
-        return gamma, weights[bias].double() if bias else None
-
-    gamma, beta = norm(anatomy.norm_weight, anatomy.norm_bias)
-    if anatomy.first_block == "two norms":
-        before = norm(anatomy.embedding_norm_weight, anatomy.embedding_norm_bias)
-        return token_equations(D, W_e, places, gamma, beta, before=before)
-    return token_equations(D, W_e, places, gamma, beta, centred=anatomy.first_block != "rmsnorm")
-
-
-def _directions_lost(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
-    """Directions of the width that the norms take, besides the tokens': the mean's, and C β₁."""
-    if anatomy.first_block != "two norms":
-        return int(anatomy.first_block == "prenorm")
-    return 1 + int(anatomy.embedding_norm_bias is not None and bool(weights[anatomy.embedding_norm_bias].any()))
-
-
-def _extra_prefix(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
-    """Tokens before the patches that have no position of their own (timm's ``no_embed_class``)."""
-    prefix = sum(weights[token].numel() // weights[token].shape[-1] for token in anatomy.prefix)
-    return max(prefix - anatomy.position_prefix, 0)
-
-
-def _refuse_width(needed: int, equations: TokenEquations, tokens: int, unknowns: int, norms: int) -> None:
-    usable, width = equations.usable, len(equations.A)
-    raise AttackNotApplicable(
-        "span_closed_form",
-        f"min(p, n) + tokens{f' + {norms}' if norms else ''} = {needed} > {usable} = d: "
-        f"the span of {tokens} tokens leaves {width - tokens} equations for {unknowns} unknowns a patch",
-        width_needed=needed,
-        width=usable,
-    )

@@ -23,19 +23,32 @@ class SpanSolution:
         patches.
     variance : float
     tiling : how a picture is cut into patches
-    token_side : the noisy span of the tokens
+    token_sides : the noisy span of the tokens; one of each group of rounds
     width_needed, usable_width : int
     numbers : dict, for ``diagnostics``
+    rows_of : tuple of str
+        What gradients the rows are of: fields of the anatomy, or names of adapters.
     """
 
     patches: Tensor
     root: Tensor
     variance: float
     tiling: Tiling
-    token_side: NoisySpan
+    token_sides: tuple[NoisySpan, ...]
     width_needed: int
     usable_width: int
     numbers: dict[str, float]
+    rows_of: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """Of the noisiest span."""
+        return min(side.gap for side in self.token_sides)
+
+    @property
+    def excess(self) -> float:
+        """Of the noisiest span."""
+        return max(side.excess for side in self.token_sides)
 
     @property
     def images(self) -> Tensor:

@@ -88,8 +88,29 @@ def test_span_refuses_what_it_cannot_read():
     with pytest.raises(al.AttackNotApplicable, match="position embedding"):
         attack(model, private(model), "span")
     model = make("prenorm")
+    three = [f"blocks.0.attention.{part}.weight" for part in ("query", "key", "value")]
     with pytest.raises(al.AttackNotApplicable, match="query"):
-        attack(model, private(model), "span", withhold=["blocks.0.attention.query.weight"])
+        attack(model, private(model), "span", withhold=three)
+
+
+@pytest.mark.parametrize("part", ["query", "value"])
+def test_one_projection_of_three_is_enough(part):
+    model = make("prenorm", "frozen")
+    pixels = private(model)
+    withheld = [f"blocks.0.attention.{other}.weight" for other in ("query", "key", "value") if other != part]
+    result = attack(model, pixels, "span", withhold=withheld)
+    assert result.diagnostics["rows_of"] == (part,)
+    assert db(result, pixels) > 90
+    assert result.exact, result.reason
+
+
+def test_the_keys_alone_are_not_for_their_rows_are_of_differences():
+    model = make("prenorm", "frozen")
+    pixels = private(model)
+    withheld = ["blocks.0.attention.query.weight", "blocks.0.attention.value.weight"]
+    with pytest.raises(al.AttackNotApplicable, match="a shift of all keys changes no attention"):
+        attack(model, pixels, "span", withhold=withheld)
+    assert not attack(model, pixels, "span", withhold=withheld, strict=False).exact
 
 
 # --- Its steps: tensors in, tensors out -----------------------------------------------------------
@@ -182,7 +203,7 @@ def test_some_of_many_patches_tell_how_pixels_weigh_against_tokens():
         some = replace(equations, e=equations.e[:, :count])
         at_one = smallest(T, t[:, :count], R, 1.0, (T.T @ T, R.T @ R))
         expected = (at_one.token_cost / at_one.pixel_cost).median().sqrt()
-        found, _, ratio = smallest_combination(some, *sides)
+        found, _, ratio = smallest_combination([(some, sides[0])], sides[1])
         assert found.patches.shape == (12, count)
         assert ratio == pytest.approx(float(expected), rel=tolerance)
 

@@ -36,7 +36,7 @@ def test_rows_are_the_longer_the_greater_the_error_to_be_expected() -> None:
     upper = torch.linalg.qr(s[:, None] * Q.T).R
     solution = SpanSolution(
         patches=randn(6, 4, seed=3), root=upper, variance=0.04, tiling=Tiling.square(1, (2, 2)),
-        token_side=None, width_needed=0, usable_width=0, numbers={},
+        token_sides=(), width_needed=0, usable_width=0, numbers={},
     )  # fmt: skip
     found, opened = open_coordinates(solution)  # deviations 0.2 / s
     errors = torch.tensor([2e-5, 0.01, 0.05, 0.4, 0.5], dtype=torch.float64)
@@ -214,9 +214,9 @@ def test_it_refuses_where_the_span_does() -> None:
     with pytest.raises(AttackNotApplicable, match="position embedding"):
         quietly(unplaced, update)
     model, _, update = frozen_batch(1)
-    name = dissect(model).query.name
+    names = [rows.name for rows in (dissect(model).query, dissect(model).key, dissect(model).value)]
     with pytest.raises(AttackNotApplicable, match="query"):
-        quietly(model, update.without([name]))
+        quietly(model, update.without(names))
 
 
 def test_the_width_does_not_matter_here() -> None:

@@ -1,0 +1,322 @@
+"""What the span attack reads of one round or several: rows that lie in the span of the tokens.
+
+The gradients of W_Q, W_K and W_V have such rows, and so have those of LoRA's factors A beside them: with
+y = W u + s B A u the gradient of A is s Bᵀ Σ_i δ_i u_iᵀ. While all below the first attention is frozen, the u_i
+stay from round to round: the rows of all rounds are of one matrix D. Where the embedding or the norms are
+trained, each group of rounds with the same values has a matrix, and token equations, of its own; their
+costs add up (10.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...anatomy import Anatomy, Rows
+from ..result import AttackNotApplicable
+from ..rounds import RoundRead, known
+from .inputs import shared_gradients
+from .noisy_span import NoisySpan, noisy_span
+from .probe import places_of
+from .span_width import NAME
+from .token_equations import TokenEquations, token_equations
+
+NEEDS = ("query", "key", "value")
+_READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
+#: Fields of the anatomy whose values the token equations have in them.
+_VALUES = (
+    "patch_weight", "patch_bias", "position", "norm_weight", "norm_bias", "embedding_norm_weight",
+    "embedding_norm_bias",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class SpanRound:
+    """What one round adds.
+
+    Attributes
+    ----------
+    read : RoundRead
+    rows : dict of str to Tensor (m, d)
+        Gradients whose rows lie in the tokens' span, by what they are of, float64; those that are all zero
+        left out.
+    zero : tuple of str
+        What was left out.
+    dW : Tensor (d, p) or None
+        ∂l/∂W_e; None where it is not shared, or says nothing: the tokens do without.
+    """
+
+    read: RoundRead
+    rows: dict[str, Tensor]
+    zero: tuple[str, ...]
+    dW: Tensor | None
+
+    @property
+    def D(self) -> Tensor:
+        """All its rows."""
+        return torch.cat(list(self.rows.values()))
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters' rows are all there is."""
+        return not set(self.rows) & set(NEEDS)
+
+
+def check_model(anatomy: Anatomy) -> None:
+    """Refuse a model whose tokens the equations cannot follow.
+
+    Raises
+    ------
+    AttackNotApplicable
+    """
+    if anatomy.first_block not in _READABLE:
+        raise AttackNotApplicable(
+            NAME,
+            "what stands before the first attention is neither nothing (architecture A) nor one or two norms "
+            f'(architecture B): first_block="{anatomy.first_block}"{f". {anatomy.remark}" if anatomy.remark else ""}',
+        )
+    if anatomy.position is None:
+        raise AttackNotApplicable(
+            NAME,
+            "without a position embedding every patch obeys the same equations: nothing tells the patches apart, and "
+            "x = 0 solves them all when there is no bias",
+        )
+
+
+def rows_of(read: RoundRead, anatomy: Anatomy, device: torch.device | str | None) -> SpanRound:
+    """The rows that a round shares, of at least one projection or adapter.
+
+    Raises
+    ------
+    AttackNotApplicable
+        If it shares none.
+    """
+    gradients = read.reading.update.gradients
+    found = {name: gradients[name] for name in anatomy.adapters if name in gradients}
+    for part in NEEDS:
+        where: Rows | None = getattr(anatomy, part)
+        if where is not None and (rows := where.of(gradients)) is not None:
+            found[part] = rows
+    if not found:  # the refusal says what is missing
+        shared_gradients(NAME, read.reading.update, anatomy, NEEDS, device=device)
+    dW = gradients.get(anatomy.patch_weight)
+    return SpanRound(
+        read,
+        {part: g.to(device, torch.float64) for part, g in found.items() if g.any()},
+        tuple(part for part, g in found.items() if not g.any()),
+        None if dW is None or not dW.any() else dW.to(device, torch.float64).flatten(1),
+    )
+
+
+def with_rows(rounds: Sequence[SpanRound]) -> tuple[list[SpanRound], str]:
+    """The rounds with a row that is not zero, and a word on the others.
+
+    Raises
+    ------
+    AttackNotApplicable
+        If there is none.
+    """
+    some = [one for one in rounds if one.rows]
+    adapters = [name for one in rounds for name in one.zero if name not in NEEDS]
+    if not some and adapters:
+        raise AttackNotApplicable(
+            NAME,
+            f"the gradient of {adapters[0]} is zero in {_rounds(len(rounds))}: LoRA's B is zero until its first "
+            "step, and until then nothing arrives at A. A later round has it",
+        )
+    if not some:
+        raise AttackNotApplicable(NAME, "the first attention's gradient is zero: the head passes nothing down")
+    empty = [str(one.read.number) for one in rounds if not one.rows]
+    words = f"nothing in round{'s' if len(empty) > 1 else ''} {', '.join(empty)}"
+    words += ", where LoRA's B is still zero" if adapters else ", where nothing arrives below the head"
+    return some, words if empty else ""
+
+
+# --- Groups -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rounds in which W_e, the positions and the norms have the same values.
+
+    Attributes
+    ----------
+    rounds : list of SpanRound
+    equations : TokenEquations
+        With the rows of all of these rounds in D.
+    tokens : int
+        How many directions they span: patches and prefix.
+    """
+
+    rounds: list[SpanRound]
+    equations: TokenEquations
+    tokens: int
+
+    @property
+    def noise(self) -> float:
+        """Of an entry, relative, as the sums of the updates tell it: that of the most precise round."""
+        return min(one.read.reading.noise for one in self.rounds)
+
+    def gains(self) -> list[float]:
+        """By how much each round's relative noise is larger outside the tokens."""
+        rows = self.equations.D.split([len(one.D) for one in self.rounds])
+        return [noise_gain(D, self.tokens) for D in rows]
+
+    @property
+    def gain(self) -> float:
+        """The same of all its rows: each round's noise is relative to its own size."""
+        weighted = zip(self.rounds, self.gains(), strict=True)
+        return (sum(len(one.D) * gain**2 for one, gain in weighted) / len(self.equations.D)) ** 0.5
+
+    def noise_seen(self, span: NoisySpan) -> float:
+        """Of an entry, relative: as the sums tell it, and no more than what is outside the span.
+
+        The head's sums tell too much where the loss is nearly zero: they are mostly rounding then, and
+        the same factor is in all that is below the head.
+        """
+        if len(self.equations.D) <= self.tokens:
+            return self.noise
+        eps = max(torch.finfo(one.read.reading.update.dtype).eps for one in self.rounds)
+        return min(self.noise, max(eps, span.excess / max(self.gain, 1.0)))
+
+    def span(self) -> NoisySpan:
+        """Its noisy span."""
+        return noisy_span(self.equations.D, self.tokens, self.noise)
+
+
+def seen_as_a_whole(groups: Sequence[Group]) -> list[Group]:
+    """The groups with a row for each token, where there are any: others' rows span a part of their tokens."""
+    return [group for group in groups if len(group.equations.D) >= group.tokens] or list(groups)
+
+
+def grouped(
+    rounds: Sequence[SpanRound], anatomy: Anatomy, tokens: int, device: torch.device | str | None
+) -> list[Group]:
+    """The rounds by the values that the token equations have in them.
+
+    Raises
+    ------
+    AttackNotApplicable
+        If such a value is trained and was not given.
+    """
+    names = [name for part in _VALUES if (name := getattr(anatomy, part)) is not None] + list(anatomy.prefix)
+    together: list[list[SpanRound]] = []
+    for one in rounds:
+        weights = known(one.read, names, NAME)
+        like = next((g for g in together if _same(weights, g[0].read.weights, names)), None)
+        if like is None:
+            together.append([one])
+        else:
+            like.append(one)
+    return [_group(some, anatomy, tokens, device) for some in together]
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Sequence[str]) -> bool:
+    return all(a[name] is b[name] or torch.equal(a[name], b[name]) for name in names)
+
+
+def _group(rounds: list[SpanRound], anatomy: Anatomy, tokens: int, device: torch.device | str | None) -> Group:
+    weights = {name: rounds[0].read.weights[name].to(device) for name in anatomy.tensor_names()}
+    return Group(rounds, _equations(torch.cat([one.D for one in rounds]), anatomy, weights), tokens)
+
+
+def _equations(D: Tensor, anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
+    """The token equations of a model: its values of W_e, b_e + E_i, γ and β put in."""
+    W_e = weights[anatomy.patch_weight].to(D.device).double().flatten(1)  # (d, p)
+    places = places_of(anatomy, weights).to(D.device)  # (n, d)
+    if anatomy.first_block in ("april", "postnorm"):
+        return token_equations(D, W_e, places)
+
+    def norm(weight: str | None, bias: str | None) -> tuple[Tensor, Tensor | None]:
+        gamma = weights[weight].to(W_e) if weight else torch.ones_like(W_e[:, 0])
+        return gamma, weights[bias].to(W_e) if bias else None
+
+    gamma, beta = norm(anatomy.norm_weight, anatomy.norm_bias)
+    if anatomy.first_block == "two norms":
+        before = norm(anatomy.embedding_norm_weight, anatomy.embedding_norm_bias)
+        return token_equations(D, W_e, places, gamma, beta, before=before)
+    return token_equations(D, W_e, places, gamma, beta, centred=anatomy.first_block != "rmsnorm")
+
+
+def refuse_one_place(e: Tensor) -> None:
+    """A position embedding that is still zero, say, tells no patch from another.
+
+    Raises
+    ------
+    AttackNotApplicable
+    """
+    apart = e - e.mean(1, keepdim=True)
+    if float(apart.norm()) <= torch.finfo(torch.float64).eps * len(e) * float(e.norm()):
+        raise AttackNotApplicable(
+            NAME,
+            "the position embedding is the same at every patch (zero as initialized?): every patch obeys the same "
+            "equations, and nothing tells the patches apart",
+        )
+
+
+def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str = "") -> None:
+    """Refuse rows that do not show the span as a whole: fewer than tokens, or those of the keys alone.
+
+    A shift of all keys changes no attention, so Σ_i ∂l/∂k_i = 0: the keys' rows are combinations of the
+    tokens' differences.
+
+    Raises
+    ------
+    AttackNotApplicable
+        With the number of rounds that would do.
+    """
+    parts = {part for group in groups for one in group.rounds for part in one.rows}
+    if parts and all(_of_the_keys(part, anatomy) for part in parts):
+        raise AttackNotApplicable(
+            NAME,
+            f"only {', '.join(sorted(parts))} is shared of the first attention: the keys' rows lie in the span "
+            "of the tokens' differences (a shift of all keys changes no attention), and no token does. The query's "
+            "or the value's are needed",
+        )
+    rows, tokens = max((len(group.equations.D), group.tokens) for group in groups)
+    if rows >= tokens:
+        return
+    if len(groups) > 1:
+        raise AttackNotApplicable(
+            NAME,
+            f"at most {rows} rows for {tokens} tokens in one state of the model, and {len(groups)} states: what is "
+            "trained below the first attention (the embedding, a norm) changes its inputs from round to round, so "
+            "that their rows are of different spans",
+            rows=rows,
+            tokens=tokens,
+        )
+    largest = max(groups, key=lambda group: len(group.equations.D))
+    each = max(len(one.D) for one in largest.rounds)
+    more, remark = -(-(tokens - rows) // each), f" ({words})" if words else ""
+    raise AttackNotApplicable(
+        NAME,
+        f"{rows} rows that read the first attention's input, for {tokens} tokens: their span is not seen yet. "
+        f"A round adds {each}, so {more} more round{'s' if more > 1 else ''} of this picture would do{remark}. "
+        "strict=False returns the best picture so far",
+        rows=rows,
+        tokens=tokens,
+        more_rounds=more,
+    )
+
+
+def _rounds(number: int) -> str:
+    return "this round" if number == 1 else f"all {number} rounds"
+
+
+def _of_the_keys(part: str, anatomy: Anatomy) -> bool:
+    """Whether rows are of the keys' gradient, or of an adapter on the keys alone."""
+    if part == "key" or anatomy.key is None:
+        return part == "key"
+    layer = anatomy.key.name.removesuffix("base_layer.weight")
+    return anatomy.key.start is None and layer != anatomy.key.name and part.startswith(layer)
+
+
+def noise_gain(D: Tensor, tokens: int) -> float:
+    """By how much noise, relative to an entry's r.m.s., is larger outside the tokens in rows of length 1."""
+    squares = D.square().sum(1)
+    squares = squares[squares > 0]
+    entry = float(squares.sum()) / D.numel()
+    return max(D.shape[1] - tokens, 0) ** 0.5 * (entry * float((1 / squares).mean())) ** 0.5
