@@ -181,7 +181,7 @@ def _believed(stack: Stack, s: Tensor, b: Tensor, outside: float, noise: float, 
     believed = variance * c / either
     deviations = b * (s * believed)[:, None]
     left = outside + float((b - s[:, None] * deviations).square().sum())
-    mse = variance * (float((doubt / either).sum()) + n - len(s)) / n
+    mse = variance * (float((doubt / either).sum()) + (n - len(s))) / n
     return _Believed(deviations, left / max((equations - n) * p, 1), mse)
 
 
