@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -231,3 +232,63 @@ def test_april_needs_to_know_each_rounds_weights():
     bare = [r.update for r in federation(model, private(model), 2)]
     with pytest.raises(al.AttackNotApplicable, match=r"round 1: the values of .* al.Round\(state, update\)"):
         al.april_closed_form(model, bare)
+
+
+# --- Random federations -------------------------------------------------------------------------------------------
+
+
+KINDS = (
+    "one picture",
+    "one other",
+    "two halves",
+    "all others",
+    "a batch",
+    "mixed precision",
+    "wrong state",
+    "noise",
+    "bare",
+)
+
+
+@pytest.mark.parametrize("seed", range(45))
+def test_no_random_federation_is_called_exact_wrongly(seed):
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    block, kind = draw.choice(["prenorm", "prenorm", "april"]), KINDS[seed % len(KINDS)]
+    dtype = draw.choice([torch.float32, torch.float64])
+    model = make(
+        block, image_size=16, patch_size=draw.choice([2, 4, 8]), width=draw.choice([24, 36, 48, 96]),
+        heads=2, depth=draw.choice([1, 2]), classes=draw.choice([2, 5, 10]), seed=seed, dtype=dtype,
+    )  # fmt: skip
+    pictures = [private(model, seed=seed + i) for i in range(3)]
+    rounds = []
+    for number in range(draw.choice([2, 3, 5])):
+        other = (kind == "one other" and number == 1) or (kind == "two halves" and number % 2)
+        shown = pictures[1] if other else pictures[0]
+        if kind == "all others":
+            shown = private(model, seed=1000 * seed + number)
+        if kind == "a batch":
+            shown = torch.cat(pictures[:2])
+        update = al.client_update(model, al.HALF.to_input(shown), torch.ones(len(shown), dtype=torch.int64))
+        sent, step = dict(model.state_dict()), update
+        if kind == "noise":
+            noisy = {
+                n: g + 1e-4 * g.square().mean().sqrt() * torch.randn(g.shape, generator=generator).to(g)
+                for n, g in update.gradients.items()
+            }
+            update = al.ClientUpdate(noisy)
+        if kind == "mixed precision" and number % 2:
+            update = update.to(dtype=torch.bfloat16)
+        if kind == "wrong state" and number == 0:
+            sent = {n: t + 0.01 * torch.randn(t.shape, generator=generator).to(t) for n, t in sent.items()}
+        rounds.append(update if kind == "bare" else al.Round(sent, update))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p -= 0.05 * step.gradients[name]
+    try:
+        result = al.invert(model, rounds, strict=draw.random() < 0.5)
+    except al.AttackNotApplicable:
+        assert kind in ("one other", "two halves", "all others", "a batch", "noise", "mixed precision", "bare")
+        return
+    if result.exact:
+        assert max(db(result, picture) for picture in pictures) > al.EXACT_TO_8_BITS_DB, result.reason
