@@ -47,7 +47,7 @@ NEEDS = ("query", "key", "value")
 # from the minimum of the least squares was too small by at most this; by 7.8 dB once in 77 pictures
 # of data/results/fuzz.csv.
 _MARGIN_DB = 7.0
-_READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
+READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
 _CLEARLY = 1e3  # times the noise: tables of 2-D sinusoids lie below, learned ones at 10⁵ and more in float32
 _LEAST_GAP = 2.0  # of the last token over the noise: below it they cannot be told apart
 
@@ -199,13 +199,13 @@ def solve_span(
     reading = update if isinstance(update, Reading) else read_update(model, update, anatomy)
     shared = _check(reading.update, anatomy, device)
     weights = {key: tensor.to(device) for key, tensor in tensors_of(model).items()}
-    equations = _equations(shared, anatomy, weights)
+    equations = equations_of(shared, anatomy, weights)
     _refuse_one_place(equations.e)
     dW = _patch_rows(reading.update, anatomy, equations.D)
     (d, p), n = weights[anatomy.patch_weight].flatten(1).shape, equations.e.shape[1]
-    tokens = batch_size * n + anatomy.position_prefix + _extra_prefix(anatomy, weights)
+    tokens = batch_size * n + anatomy.position_prefix + extra_prefix(anatomy, weights)
     # Is the model wide enough for one solution? (7.6)
-    norms = _directions_lost(anatomy, weights)
+    norms = directions_lost(anatomy, weights)
     needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size, by_rows=dW is not None)
     if strict and needed > equations.usable:
         _refuse_width(needed, equations, tokens, p if dW is None else min(p, batch_size * n), norms)
@@ -288,7 +288,7 @@ def _noise_gain(D: Tensor, tokens: int) -> float:
 def _check(update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | None) -> dict[str, Tensor]:
     """The gradients that the span needs, or a refusal."""
     name = "span_closed_form"
-    if anatomy.first_block not in _READABLE:
+    if anatomy.first_block not in READABLE:
         raise AttackNotApplicable(
             name,
             "what stands before the first attention is neither nothing (architecture A) nor one or two norms "
@@ -306,7 +306,7 @@ def _check(update: ClientUpdate, anatomy: Anatomy, device: torch.device | str | 
     return shared
 
 
-def _equations(shared: Mapping[str, Tensor], anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
+def equations_of(shared: Mapping[str, Tensor], anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
     """The token equations of a model: its values of W_e, b_e + E_i, γ and β put in."""
     W_e = weights[anatomy.patch_weight].double().flatten(1)  # (d, p)
     places = places_of(anatomy, weights)  # (n, d)
@@ -325,14 +325,14 @@ def _equations(shared: Mapping[str, Tensor], anatomy: Anatomy, weights: Mapping[
     return token_equations(D, W_e, places, gamma, beta, centred=anatomy.first_block != "rmsnorm")
 
 
-def _directions_lost(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
+def directions_lost(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
     """Directions of the width that the norms take, besides the tokens': the mean's, and C β₁."""
     if anatomy.first_block != "two norms":
         return int(anatomy.first_block == "prenorm")
     return 1 + int(anatomy.embedding_norm_bias is not None and bool(weights[anatomy.embedding_norm_bias].any()))
 
 
-def _extra_prefix(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
+def extra_prefix(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
     """Tokens before the patches that have no position of their own (timm's ``no_embed_class``)."""
     prefix = sum(weights[token].numel() // weights[token].shape[-1] for token in anatomy.prefix)
     return max(prefix - anatomy.position_prefix, 0)
