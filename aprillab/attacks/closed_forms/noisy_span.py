@@ -102,7 +102,7 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
     # What a row has outside the tokens' directions is its noise.
     DV, outside = outside_tokens(D, tokens, k)
     # Rows that are no more than the tokens lie in some span of theirs, noise and all.
-    spare = width - tokens if tokens < rows else 0
+    spare = width - tokens if tokens < len(D) else 0
     excess, noise = row_noise(outside, spare, eps)
     # The tokens' directions once more, now that all rows count by what they know.
     D /= noise[:, None]
