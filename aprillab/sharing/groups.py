@@ -25,7 +25,8 @@ class Shares:
         Rows that the adapters on the first attention's projections add in a round: the sum of the
         ranks of the factors A that read its input.
     below : bool
-        Whether the embeddings change from round to round: then so do the first attention's inputs.
+        Whether W_e or E changes from round to round: then so do the first attention's inputs, each
+        token's in its own way.
     deeper : bool
         Tensors between the first attention and the head.
     """
@@ -122,6 +123,6 @@ def shares_of(model: nn.Module, anatomy: Anatomy, names: Collection[str]) -> Sha
         head_weight=anatomy.head_weight in names,
         head_bias=anatomy.head_bias in names,
         adapter_rows=sum(len(tensors[name]) for name in adapters if name in names),
-        below=bool(names & {*groups.get(PATCH, ()), *groups.get(POSITION, ())}),
+        below=bool(names & {anatomy.patch_weight, anatomy.position}),
         deeper=bool(names & {*groups.get(OTHERS, ())}),
     )

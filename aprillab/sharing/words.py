@@ -69,7 +69,8 @@ def notes_of(model: nn.Module, anatomy: Anatomy, facts: Facts) -> tuple[str, ...
     """What the reader should know of this map."""
     notes = [
         "Counts are of one image in exact arithmetic: precision, noise, batches and dropout decide how much is seen. "
-        "Rounds are of the same picture, with weights that change in between.",
+        "Rounds are of the same picture, with weights that change in between. Tensors that clients keep are taken to "
+        "have the values that the server sent.",
         "The head's gradient is r fᵀ and r: the label is r's one negative entry, f the features that the head reads. "
         "Candidates are pictures that an attacker guesses: the one whose tokens lie in a span is told from the rest.",
         "“No closed form” is no promise. Gradient matching needs no count (from a part of the tensors, on text: Li, "
