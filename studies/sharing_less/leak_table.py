@@ -24,7 +24,7 @@ from aprillab.defenses import withhold
 from aprillab.sharing.facts import Facts
 
 from .._rows import fill
-from .models import Standard, build, standard_models
+from .models import BLOCKS, CLASSES, Standard, build, standard_models
 from .stacks import play, stacked_embedding, stacked_span
 
 RANK, VICTIM, LABEL = 8, "astronaut", 3
@@ -37,8 +37,10 @@ SHARED = {
 }  # fmt: skip
 MOST_ROUNDS = 4  # played at the real geometry; more than that at a tiny one with the same rounds
 SHOWN = 40.0  # dB: below it float64 tells whether precision or the count is to blame
-#: What a single number cannot be below for a picture to be there, and above where none is.
+#: dB: what is at least reached for a count to be confirmed, in one round and by the round that was missing;
+#: and what is not, where none holds.
 _THERE = {"float32": 15.0, "float64": 60.0}
+_THERE_IN_ROUNDS, _GAIN = 40.0, 10.0
 _NOT_THERE = 22.0
 QUICK = (Standard("tiny/4", 32, 4, 192, 3), Standard("narrow/4", 32, 4, 96, 3), Standard("narrower/4", 32, 4, 60, 3))
 
@@ -47,8 +49,8 @@ QUICK = (Standard("tiny/4", 32, 4, 192, 3), Standard("narrow/4", 32, 4, 96, 3), 
 class Cell:
     """One cell of the table, and one run for it; PSNR in dB.
 
-    ``attack`` to ``silent`` are the counts' verdict, before anything ran. ``agrees`` is empty where
-    nothing could be run yet.
+    ``attack`` to ``silent`` are the counts' verdict, before anything ran. ``psnr_less`` is that with a
+    round less than the count asks for. ``agrees`` is empty where nothing could be run yet.
     """
 
     model: str
@@ -66,6 +68,7 @@ class Cell:
     dtype: str
     ran: str
     psnr: float | None
+    psnr_less: float | None
     determined: bool | None
     exact: bool | None
     agrees: bool | None
@@ -91,8 +94,8 @@ def decided_by(row: al.LeakRow, facts: Facts, line: Standard) -> Cell:
     return Cell(
         model=line.name, size=line.size, shared=row.shared, patches=facts.patches, pixels=facts.pixels,
         width=facts.width, tokens=facts.tokens, attack=row.attack or "", inequality=row.why, rounds=row.rounds,
-        silent=row.silent_rounds, geometry="", dtype="", ran="", psnr=None, determined=None, exact=None,
-        agrees=None, seconds=0.0, words="",
+        silent=row.silent_rounds, geometry="", dtype="", ran="", psnr=None, psnr_less=None, determined=None,
+        exact=None, agrees=None, seconds=0.0, words="",
     )  # fmt: skip
 
 
@@ -169,8 +172,8 @@ class Runs:
         """Rounds played, systems stacked: too few by one must not do, and so many must."""
         line, model, anatomy = self.line, self.model, self.anatomy
         if (cell.rounds or 0) > MOST_ROUNDS:
-            line = tiny_like(cell)
-            model, anatomy = build(line)
+            line, model = tiny_like(cell)
+            anatomy = al.dissect(model)
         start, solve = time.perf_counter(), stacked_embedding if cell.attack == "embedding" else stacked_span
         to_input = anatomy.preprocessing.to_input
         images = to_input(self.pictures([VICTIM], dtype, line.size))
@@ -182,9 +185,10 @@ class Runs:
             for some in (rounds[:-1], rounds)
         )
         ran = f"{cell.rounds} rounds stacked"
-        cell = replace(cell, geometry=f"tiny, {line.width} wide" if line is not self.line else "")
-        agrees = enough >= _THERE[_name(dtype)] and enough > few
-        return self._with(cell, dtype, ran, enough, start, agrees=agrees, words=f"{few:.1f} dB with a round less")
+        geometry = f"tiny, {line.width} wide" if line is not self.line else ""
+        cell = replace(cell, geometry=geometry, psnr_less=few)
+        agrees = enough >= _THERE_IN_ROUNDS and enough - few >= _GAIN
+        return self._with(cell, dtype, ran, enough, start, agrees=agrees, words="")
 
     def _private(self, size: int) -> Tensor:
         return self.pictures([VICTIM], torch.float64, size)[0]
@@ -205,12 +209,15 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tiny_like(cell: Cell) -> Standard:
+def tiny_like(cell: Cell) -> tuple[Standard, nn.Module]:
     """A model for 32×32 pictures, 64 patches of 48 numbers, to which the span gives so many rounds."""
     tokens, unknowns = 65, 48
     width = tokens + 1 + -(-unknowns // (cell.rounds or 1))
     heads = next(heads for heads in (4, 3, 2, 1) if width % heads == 0)
-    return Standard("tiny", 32, 4, width, heads)
+    line = Standard("tiny", 32, 4, width, heads)
+    return line, al.VisionTransformer(
+        image_size=32, patch_size=4, width=width, depth=BLOCKS, heads=heads, classes=CLASSES
+    )
 
 
 # --- Adapters, once the span attack reads them ---------------------------------------------------------------------
