@@ -45,8 +45,8 @@ def _cell(group: pd.DataFrame) -> dict[str, Any]:
         "attack": first.attack, "inequality": first.inequality, "rounds": first.rounds, "silent": first.silent,
         "geometry": ", ".join(ran.geometry.unique()), "float32": by_dtype.get("float32"),
         "float64": by_dtype.get("float64"), "less": ran.psnr_less.max(), "ran": len(ran),
-        "agrees": ran.agrees.eq(True).any() if len(ran) else None,
-        "in_float32": ran[ran.dtype == "float32"].agrees.eq(True).any() if len(ran) else None,
+        "agrees": bool(ran.agrees.eq(True).any()),
+        "in_float32": bool(ran[ran.dtype == "float32"].agrees.eq(True).any()),
     }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def words_of(cell: pd.Series) -> str:
     if not cell.attack:
         left = "" if pd.isna(cell.float32) else f" ({cell.float32:.0f})"
         return f"no closed form{left}"
-    rounds = f"{cell.rounds:.0f} round{'s' * (cell.rounds > 1)}" + (" after the first" if cell.silent else "")
+    rounds = f"{cell.rounds:.0f} round{'s' * int(cell.rounds > 1)}" + (" after the first" if cell.silent else "")
     if not cell.ran:
         return f"{cell.attack}, {rounds}, not run"
     double = "" if pd.isna(cell.float64) else f", {cell.float64:.0f} in float64"
@@ -75,7 +75,7 @@ def table(cells: pd.DataFrame) -> str:
 def disagreements(cells: pd.DataFrame) -> pd.DataFrame:
     """Cells whose runs do not bear the counts out, in float32 or at all."""
     ran = cells[cells.ran > 0]
-    return ran[~ran.in_float32.astype(bool)]
+    return ran[~ran.in_float32]
 
 
 def disagreement_table(cells: pd.DataFrame) -> str:
@@ -100,7 +100,8 @@ def _features(group: pd.DataFrame) -> dict[str, Any]:
         "right of 16 blurred": f"{group.nearest_changed.sum()}",
         "span of the last attention": f"{group.directions.max()} directions of {group.tokens.max()} tokens",
         "right by the span": f"{group.of_span.sum()}",
-        "outside, victim at most": f"{group.inside.max():.0e}", "outside, others at least": f"{group.outside.min():.2f}",
+        "outside, victim at most": f"{group.inside.max():.0e}",
+        "outside, others at least": f"{group.outside.min():.2f}",
     }  # fmt: skip
 
 
@@ -173,12 +174,12 @@ def look(cell: pd.Series) -> tuple[str, str, str]:
         return _NONE, "", "–"
     if cell.rounds == 1:
         return _ONE, "", f"{cell.float32:.0f} dB"
-    rounds = f"1 + {cell.rounds:.0f}" if cell.silent else f"{cell.rounds:.0f}"
+    rounds = f"{cell.rounds + cell.silent:.0f} rounds"
     if not cell.ran:
-        return _MORE, "//", f"{rounds}\nrounds"
+        return _MORE, "//", f"{rounds}\ncounted"
     if cell.in_float32:
-        return _MORE, "//", f"{rounds} rounds\n{cell.float32:.0f} dB"
-    return _DOUBLE, "..", f"{rounds} rounds\n{cell.float64:.0f} dB"
+        return _MORE, "//", f"{rounds}\n{cell.float32:.0f} dB"
+    return _DOUBLE, "..", f"{rounds}\n{cell.float64:.0f} dB"
 
 
 def draw(folder: Path) -> dict[str, bytes]:
