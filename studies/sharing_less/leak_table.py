@@ -25,7 +25,7 @@ from aprillab.sharing.facts import Facts
 
 from .._rows import fill
 from .models import BLOCKS, CLASSES, Standard, build, standard_models
-from .stacks import play, stacked_embedding, stacked_span
+from .stacks import play, stacked_span
 
 RANK, VICTIM, LABEL = 8, "astronaut", 3
 OTHERS = (("coffee", 17), ("chelsea", 42))  # the other clients, where rounds are played
@@ -174,21 +174,30 @@ class Runs:
         if (cell.rounds or 0) > MOST_ROUNDS:
             line, model = tiny_like(cell)
             anatomy = al.dissect(model)
-        start, solve = time.perf_counter(), stacked_embedding if cell.attack == "embedding" else stacked_span
+        start, model = time.perf_counter(), model.to(dtype)
         to_input = anatomy.preprocessing.to_input
         images = to_input(self.pictures([VICTIM], dtype, line.size))
         names, labels = zip(*OTHERS, strict=True)
         others = to_input(self.pictures(names, dtype, line.size)), torch.tensor(labels)
-        rounds = play(model.to(dtype), anatomy, images, torch.tensor([LABEL]), cell.rounds or 1, others)
+        rounds = play(model, images, torch.tensor([LABEL]), cell.rounds or 1, others)
+        if cell.attack == "embedding":
+            kept = set(kept)
+            rounds = [replace(r, update=withhold(r.update, set(r.update.gradients) - kept)) for r in rounds]
+            results = [
+                al.embedding_closed_form(model, some, anatomy=anatomy, strict=False) for some in (rounds[:-1], rounds)
+            ]
+            solved = [result.images for result in results]
+            cell = replace(cell, determined=results[1].determined, exact=results[1].exact)
+        else:
+            solved = [stacked_span(some, anatomy) for some in (rounds[:-1], rounds)]
         few, enough = (
-            float(al.psnr(anatomy.preprocessing.to_pixels(solve(some, anatomy))[0], self._private(line.size)))
-            for some in (rounds[:-1], rounds)
+            float(al.psnr(anatomy.preprocessing.to_pixels(images.double())[0], self._private(line.size)))
+            for images in solved
         )
-        ran = f"{cell.rounds} rounds stacked"
         geometry = f"tiny, {line.width} wide" if line is not self.line else ""
         cell = replace(cell, geometry=geometry, psnr_less=few)
         agrees = enough >= _THERE_IN_ROUNDS and enough - few >= _GAIN
-        return self._with(cell, dtype, ran, enough, start, agrees=agrees, words="")
+        return self._with(cell, dtype, f"{cell.rounds} rounds stacked", enough, start, agrees=agrees, words="")
 
     def _private(self, size: int) -> Tensor:
         return self.pictures([VICTIM], torch.float64, size)[0]
@@ -226,7 +235,7 @@ def tiny_like(cell: Cell) -> tuple[Standard, nn.Module]:
 def confirm_adapters(line: Standard, rank: int = RANK, more: int = 2, dtype: torch.dtype = torch.float64) -> Cell:
     """The LoRA cell of one line: peft's adapters on q and v, rounds played, the span attack on all of them.
 
-    Needs peft, ``al.Round`` and a span attack that takes rounds and adapters. Runs so many rounds as
+    Needs peft, and a span attack that takes rounds and adapters. Runs so many rounds as
     the count says, the first that shows nothing, and ``more``.
     """
     import peft
@@ -245,8 +254,7 @@ def confirm_adapters(line: Standard, rank: int = RANK, more: int = 2, dtype: tor
     to_input = anatomy.preprocessing.to_input
     others = to_input(al.load_victims(list(names), line.size, dtype=dtype)[0]), torch.tensor(labels)
     start, count = time.perf_counter(), (row.rounds or 1) + row.silent_rounds + more
-    played = play(adapted, anatomy, to_input(pixels), torch.tensor([LABEL]), count, others)
-    rounds = [al.Round(weights, update) for weights, update in played]  # type: ignore[attr-defined]
+    rounds = play(adapted, to_input(pixels), torch.tensor([LABEL]), count, others)
     cell = replace(decided_by(row, facts, line), geometry="real", dtype=_name(dtype), ran=f"{count} rounds")
     try:
         result = al.span_closed_form(adapted, rounds, anatomy=anatomy)

@@ -1,20 +1,18 @@
-"""Several rounds of one picture: systems stacked, solved once. Plain, to confirm counts with.
+"""Several rounds of one picture: played, and the span's systems stacked and solved once, to confirm counts with.
 
-(4.3) of every round has the same patches X: [G_1ᵀ; G_2ᵀ; …] X = [∂W_1; ∂W_2; …]. So has the span's
-system, where the embeddings are trained: each round's W_e and E make other equations of the same pixels.
+Where the embeddings are trained each round's W_e and E make other equations of the same pixels.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import aprillab as al
-from aprillab.anatomy import position_gradient, tensors_of
+from aprillab.anatomy import tensors_of
 from aprillab.attacks.closed_forms.noisy_span import noisy_span
 from aprillab.attacks.closed_forms.smallest import smallest
 from aprillab.attacks.closed_forms.span import equations_of, extra_prefix
@@ -22,24 +20,16 @@ from aprillab.attacks.closed_forms.span import equations_of, extra_prefix
 RATE = 0.1  # of the server's step between rounds
 
 
-class Played(NamedTuple):
-    """One round: the tensors that attacks read, as they were sent, and the client's update."""
-
-    weights: dict[str, Tensor]
-    update: al.ClientUpdate
-
-
 def play(
-    model: nn.Module, anatomy: al.Anatomy, images: Tensor, labels: Tensor, rounds: int, others: tuple[Tensor, Tensor]
-) -> list[Played]:
+    model: nn.Module, images: Tensor, labels: Tensor, rounds: int, others: tuple[Tensor, Tensor]
+) -> list[al.Round]:
     """So many rounds of one client; between them the server steps by the mean gradient of all clients.
 
     ``others`` are the images and labels of the other clients, one each.
     """
     model, found = copy.deepcopy(model), []
     for _ in range(rounds):
-        weights = {name: t.clone() for name, t in tensors_of(model).items() if name in anatomy.tensor_names()}
-        found.append(Played(weights, al.client_update(model, images, labels)))
+        found.append(al.Round(tensors_of(model), al.client_update(model, images, labels)))
         if len(found) < rounds:
             together = al.client_update(model, torch.cat([images, others[0]]), torch.cat([labels, others[1]]))
             with torch.no_grad():
@@ -49,17 +39,10 @@ def play(
     return found
 
 
-def stacked_embedding(rounds: Sequence[Played], anatomy: al.Anatomy) -> Tensor:
-    """The picture (1, C, H, W) of least squares of all rounds' (4.3), in model-input space."""
-    G = torch.cat([position_gradient(anatomy, r.update.gradients)[anatomy.position_prefix :].T for r in rounds])
-    dW = torch.cat([r.update.gradients[anatomy.patch_weight].double().flatten(1) for r in rounds])
-    return anatomy.tiling.images(torch.linalg.lstsq(G, dW, driver="gelsd").solution[None])
-
-
-def stacked_span(rounds: Sequence[Played], anatomy: al.Anatomy, *, by_rows: bool = True) -> Tensor:
+def stacked_span(rounds: Sequence[al.Round], anatomy: al.Anatomy, *, by_rows: bool = True) -> Tensor:
     """The picture (1, C, H, W) whose tokens are the smallest combinations of each round's rows, (7.7)."""
     sides, eps = [], torch.finfo(rounds[0].update.dtype).eps
-    for weights, update in rounds:
+    for weights, update in ((r.state, r.update) for r in rounds):
         shared = {part: getattr(anatomy, part).of(update.gradients).double() for part in ("query", "key", "value")}
         equations = equations_of(shared, anatomy, weights)
         tokens = anatomy.tiling.count + anatomy.position_prefix + extra_prefix(anatomy, weights)

@@ -13,7 +13,7 @@ import aprillab as al
 from studies.sharing_less import features, leak_page, leak_table
 from studies.sharing_less.leak_table import LORA, SHARED
 from studies.sharing_less.models import Standard, build, standard_models
-from studies.sharing_less.stacks import play, stacked_embedding, stacked_span
+from studies.sharing_less.stacks import play, stacked_span
 
 WITHHELD, FROZEN = "position embedding withheld", "both embeddings frozen"
 
@@ -80,29 +80,16 @@ def test_a_wrong_count_would_be_seen() -> None:
     assert (refused.agrees, refused.words) == (False, "not refused")
 
 
-def test_stacks_are_exact_where_rounds_suffice() -> None:
-    model = al.VisionTransformer(
-        image_size=16, patch_size=4, width=12, depth=2, heads=2, classes=10, position="learned"
-    ).double()
-    anatomy = al.dissect(model)
-    pixels = al.load_victims(["astronaut", "coffee"], 16, dtype=torch.float64)[0]
-    images = anatomy.preprocessing.to_input(pixels)
-    others = images[1:], torch.tensor([5])
-    before = [p.clone() for p in model.parameters()]
-    rounds = play(model, anatomy, images[:1], torch.tensor([3]), 2, others)
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    assert not torch.equal(*(r.weights[anatomy.patch_weight] for r in rounds))
-    assert (stacked_embedding(rounds, anatomy) - images[:1]).abs().max() < 1e-6
-    assert (stacked_embedding(rounds[:1], anatomy) - images[:1]).abs().max() > 0.1
-
-
-def test_a_stack_of_one_round_is_the_span_attack() -> None:
+def test_rounds_are_played_with_other_clients_and_leave_the_model_alone() -> None:
     model = al.VisionTransformer(image_size=16, patch_size=4, width=96, depth=2, heads=2, classes=10).double()
     anatomy = al.dissect(model)
-    images = anatomy.preprocessing.to_input(al.load_victims(["astronaut"], 16, dtype=torch.float64)[0])
-    rounds = play(model, anatomy, images, torch.tensor([3]), 1, (images, torch.tensor([5])))
-    for by_rows in (True, False):
-        assert (stacked_span(rounds, anatomy, by_rows=by_rows) - images).abs().max() < 1e-6
+    images = anatomy.preprocessing.to_input(al.load_victims(["astronaut", "coffee"], 16, dtype=torch.float64)[0])
+    before = [p.clone() for p in model.parameters()]
+    rounds = play(model, images[:1], torch.tensor([3]), 2, (images[1:], torch.tensor([5])))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert not torch.equal(*(r.state[anatomy.patch_weight] for r in rounds))
+    for by_rows in (True, False):  # a stack of one round is the span attack
+        assert (stacked_span(rounds[:1], anatomy, by_rows=by_rows) - images[:1]).abs().max() < 1e-6
 
 
 def test_the_tiny_stand_in_needs_as_many_rounds() -> None:
