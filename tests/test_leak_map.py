@@ -199,6 +199,7 @@ def test_rounds_of_adapters() -> None:
     row = al.leak_map(model, rank=2)["LoRA of rank 2 on q, v"]
     assert (row.attack, row.rounds, row.silent_rounds, row.when) == ("span", 2, 1, "2 rounds after the first")
     assert not of_adapters(facts, 4, moves=True).applies
+    assert al.leak_map(of_timm(VIT), rank=2)["LoRA of rank 2 on qkv"].rounds == 5  # 10 tokens, one factor A
     narrow = al.leak_map(tiny_vit(width=53, heads=1))["LoRA of rank 8 on q, v"]
     assert (narrow.attack, narrow.rounds) == (None, None)
 

@@ -37,7 +37,8 @@ def leak_map(
         first norms' and whether the head is zero.
     anatomy : Anatomy, optional; default is ``dissect(model)``
     rank : int
-        Of LoRA's adapters on the first attention's queries and values, for a model that has none.
+        Of LoRA's adapters on the first attention's queries and values (on all three where they are one
+        tensor), for a model that has none.
     shared : mapping from a name to names of parameters, optional
         Combinations to ask besides the usual ones.
 
@@ -75,8 +76,9 @@ def leak_map(
     rows = [_row(facts, kind, name, names, shares_of(model, anatomy, names)) for kind, name, names in chosen]
     if not any(row.shared.startswith(ADAPTERS) for row in rows):
         head = shares_of(model, anatomy, groups_of(model, anatomy).get(HEAD, ()))
-        supposed = replace(head, adapter_rows=2 * rank)
-        name = f"LoRA of rank {rank} on q, v"
+        fused = anatomy.query is not None and anatomy.value is not None and anatomy.query.name == anatomy.value.name
+        supposed = replace(head, adapter_rows=rank if fused else 2 * rank)  # one factor A, or one for each
+        name = f"LoRA of rank {rank} on {'qkv' if fused else 'q, v'}"
         at = sum(row.kind != "group" for row in rows)
         rows.insert(at, _row(facts, "combination", name, (), supposed))
     kind = f"{type(model).__module__}.{type(model).__qualname__}"

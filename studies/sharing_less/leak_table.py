@@ -29,6 +29,7 @@ from .stacks import play, stacked_span
 
 RANK, VICTIM, LABEL = 8, "astronaut", 3
 OTHERS = (("coffee", 17), ("chelsea", 42))  # the other clients, where rounds are played
+#: Two factors A, as transformers' models have them. timm's qkv takes one of twice the rank: as many rows.
 LORA = f"LoRA of rank {RANK} on q, v"
 #: Rows of the leak map that the table has, under the short names of its columns.
 SHARED = {
@@ -82,11 +83,16 @@ class Cell:
 def line_of(line: Standard) -> Iterator[Cell]:
     """All cells of one model."""
     model, anatomy = build(line)
-    found = al.leak_map(model, anatomy=anatomy, rank=RANK)
+    found = al.leak_map(model, anatomy=anatomy, rank=2 * RANK)
     runs = Runs(line, model, anatomy)
     for shared in SHARED:
-        row = found[shared]
+        row = lora_row(found) if shared == LORA else found[shared]
         yield from confirmed(decided_by(row, found.facts, line), row, runs)
+
+
+def lora_row(found: al.LeakMap) -> al.LeakRow:
+    """The row of the adapters that a model of timm's, whose qkv is one tensor, is supposed to have."""
+    return replace(found[f"LoRA of rank {2 * RANK} on qkv"], shared=LORA)
 
 
 def decided_by(row: al.LeakRow, facts: Facts, line: Standard) -> Cell:
@@ -229,22 +235,22 @@ def tiny_like(cell: Cell) -> tuple[Standard, nn.Module]:
     )
 
 
-# --- Adapters, once the span attack reads them ---------------------------------------------------------------------
+# --- Adapters, once the span attack reads them --------------------------------------------------------------------
 
 
-def confirm_adapters(line: Standard, rank: int = RANK, more: int = 2, dtype: torch.dtype = torch.float64) -> Cell:
-    """The LoRA cell of one line: peft's adapters on q and v, rounds played, the span attack on all of them.
+def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.float64) -> Cell:
+    """The LoRA cell of one line: peft's adapters on qkv, rounds played, the span attack on all of them.
 
-    Needs peft, and a span attack that takes rounds and adapters. Runs so many rounds as
-    the count says, the first that shows nothing, and ``more``.
+    Needs peft, and a span attack that takes rounds and adapters. Runs so many rounds as the count
+    says, the first that shows nothing, and ``more``: a span is seen where rows are more than tokens.
     """
     import peft
 
     model, anatomy = build(line)
-    found = al.leak_map(model, anatomy=anatomy, rank=rank)
-    row, facts = found[f"LoRA of rank {rank} on q, v"], found.facts
+    found = al.leak_map(model, anatomy=anatomy, rank=2 * RANK)
+    row = lora_row(found)
     head = (anatomy.head_weight or "").removesuffix(".weight")
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv"], modules_to_save=[head])
+    config = peft.LoraConfig(r=2 * RANK, lora_alpha=4 * RANK, target_modules=["qkv"], modules_to_save=[head])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         adapted = peft.get_peft_model(model.to(dtype), config)
@@ -255,13 +261,13 @@ def confirm_adapters(line: Standard, rank: int = RANK, more: int = 2, dtype: tor
     others = to_input(al.load_victims(list(names), line.size, dtype=dtype)[0]), torch.tensor(labels)
     start, count = time.perf_counter(), (row.rounds or 1) + row.silent_rounds + more
     rounds = play(adapted, to_input(pixels), torch.tensor([LABEL]), count, others)
-    cell = replace(decided_by(row, facts, line), geometry="real", dtype=_name(dtype), ran=f"{count} rounds")
+    cell = replace(decided_by(row, found.facts, line), geometry="real", dtype=_name(dtype), ran=f"{count} rounds")
     try:
         result = al.span_closed_form(adapted, rounds, anatomy=anatomy)
     except al.AttackNotApplicable as refusal:
         return replace(cell, agrees=row.attack is None, words=refusal.reason, seconds=time.perf_counter() - start)
     psnr = float(al.psnr(result.pixels[0].double(), pixels[0].double()))
-    agrees = row.attack is not None and psnr >= _THERE[_name(dtype)]
+    agrees = row.attack is not None and psnr >= _THERE_IN_ROUNDS
     return replace(
         cell, psnr=psnr, determined=result.determined, exact=result.exact, agrees=agrees,
         seconds=time.perf_counter() - start,
