@@ -83,16 +83,22 @@ class Cell:
 def line_of(line: Standard) -> Iterator[Cell]:
     """All cells of one model."""
     model, anatomy = build(line)
-    found = al.leak_map(model, anatomy=anatomy, rank=2 * RANK)
+    found = al.leak_map(model, anatomy=anatomy, rank=rank_of(anatomy)[0])
     runs = Runs(line, model, anatomy)
     for shared in SHARED:
         row = lora_row(found) if shared == LORA else found[shared]
         yield from confirmed(decided_by(row, found.facts, line), row, runs)
 
 
+def rank_of(anatomy: al.Anatomy) -> tuple[int, list[str]]:
+    """The adapters' rank, and the layers that peft puts them into: q and v, or a qkv with twice the rank."""
+    layers = sorted({rows.name.split(".")[-2] for rows in (anatomy.query, anatomy.value) if rows is not None})
+    return RANK * (3 - len(layers)), layers
+
+
 def lora_row(found: al.LeakMap) -> al.LeakRow:
-    """The row of the adapters that a model of timm's, whose qkv is one tensor, is supposed to have."""
-    return replace(found[f"LoRA of rank {2 * RANK} on qkv"], shared=LORA)
+    """The row of the adapters that the model is supposed to have, under the table's name."""
+    return replace(next(row for row in found.rows if row.shared.startswith("LoRA")), shared=LORA)
 
 
 def decided_by(row: al.LeakRow, facts: Facts, line: Standard) -> Cell:
@@ -239,7 +245,7 @@ def tiny_like(cell: Cell) -> tuple[Standard, nn.Module]:
 
 
 def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.float64) -> Cell:
-    """The LoRA cell of one line: peft's adapters on qkv, rounds played, the span attack on all of them.
+    """The LoRA cell of one line: peft's adapters on q and v, rounds played, the span attack on all of them.
 
     Needs peft, and a span attack that takes rounds and adapters. Runs so many rounds as the count
     says, the first that shows nothing, and ``more``: a span is seen where rows are more than tokens.
@@ -247,10 +253,11 @@ def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.f
     import peft
 
     model, anatomy = build(line)
-    found = al.leak_map(model, anatomy=anatomy, rank=2 * RANK)
+    rank, layers = rank_of(anatomy)
+    found = al.leak_map(model, anatomy=anatomy, rank=rank)
     row = lora_row(found)
     head = (anatomy.head_weight or "").removesuffix(".weight")
-    config = peft.LoraConfig(r=2 * RANK, lora_alpha=4 * RANK, target_modules=["qkv"], modules_to_save=[head])
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, modules_to_save=[head])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         adapted = peft.get_peft_model(model.to(dtype), config)

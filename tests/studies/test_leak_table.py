@@ -54,6 +54,17 @@ def test_a_model_of_dinov2_is_read_at_its_pictures_size() -> None:
     assert model(torch.zeros(1, 3, 224, 224)).logits.shape == (1, 100)
 
 
+def test_adapters_add_as_many_rows_where_q_and_v_are_one_tensor() -> None:
+    fused = build(leak_table.QUICK[0])[1]
+    assert leak_table.rank_of(fused) == (2 * leak_table.RANK, ["qkv"])
+    pytest.importorskip("transformers")
+    apart = Standard("DINOv2 S/14", 224, 14, 384, 6, "transformers")
+    model, anatomy = build(apart)
+    rank, layers = leak_table.rank_of(anatomy)
+    assert (rank, len(layers)) == (leak_table.RANK, 2)
+    assert leak_table.lora_row(al.leak_map(model, anatomy=anatomy, rank=rank)).shared == LORA
+
+
 def test_each_cell_is_confirmed_and_says_by_what(quick: Path) -> None:
     cells = leak_page.cells_of(quick).set_index(["model", "shared"])
     assert set(cells.index.get_level_values("shared")) == set(SHARED)
