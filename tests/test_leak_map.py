@@ -238,6 +238,20 @@ def test_interpolated_positions_must_be_stored_in_enough_rows() -> None:
     assert of_embedding(facts_of(model, al.dissect(model, image_size=8))).applies
 
 
+def test_weights_that_are_no_numbers_end_in_a_word_and_not_in_an_error() -> None:
+    model = tiny_vit(width=96)
+    with torch.no_grad():
+        model.position_embedding[0, 1] = torch.nan
+    assert al.leak_map(model)[FROZEN].attack is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_counts_do_not_depend_on_the_weights_precision(dtype: torch.dtype) -> None:
+    found, other = (al.leak_map(tiny_vit(width=96).to(kind)) for kind in (torch.float64, dtype))
+    assert found.facts == other.facts
+    assert found.rows == other.rows
+
+
 def test_dead_features_do_not_count() -> None:
     model = tiny_vit(width=54, heads=2)
     assert al.leak_map(model)[FROZEN].attack == "span"

@@ -96,6 +96,8 @@ def facts_of(model: nn.Module, anatomy: Anatomy) -> Facts:
 
 def _independent(places: Tensor) -> int:
     """How many directions the columns (w, n) have, above the rounding of float32."""
+    if not bool(places.isfinite().all()):
+        return 0
     if places.shape[1] > places.shape[0]:
         return places.shape[1]  # more patches than features: other counts fail before this one
     return numerical_rank(torch.linalg.svdvals(torch.linalg.qr(places, mode="r").R), _EPS)
