@@ -40,11 +40,14 @@ def cells_of(folder: Path) -> pd.DataFrame:
 
 def _cell(group: pd.DataFrame) -> dict[str, Any]:
     first, ran = group.iloc[0], group[group.ran != ""]
-    by_dtype = {dtype: runs.psnr.max() for dtype, runs in ran.groupby("dtype")}
+    real, tiny = (runs for runs in (ran[ran.geometry == "real"], ran[ran.geometry != "real"]))
+    best = {(name, dtype): runs.psnr.max() for name, part in (("real", real), ("tiny", tiny))
+            for dtype, runs in part.groupby("dtype")}  # fmt: skip
     return {
         "attack": first.attack, "inequality": first.inequality, "rounds": first.rounds, "silent": first.silent,
-        "geometry": ", ".join(ran.geometry.unique()), "float32": by_dtype.get("float32"),
-        "float64": by_dtype.get("float64"), "less": ran.psnr_less.max(), "ran": len(ran),
+        "float32": best.get(("real", "float32")), "float64": best.get(("real", "float64")),
+        "less": real.psnr_less.max(),
+        "tiny": best.get(("tiny", "float64")), "tiny_less": tiny.psnr_less.max(), "ran": len(ran),
         "agrees": bool(ran.agrees.eq(True).any()),
         "in_float32": bool(ran[ran.dtype == "float32"].agrees.eq(True).any()),
     }  # fmt: skip
@@ -58,9 +61,10 @@ def words_of(cell: pd.Series) -> str:
     rounds = f"{cell.rounds:.0f} round{'s' * int(cell.rounds > 1)}" + (" after the first" if cell.silent else "")
     if not cell.ran:
         return f"{cell.attack}, {rounds}, not run"
-    double = "" if pd.isna(cell.float64) else f", {cell.float64:.0f} in float64"
-    tiny = f", {cell.geometry}" if cell.geometry.startswith("tiny") else ""
-    return f"{cell.attack}, {rounds}: {cell.float32:.0f} dB{double}{tiny}"
+    numbers = [f"{cell.float32:.0f} dB" if pd.notna(cell.float32) else ""]
+    numbers += [f"{cell.float64:.0f} in float64" if pd.notna(cell.float64) else ""]
+    numbers += [f"{cell.tiny:.0f} in a tiny model" if pd.notna(cell.tiny) else ""]
+    return f"{cell.attack}, {rounds}: {', '.join(filter(None, numbers))}"
 
 
 def table(cells: pd.DataFrame) -> str:
@@ -81,10 +85,10 @@ def disagreements(cells: pd.DataFrame) -> pd.DataFrame:
 def disagreement_table(cells: pd.DataFrame) -> str:
     """The same as a table: in exact arithmetic enough, and what precision leaves."""
     found = disagreements(cells)
-    columns = ["model", "size", "shared", "rounds", "geometry", "float32", "float64", "less"]
-    frame = found[columns].assign(**{name: found[name].map("{:.0f}".format, "ignore") for name in columns[5:]})
-    frame["rounds"] = found.rounds.map("{:.0f}".format, "ignore")
-    return markdown(frame.assign(confirmed=found.agrees.map({True: "in float64", False: "no"})))
+    columns = ["model", "size", "shared", "rounds", "float32", "float64", "less", "tiny", "tiny_less"]
+    frame = found[columns].assign(**{name: found[name].map("{:.0f}".format, "ignore") for name in columns[3:]})
+    frame["confirmed"] = found.agrees.map({True: "in float64", False: "no"})
+    return markdown(frame.rename(columns={"less": "with a round less", "tiny_less": "tiny, a round less"}))
 
 
 def features_table(folder: Path) -> str:
@@ -179,7 +183,8 @@ def look(cell: pd.Series) -> tuple[str, str, str]:
         return _MORE, "//", f"{rounds}\ncounted"
     if cell.in_float32:
         return _MORE, "//", f"{rounds}\n{cell.float32:.0f} dB"
-    return _DOUBLE, "..", f"{rounds}\n{cell.float64:.0f} dB"
+    double = max(value for value in (cell.float64, cell.tiny) if pd.notna(value))
+    return _DOUBLE, "..", f"{rounds}\n{double:.0f} dB"
 
 
 def draw(folder: Path) -> dict[str, bytes]:

@@ -125,6 +125,8 @@ def confirmed(decided: Cell, row: al.LeakRow, runs: Runs) -> Iterator[Cell]:
         yield cell
         if cell.psnr is not None and cell.psnr >= SHOWN and cell.agrees:
             return
+    if decided.attack == "span" and not cell.agrees and not cell.geometry.startswith("tiny"):
+        yield runs.stacked(decided, row.tensors, torch.float64, tiny=True)  # does precision fail, or the count?
 
 
 class Runs:
@@ -180,10 +182,10 @@ class Runs:
         agrees = refuses and (psnr is None or psnr < _NOT_THERE)
         return self._with(cell, dtype, "all refuse", psnr, start, agrees=agrees, words="")
 
-    def stacked(self, cell: Cell, kept: tuple[str, ...], dtype: torch.dtype) -> Cell:
+    def stacked(self, cell: Cell, kept: tuple[str, ...], dtype: torch.dtype, *, tiny: bool = False) -> Cell:
         """Rounds played, systems stacked: too few by one must not do, and so many must."""
         line, model, anatomy = self.line, self.model, self.anatomy
-        if (cell.rounds or 0) > MOST_ROUNDS:
+        if tiny or (cell.rounds or 0) > MOST_ROUNDS:
             line, model = tiny_like(cell)
             anatomy = al.dissect(model)
         start, model = time.perf_counter(), model.to(dtype)
