@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import aprillab as al
+from studies._runner import RESULTS
 from studies.sharing_less import features, leak_page, leak_table
 from studies.sharing_less.leak_table import LORA, SHARED
 from studies.sharing_less.models import Standard, build, standard_models
@@ -166,3 +167,35 @@ def test_the_figure_tells_cells_by_more_than_colour(quick: Path) -> None:
     assert len({look[:2] for look in looks.values()}) == 4
     fig = leak_page.figure(cells, shown=[("tiny/4", 32), ("narrow/4", 32)])
     assert len(fig.axes[0].texts) == 2 * len(SHARED)
+
+
+# --- What is committed --------------------------------------------------------------------------------------------
+
+
+def test_the_committed_table_is_whole_and_bears_out_its_counts() -> None:
+    cells = leak_page.cells_of(RESULTS)
+    lines = {(line.name, line.size) for line in standard_models()}
+    assert set(zip(cells.model, cells["size"], strict=True)) == lines
+    assert len(cells) == len(lines) * len(SHARED)
+    phrases = dict.fromkeys(
+        (
+            "every count is confirmed", "one round holds in float32", "nothing is left where none applies",
+            "features are exact", "the head picks the victim", "the span picks the victim",
+        ),
+        "so",
+    )  # fmt: skip
+    claims = leak_page.claims(RESULTS, phrases)
+    assert len(claims) == 6
+    assert all(claim.holds for claim in claims), claims
+
+
+@pytest.mark.parametrize("line", [line for line in standard_models() if line.width in (192, 384) and not line.timm])
+def test_the_committed_counts_are_those_of_today(line: Standard) -> None:
+    model, anatomy = build(line)
+    found = al.leak_map(model, anatomy=anatomy, rank=leak_table.rank_of(anatomy)[0])
+    cells = leak_page.cells_of(RESULTS).set_index(["model", "size", "shared"])
+    for shared in SHARED:
+        row = leak_table.lora_row(found) if shared == LORA else found[shared]
+        cell = cells.loc[(line.name, line.size, shared)]
+        assert (row.attack or "", row.why) == (cell.attack, cell.inequality)
+        assert row.rounds == (None if pd.isna(cell.rounds) else cell.rounds)
