@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .metrics import EXACT_TO_8_BITS_DB, match_batch, mse, psnr, score, ssim
     from .models import VisionTransformer, patchify, sinusoidal_1d, sinusoidal_2d, unpatchify
     from .preprocessing import HALF, IMAGENET, UNIT, Preprocessing
+    from .sharing import Count, LeakMap, LeakRow, leak_map
     from .update import (
         ClientUpdate,
         Round,
@@ -72,7 +73,10 @@ __all__ = [
     "Anatomy",
     "AttackNotApplicable",
     "ClientUpdate",
+    "Count",
     "Labels",
+    "LeakMap",
+    "LeakRow",
     "PositionTerm",
     "Preprocessing",
     "Priors",
@@ -94,6 +98,7 @@ __all__ = [
     "gradient_residual",
     "invert",
     "is_batch",
+    "leak_map",
     "load_state",
     "load_update",
     "load_victim",
@@ -124,8 +129,10 @@ __all__ = [
 ]
 
 #: The modules that are part of the face, and those whose names are, in the order they are looked through.
-_MODULES = ("anatomy", "attacks", "data", "defenses", "metrics", "models", "preprocessing", "training", "update")
-_HOMES = ("preprocessing", "metrics", "models", "update", "data", "anatomy", "attacks")
+_MODULES = (
+    "anatomy", "attacks", "data", "defenses", "metrics", "models", "preprocessing", "sharing", "training", "update",
+)  # fmt: skip
+_HOMES = ("preprocessing", "metrics", "models", "update", "data", "anatomy", "attacks", "sharing")
 
 # A type checker that saw this function would take every name for one of the package's.
 if not TYPE_CHECKING:

@@ -12,6 +12,7 @@ from ..attacks.catalogue import Attack
 from ..attacks.labels import Labels
 from ..attacks.result import Condition, Reconstruction
 from ..preprocessing import Preprocessing
+from ..sharing import LeakMap
 from ..update import ClientUpdate
 from .words import NOTHING_APPLIES, VERDICTS, Leak, Trust
 
@@ -84,6 +85,8 @@ class Audit:
         head's gradient or the client says.
     pixels : Condition or None
         Whether the best picture fits the normalization that was assumed; None without a picture.
+    sharing : LeakMap or None
+        What the model would give away if other tensors were shared, by counting.
     findings : tuple of Finding
     notes : tuple of str
         What limits the audit itself: half precision, several local steps, dropout.
@@ -100,6 +103,7 @@ class Audit:
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = field(default=())
     pixels: Condition | None = None
+    sharing: LeakMap | None = None
 
     @property
     def applied(self) -> tuple[Finding, ...]:

@@ -64,6 +64,7 @@ def markdown(found: Audit, source: Source | None = None) -> str:
         "## The attacks",
         *(line for finding in found.findings for line in _finding_lines(finding)),
         *notes,
+        *_sharing_lines(found),
         "",
         *_WHAT_TO_DO,
         "",
@@ -145,6 +146,23 @@ def _parts_lines(found: Audit) -> list[str]:
         f"{len(update.gradients)} tensors in {dtype_name(update)}, read as a {update.source} update of {found.model} "
         f"({found.anatomy.family}), images of {size}.",
     ]
+
+
+def _sharing_lines(found: Audit) -> list[str]:
+    """The section on what other tensors would give away, by the leak map's counts."""
+    if found.sharing is None:
+        return []
+    lines = [
+        "", "## If you shared less", "",
+        "Counted for this model and one image, without any update. “No closed form” is no promise: other attacks "
+        "need no count.", "",
+        "| if only this is shared | closed form | because |", "|---|---|---|",
+    ]  # fmt: skip
+    for row in found.sharing.rows:
+        if row.kind == "combination":
+            form = f"{row.title}, {row.when}" if row.when else row.title
+            lines.append(f"| {row.shared} | {form} | {row.why} |")
+    return lines
 
 
 def _finding_lines(finding: Finding) -> list[str]:

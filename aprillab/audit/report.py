@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import viz
 from ..attacks.catalogue import CLOSED_FORMS
 from ..attacks.result import Reconstruction
+from ..sharing import LeakMap
 from ..version import __version__
 from .findings import Audit, Finding
 from .page import Source, believed, dtype_name, markdown, picture_name, predicted_psnr, reason_words, state_words
@@ -51,6 +52,7 @@ def report(found: Audit, source: Source | None = None) -> dict[str, Any]:
             if found.pixels is None
             else {"state": found.pixels.state, "evidence": found.pixels.text, "numbers": found.pixels.numbers},
             "attacks": {finding.attack.name: _finding(finding) for finding in found.findings},
+            "if_less_were_shared": None if found.sharing is None else _sharing(found.sharing),
             "notes": found.notes,
         }
     )
@@ -107,6 +109,12 @@ def _finding(finding: Finding) -> dict[str, Any]:
             "diagnostics": result.diagnostics,
         }
     return entry
+
+
+def _sharing(found: LeakMap) -> list[dict[str, Any]]:
+    """The leak map's rows, without the tensors' names."""
+    names = ("shared", "kind", "attack", "why", "rounds", "silent_rounds", "evidence", "also")
+    return [{name: getattr(row, name) for name in names} for row in found.rows]
 
 
 def overview(found: Audit) -> Figure:

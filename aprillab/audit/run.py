@@ -26,6 +26,7 @@ from ..attacks.replay import Loss
 from ..attacks.result import MARGIN, REPLAY, AttackNotApplicable, Condition, Reconstruction
 from ..attacks.verify import EMBEDDING
 from ..preprocessing import Preprocessing
+from ..sharing import leak_map
 from ..update import ClientUpdate, Round, Updates, listed
 from .findings import Audit, Finding, Part
 from .words import Trust
@@ -130,6 +131,7 @@ def audit(
         findings=tuple(findings),
         notes=tuple(dict.fromkeys([*_of_rounds(len(rounds), findings), *_notes(model, update, anatomy, findings)])),
         pixels=_pixels(best, preprocessing),
+        sharing=leak_map(model, anatomy=anatomy),
     )
 
 

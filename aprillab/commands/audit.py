@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..anatomy import Anatomy, UnknownModelError, dissect, tensors_of
+from ..anatomy import Anatomy, tensors_of
 from ..attacks.replay import Loss
 from ..attacks.result import Condition
 from ..audit.findings import Audit, Finding
@@ -39,7 +39,7 @@ from .arguments.types import Normalization
 from .files import writable_folder
 from .losses import loss_function
 from .messages import RESPONSIBLE_USE, CommandError, note, patience
-from .user_model import built_model, here_importable
+from .user_model import built_model, described, here_importable
 
 _UNSHARED, _UNNAMED = "the head's gradient is not shared", "the head is not named"
 _HEAD_UNNAMED = (
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     rounds = _rounds(arguments)
     with here_importable():
         model = built_model(arguments.model)
-        anatomy = _anatomy(model, arguments)
+        anatomy = described(model, arguments)
         preprocessing = _preprocessing(arguments.preprocessing, anatomy)
         loss = _loss(arguments, model, anatomy)
         _say_what(arguments, model, anatomy, preprocessing)
@@ -108,17 +108,6 @@ def _update(file: str, arguments: argparse.Namespace) -> ClientUpdate:
     if not arguments.quiet:
         note(f"{file}: {len(update.gradients)} tensors in {dtype_name(update)}")
     return replace(update, withheld=(*update.withheld, *arguments.withheld))
-
-
-def _anatomy(model: nn.Module, arguments: argparse.Namespace) -> Anatomy:
-    """The anatomy of the user's model, corrected by ``--part``."""
-    try:
-        return dissect(model, **dict(arguments.part))
-    except UnknownModelError as error:
-        words = f"{str(error).rstrip('.')}. On the command line: --part patch_weight=… --part image_size=… and so on."
-        raise CommandError(f"--model {arguments.model}: {words}") from error
-    except (ValueError, TypeError) as error:
-        raise CommandError(f"--model {arguments.model}: {error}") from error
 
 
 def _preprocessing(said: Normalization | None, anatomy: Anatomy) -> Preprocessing:

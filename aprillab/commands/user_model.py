@@ -1,7 +1,8 @@
-"""The model that ``--model MODULE:FUNCTION`` names: the user's own code, imported and run."""
+"""The model that ``--model MODULE:FUNCTION`` names: the user's own code, imported and run, and its parts."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import operator
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ..anatomy import Anatomy, UnknownModelError, dissect
 from .messages import CommandError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -60,6 +62,23 @@ def built_model(text: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise CommandError(f"--model: {text}() returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def described(model: nn.Module, arguments: argparse.Namespace) -> Anatomy:
+    """The anatomy of the user's model, corrected by ``--part``.
+
+    Raises
+    ------
+    CommandError
+        If the model is not known, or a part does not fit it.
+    """
+    try:
+        return dissect(model, **dict(arguments.part))
+    except UnknownModelError as error:
+        words = f"{str(error).rstrip('.')}. On the command line: --part patch_weight=… --part image_size=… and so on."
+        raise CommandError(f"--model {arguments.model}: {words}") from error
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"--model {arguments.model}: {error}") from error
 
 
 def _of_user_code(error: Exception, function: Callable[..., Any] | None = None) -> str:

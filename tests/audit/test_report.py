@@ -75,3 +75,23 @@ def test_number_of_images_in_three_states(state: State, words: str) -> None:
     assert images_words(found) == words
     assert words in markdown(found)
     assert report(found)["one_image"] == {"state": state, "evidence": "so"}
+
+
+def test_the_report_says_what_less_would_give_away() -> None:
+    found = audit(vit(), update_of(vit()))
+    page = markdown(found)
+    section = page.partition("## If you shared less")[2].partition("\n## ")[0]
+    assert (
+        "| position embedding withheld | span attack, one round | min(p, n) + tokens + 1 = 34 ≤ 64 = d |" in section
+    )
+    assert "| head only | no closed form | nothing shared is affine in the pixels |" in section
+    assert " alone |" not in section
+    assert len(section.splitlines()) < 16
+    rows = {row["shared"]: row for row in json.loads(json.dumps(report(found)))["if_less_were_shared"]}
+    assert rows["both embeddings frozen"]["attack"] is None
+    assert rows["all"]["attack"] == "embedding"
+    assert rows["first attention alone"]["kind"] == "group"
+    assert "tensors" not in rows["all"]
+    without = replace(found, sharing=None)
+    assert "If you shared less" not in markdown(without)
+    assert report(without)["if_less_were_shared"] is None

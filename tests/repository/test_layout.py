@@ -26,8 +26,8 @@ FLOORS = (
     {"version", "models", "preprocessing", "data", "metrics", "viz", "update"},
     {"anatomy", "training", "widgets"},
     {"attacks", "defenses"},
-    {"zoo", "audit", "exercises", "__init__"},
-    {"comparison"},
+    {"zoo", "exercises", "sharing"},
+    {"comparison", "audit", "__init__"},
     {"commands"},
     {"__main__"},
 )

@@ -255,7 +255,7 @@ def embedding_closed_form(
     # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
     (d, p), n, of = kept[0].dW.shape, len(kept[0].G), (len(kept[0].dW) - anatomy.ignores_mean) * len(kept)
     if strict and n > len(kept) * d:
-        _refuse_rows(n, d, len(kept))
+        _refuse_rows(n, d, len(kept), equations=len(kept[0].dW) - anatomy.ignores_mean)
     found, relative, noise = _solve(kept, _prior(anatomy, preprocessing, kept[0]))
     options = {"preprocessing": preprocessing, "labels": labels, "loss": loss, "verify": verify, "device": device}
     if found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
@@ -316,12 +316,12 @@ def _refuse_zero() -> NoReturn:
     )
 
 
-def _refuse_rows(n: int, d: int, rounds: int) -> None:
+def _refuse_rows(n: int, d: int, rounds: int, *, equations: int) -> None:
     of = f"gradients of width {d}" if rounds == 1 else f"{rounds} rounds of width {d} each"
     count = "d" if rounds == 1 else "rounds · d"
     raise AttackNotApplicable(
         "embedding_closed_form",
-        f"{n} patches, but {of}: rank(G) = n needs n ≤ {count}. {-(-n // d)} rounds of one picture would do: "
+        f"{n} patches, but {of}: rank(G) = n needs n ≤ {count}. {-(-n // equations)} rounds of one picture would do: "
         "al.invert(model, [update, …]). strict=False returns what is known, with the rest filled in grey",
         patches=n,
         width=d,

@@ -25,7 +25,7 @@ from .span_width import NAME
 from .token_equations import TokenEquations, token_equations
 
 NEEDS = ("query", "key", "value")
-_READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
+READABLE = ("april", "postnorm", "prenorm", "two norms", "rmsnorm")
 #: Fields of the anatomy whose values the token equations have in them.
 _VALUES = (
     "patch_weight", "patch_bias", "position", "norm_weight", "norm_bias", "embedding_norm_weight",
@@ -72,7 +72,7 @@ def check_model(anatomy: Anatomy) -> None:
     ------
     AttackNotApplicable
     """
-    if anatomy.first_block not in _READABLE:
+    if anatomy.first_block not in READABLE:
         raise AttackNotApplicable(
             NAME,
             "what stands before the first attention is neither nothing (architecture A) nor one or two norms "
@@ -220,10 +220,10 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Sequence[str]
 
 def _group(rounds: list[SpanRound], anatomy: Anatomy, tokens: int, device: torch.device | str | None) -> Group:
     weights = {name: rounds[0].read.weights[name].to(device) for name in anatomy.tensor_names()}
-    return Group(rounds, _equations(torch.cat([one.D for one in rounds]), anatomy, weights), tokens)
+    return Group(rounds, equations_of(torch.cat([one.D for one in rounds]), anatomy, weights), tokens)
 
 
-def _equations(D: Tensor, anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
+def equations_of(D: Tensor, anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
     """The token equations of a model: its values of W_e, b_e + E_i, γ and β put in."""
     W_e = weights[anatomy.patch_weight].to(D.device).double().flatten(1)  # (d, p)
     places = places_of(anatomy, weights).to(D.device)  # (n, d)

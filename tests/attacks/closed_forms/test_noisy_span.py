@@ -125,6 +125,13 @@ def test_with_no_dimension_to_spare_noise_is_the_formats():
     assert noise.tolist() == [EPS] * 5
 
 
+def test_fewer_rows_than_tokens_leave_nothing_to_measure():
+    side = noisy_span(gradient(40, 200, 30), 100, EPS)
+    assert side.excess == 0.0
+    assert side.gap == 1.0
+    assert torch.isfinite(side.coefficients()).all()
+
+
 def test_tokens_stand_out_and_are_counted():
     found = noisy_span(gradient(360, 120, 8), 8, EPS)
     assert found.above_noise == 8

@@ -1,0 +1,1 @@
+"""What is left to an attacker where less is shared, and what rounds add."""
