@@ -9,7 +9,7 @@ and the words into a folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -233,7 +233,18 @@ def _parts(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tuple[Pa
         else:
             state = "withheld" if name in trained else "fixed"
         parts.append(Part(part, None if where is None else str(where), state, norm, gives))
-    return tuple(parts)
+    return (*parts, *_adapter_parts(update, anatomy, trained))
+
+
+def _adapter_parts(update: ClientUpdate, anatomy: Anatomy, trained: Collection[str]) -> list[Part]:
+    """LoRA's factors that read the first attention's input; zero as long as their B is."""
+    found = []
+    for name in anatomy.adapters:
+        gradient = update.gradients.get(name)
+        norm = None if gradient is None else float(gradient.double().norm())
+        state = ("shared" if norm else "zero") if norm is not None else "withheld" if name in trained else "fixed"
+        found.append(Part("first attention, adapter", name, state, norm, "rows in the tokens' span, round by round"))
+    return found
 
 
 def _of_rounds(count: int, findings: Sequence[Finding]) -> list[str]:

@@ -14,6 +14,7 @@ from aprillab.audit import Audit, audit
 from aprillab.audit.report import markdown, report
 from aprillab.data import load_victim
 from aprillab.metrics import psnr
+from aprillab.update import Round
 from aprillab.zoo import build_model
 
 
@@ -169,3 +170,25 @@ def test_model_and_generator_are_left_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
+
+
+def test_adapters_are_among_the_parts_and_their_rounds_are_read_together() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = vit(width=96).double()
+    config = peft.LoraConfig(r=8, target_modules=["query", "value"], modules_to_save=["head"])
+    model = peft.get_peft_model(base, config).eval()
+    rounds = []
+    for _ in range(4):
+        update = update_of(model)
+        rounds.append(Round(model, update))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in update.gradients:
+                    p -= 0.1 * update.gradients[name]
+    first, all_of_them = audit(model, rounds[0]), audit(model, rounds)
+    states = [part.state for part in first.parts if part.part == "first attention, adapter"]
+    assert states == ["zero", "zero"]  # B is zero until its first step
+    assert first.leak == "none"
+    assert all_of_them.leak in ("exact", "close")
+    assert any("4 rounds of one client" in note for note in all_of_them.notes)
