@@ -87,9 +87,7 @@ def second_look(
     if anatomy.first_block != "prenorm":
         return as_it_was
     p, n = solution.patches.shape
-    black, white = (grey_patches(anatomy.tiling, preprocessing, (n, p), grey).T for grey in (0.0, 1.0))
-    patches = solution.patches.clamp(black.to(solution.patches), white.to(solution.patches))
-    errors = _errors(solution)
+    patches, errors = _within(solution.patches, anatomy, preprocessing), _errors(solution)
     try:
         seen = [_look(model, anatomy, tried) for tried in (patches, patches + errors)]
     except Exception:  # of the user's model, whatever it is: the first look stands
@@ -127,6 +125,13 @@ def _second_equations(
     span = noisy_span(equations.D, int(solution.numbers["tokens"]), reading.noise)
     t = span.coefficients(equations.e)
     return span.coefficients(equations.A), t[:, :n], t[:, n:]
+
+
+def _within(patches: Tensor, anatomy: Anatomy, preprocessing: Preprocessing) -> Tensor:
+    """The patches (p, n) with pixels in [0, 1]."""
+    shape = patches.shape[1], patches.shape[0]
+    black, white = (grey_patches(anatomy.tiling, preprocessing, shape, grey).T.to(patches) for grey in (0.0, 1.0))
+    return patches.clamp(black, white)
 
 
 def _errors(solution: SpanSolution) -> Tensor:
