@@ -66,13 +66,13 @@ def played(
                 for one, seed in zip(updates, seeds, strict=True)
             ]
         state = {name: p.detach() for name, p in trained.items() if kept is None or name in kept}
-        yield al.Round(state if states else {}, _only(updates[0], kept))
+        yield al.Round(state if states else {}, only(updates[0], kept))
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter -= rate * torch.stack([one.gradients[name] for one in updates]).mean(0)
 
 
-def _only(update: al.ClientUpdate, kept: Collection[str] | None) -> al.ClientUpdate:
+def only(update: al.ClientUpdate, kept: Collection[str] | None) -> al.ClientUpdate:
     """The update with these tensors, and the others said to be withheld."""
     if kept is None:
         return update

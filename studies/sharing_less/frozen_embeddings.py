@@ -16,7 +16,6 @@ from torch import nn
 
 import aprillab as al
 from aprillab.attacks.closed_forms.span import solve_span
-from aprillab.attacks.reading import read_update
 
 from .._rows import fill, made, read
 from .._runner import Claim, Description, between
@@ -114,7 +113,7 @@ def attacked(case: Case) -> Iterator[Row]:
     except al.AttackNotApplicable as refusal:
         yield Row(*case, note=f"refused: {refusal.reason}")
         return
-    alone = solve_span(model, read_update(model, update, anatomy), anatomy=anatomy)
+    alone = solve_span(model, update, anatomy=anatomy)
     first = anatomy.preprocessing.to_pixels(alone.images)
     numbers, truth = found.diagnostics, pixels[0].double()
     yield Row(

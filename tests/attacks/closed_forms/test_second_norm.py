@@ -41,7 +41,7 @@ def looked(model, change=lambda gradients: gradients):
     gradients = change(dict(update.gradients))
     update = replace(update, gradients=gradients, withheld=tuple(update.gradients.keys() - gradients.keys()))
     reading = read_update(model, update, anatomy)
-    first = solve_span(model, reading, anatomy=anatomy)
+    first = solve_span(model, update, anatomy=anatomy)
     second = second_look(model, reading, first, anatomy, anatomy.preprocessing)
     return *(float(al.psnr(anatomy.preprocessing.to_pixels(s.images)[0], pixels[0])) for s in (first, second)), second
 
