@@ -1,8 +1,7 @@
 """What is left to an attacker where less is shared, and what rounds add: `python -m studies.sharing_less`.
 
 Writes sharing_less_frozen.csv, sharing_less_rounds.csv, sharing_less_lora.csv, and from them
-sharing_less.md and sharing_less.png. Random weights, a head that is not zero, a batch of one. LoRA
-needs the package peft.
+sharing_less.md and sharing_less.png. Random weights, a head that is not zero, a batch of one.
 
     python -m studies.sharing_less            # about an hour and a half of one thread
     python -m studies.sharing_less --quick    # the smallest study that has every part

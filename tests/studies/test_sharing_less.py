@@ -101,6 +101,16 @@ def test_noise_and_its_promise_are_measured_on_the_same_picture(monkeypatch: pyt
     assert not any(row.exact for row in found)
 
 
+def test_a_lora_client_is_refused_before_its_rows_suffice_and_inverted_after() -> None:
+    pytest.importorskip("peft")
+    early, late = lora.measured(lora.Case(next(iter(lora.SMALL)), "float32", "coffee"), (2, 5))
+    assert (early.rounds, late.rounds) == (2, 5)
+    assert early.note.startswith("refused: 8 rows")
+    assert late.psnr is not None
+    assert late.psnr > 80
+    assert (late.rows, late.tokens, late.exact) == (32, 17, True)
+
+
 def frames() -> dict[str, pd.DataFrame]:
     """Rows of every part, made up, for which all claims hold."""
     frozen = [
@@ -118,10 +128,11 @@ def frames() -> dict[str, pd.DataFrame]:
         rounds.Row(rounds.SMALL, "a", sigma, T, 9.0, 10.0, 11.0, 12.0, False, 1.0)
         for sigma in rounds.SIGMAS for T in rounds.AVERAGED
     ]  # fmt: skip
+    settings = [*lora.SMALL, *lora.SLOWER, *lora.LARGE]
     adapters = [
         lora.Row(setting, precision, "a", T, db, db, False, 99, 9, 9.0, 1.0)
         for precision in ("float32", "float64")
-        for setting, db in zip([*lora.SMALL, *lora.LARGE], (100.0, 80.0, 30.0, 10.0, 10.0), strict=True)
+        for setting, db in zip(settings, (100.0, 80.0, 30.0, 70.0, 60.0, 10.0, 10.0), strict=True)
         for T in (5, 10, 40)
     ]  # fmt: skip
     parts = {frozen_embeddings.FILE: frozen, rounds.FILE: [*clean, *noisy], lora.FILE: adapters}
@@ -138,7 +149,8 @@ def frames() -> dict[str, pd.DataFrame]:
         (rounds.FILE, {"psnr": 9.0}, "averaging promises"),
         (rounds.FILE, {"psnr": 20.0, "exact": True}, "none of these is called exact"),
         (lora.FILE, {"psnr": 50.0}, "after five rounds"),
-        (lora.FILE, {"psnr": 50.0}, "float32 rounds away"),
+        (lora.FILE, {"psnr": 50.0}, "fewer decibels"),
+        (lora.FILE, {"psnr": 99.0}, "float32 rounds away"),
     ],
 )
 def test_every_claim_can_fail_and_holds_where_it_does(
