@@ -164,7 +164,7 @@ def noise_table(noisy: pd.DataFrame) -> pd.DataFrame:
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     rows = read(folder / FILE, Row)
     clean, noisy = rows[rows.sigma == 0], rows[rows.sigma > 0]
-    medians, noise = clean.groupby("rounds").psnr.median(), noisy.groupby(["sigma", "rounds"]).psnr.median()
+    medians = clean.groupby("rounds").psnr.median()
     one, two, six = (float(medians.get(number, math.nan)) for number in (1, 2, 6))
     ahead = {sigma: (group.psnr - group.promised).median() for sigma, group in noisy.groupby("sigma")}
     seen = min((ahead.get(sigma, math.nan) for sigma in SIGMAS[:-1]), default=math.nan)
@@ -181,7 +181,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         between("six {rounds_six:.0f}", six, least=85),
         between("One update does not determine the picture", clean[clean.rounds == 1].exact.eq(True).sum(), most=0.5),
         between("at least what averaging promises", seen, least=0),
-        between("nothing is seen, and rounds do not help", float(noise.get((SIGMAS[-1], 64), math.nan)), most=15),
+        between("rounds fall behind what averaging promises", ahead.get(SIGMAS[-1], math.nan), most=0),
         Claim("and none of these is called exact below 58.9 dB", len(wrong), wrong.empty),
     ]  # fmt: skip
 
