@@ -51,7 +51,7 @@ SMALL = {setting.label: setting for setting in (_EIGHT, _FOUR, _FEW)}
 SLOWER = {setting.label: setting for setting in (_FOUR._replace(alpha=16), _FOUR._replace(alpha=8))}
 LARGE = {setting.label: setting for setting in (Setting(224, 16, 1024, 16, 2, 8), Setting(224, 16, 1024, 16, 2, 16))}
 #: Numbers of rounds that are attacked; the count says from which on it can work.
-ROUNDS = {"small": (2, 3, 5, 10, 20, 40), "large": (9, 15, 20, 40, 80), "quick": (2, 5)}
+ROUNDS = {"small": (2, 3, 5, 10, 20, 40), "large": (9, 15, 20, 40), "quick": (2, 5)}
 
 
 class Case(NamedTuple):
@@ -87,7 +87,8 @@ def cases(quick: bool) -> Iterator[Case]:
             yield from (Case(label, precision, victim) for victim in (VICTIMS[:1] if quick else VICTIMS))
     yield from () if quick else (Case(label, "float32", victim) for label in SLOWER for victim in VICTIMS)
     for label in () if quick else LARGE:
-        yield from (Case(label, precision, v) for precision in ("float32", "float64") for v in VICTIMS[:3])
+        yield from (Case(label, "float32", victim) for victim in VICTIMS[:2])
+        yield Case(label, "float64", VICTIMS[0])
 
 
 @functools.lru_cache(maxsize=1)
