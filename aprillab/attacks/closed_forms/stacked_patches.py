@@ -20,6 +20,7 @@ from .linear_algebra import thin_svd
 
 _TINY = torch.finfo(torch.float64).tiny
 _CALIBRATIONS = 4
+_LEAST_WEIGHT = 1e-6  # of a round
 ROUNDING = 1e-6  # noise below this is a format's rounding, relative to each number and not to all
 
 
@@ -66,6 +67,8 @@ class Stack:
     G : Tensor (n, Σd)
     entry : float
         Noise of an entry of G, the largest of the rounds.
+    equations : float
+        How many there are for each pixel, those of noisy rounds for less.
     added : float
         What noise in G adds to every eigenvalue of GGᵀ: Σ d ρ².
     spread : float
@@ -78,6 +81,7 @@ class Stack:
     dW: Tensor
     G: Tensor
     entry: float
+    equations: float
     added: float
     spread: float
     kappas: tuple[float, float]
@@ -96,21 +100,37 @@ def noise_of_entries(G: Tensor, bias: Tensor | None, *, centred: bool) -> float 
 
 
 def stacked(rounds: Sequence[Equations]) -> Stack:
-    """One system of several rounds."""
+    """One system of several rounds.
+
+    A round in which G is mostly noise has little to say, and its noise bends the rest: it counts by the
+    energy of its signal, over that and what noise's eigenvalues differ by.
+    """
     rho2 = [(r.entry / r.scale) ** 2 if r.noise >= ROUNDING else 0.0 for r in rounds]
     widths = [r.G.shape[1] for r in rounds]
     n = len(rounds[0].G)
+    counts = [_weight(r.G / r.scale, rho) for r, rho in zip(rounds, rho2, strict=True)]
+    noisy = list(zip(counts, widths, rho2, strict=True))
     return Stack(
-        torch.cat([r.dW / r.scale for r in rounds]),
-        torch.cat([r.G / r.scale for r in rounds], 1),
+        torch.cat([r.dW * (w**0.5 / r.scale) for r, w in zip(rounds, counts, strict=True)]),
+        torch.cat([r.G * (w**0.5 / r.scale) for r, w in zip(rounds, counts, strict=True)], 1),
         max(r.entry / r.scale for r in rounds),
-        sum(d * rho for d, rho in zip(widths, rho2, strict=True)),
-        (n * sum(d * rho**2 for d, rho in zip(widths, rho2, strict=True))) ** 0.5,
+        sum(w * d for w, d, _ in noisy),
+        sum(w * d * rho for w, d, rho in noisy),
+        (n * sum(w**2 * d * rho**2 for w, d, rho in noisy)) ** 0.5,
         (
             (sum((r.entry / r.scale) ** 2 for r in rounds) / len(rounds)) ** 0.5,
             (sum((r.noise * float(r.dW.square().mean().sqrt()) / r.scale) ** 2 for r in rounds) / len(rounds)) ** 0.5,
         ),
     )
+
+
+def _weight(G: Tensor, rho2: float) -> float:
+    """What a round's G (n, d) with noise of variance ``rho2`` counts, from 0 to 1."""
+    n, d = G.shape
+    if not rho2:
+        return 1.0
+    signal = max(float(G.square().sum()) / n - d * rho2, 0.0)  # in a direction
+    return max(signal / (signal + (n * d) ** 0.5 * rho2), _LEAST_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -172,17 +192,18 @@ class _Believed:
 
 def _believed(stack: Stack, s: Tensor, b: Tensor, outside: float, noise: float, variance: float) -> _Believed:
     """Each direction by its own share: b s/c, believed as far as c stands out."""
-    (n, equations), p = stack.G.shape, b.shape[1]
+    n, p = len(stack.G), b.shape[1]
+    spare = max(stack.equations - n, 1.0) * p
     lam = s.clamp_min(_TINY) ** 2
     c = (lam - noise * stack.added).clamp_min(0.0)
-    of_equation = max(1.0, outside / max((equations - n) * p, 1))
+    of_equation = max(1.0, outside / spare)
     doubt = of_equation * lam + variance * (noise * stack.spread) ** 2  # of b s, with what the spread bends
     either = variance * c**2 + doubt
     believed = variance * c / either
     deviations = b * (s * believed)[:, None]
     left = outside + float((b - s[:, None] * deviations).square().sum())
     mse = variance * (float((doubt / either).sum()) + (n - len(s))) / n
-    return _Believed(deviations, left / max((equations - n) * p, 1), mse)
+    return _Believed(deviations, left / spare, mse)
 
 
 def _calibrated(stack: Stack, variance: float, carried: float) -> float:
