@@ -1,9 +1,10 @@
 """What is left to an attacker where less is shared, and what rounds add: `python -m studies.sharing_less`.
 
-Writes sharing_less_frozen.csv, sharing_less_rounds.csv, sharing_less_lora.csv, and from them
-sharing_less.md and sharing_less.png. Random weights, a head that is not zero, a batch of one.
+Writes sharing_less_frozen.csv, sharing_less_rounds.csv, sharing_less_lora.csv, leak_map.csv, features.csv,
+and from them sharing_less.md, sharing_less.png and leak_map.png. Random weights, a head that is not
+zero, a batch of one.
 
-    python -m studies.sharing_less            # about an hour and a half of one thread
+    python -m studies.sharing_less            # about two hours of one thread
     python -m studies.sharing_less --quick    # the smallest study that has every part
 """
 
@@ -18,10 +19,10 @@ from matplotlib.figure import Figure
 from aprillab import viz
 
 from .._runner import Claim, Description, run_study, study_parser
-from . import frozen_embeddings, lora, rounds
+from . import frozen_embeddings, leak_page, lora, rounds
 
 #: Each measures, and describes its share of the page.
-PARTS = (frozen_embeddings, rounds, lora)
+PARTS = (frozen_embeddings, rounds, lora, leak_page)
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
@@ -49,7 +50,7 @@ def figure(folder: Path) -> Figure:
 
 
 def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
-    return {"sharing_less.png": viz.to_png(figure(folder), dpi=150)}
+    return {"sharing_less.png": viz.to_png(figure(folder), dpi=150), **leak_page.draw(folder)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

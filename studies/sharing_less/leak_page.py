@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from matplotlib.patches import Rectangle
 from aprillab import viz
 
 from .._rows import made, read
-from .._runner import Claim, between
+from .._runner import Claim, Description, between
 from .._tables import grouped, markdown
+from . import features, leak_table
 from .features import Found
 from .leak_table import LORA, SHARED, Cell
 
@@ -107,6 +109,28 @@ def _features(group: pd.DataFrame) -> dict[str, Any]:
         "outside, victim at most": f"{group.inside.max():.0e}",
         "outside, others at least": f"{group.outside.min():.2f}",
     }  # fmt: skip
+
+
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    """Fill leak_map.csv and features.csv."""
+    leak_table.measure(folder, options)
+    features.measure(folder, options)
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    """This part's fields and claims."""
+    return fields(folder), claims(folder, PHRASES)
+
+
+#: What the page says, and which fact must bear it out.
+PHRASES = {
+    "every count is confirmed": "Every cell was run, and every count is borne out in one of the two precisions",
+    "one round holds in float32": "where one round is enough, it is enough in float32",
+    "nothing is left where none applies": "refuses, and its best picture has {map_left} dB at most",
+    "features are exact": "come out of it to float32's last digits",
+    "the head picks the victim": "picks the right one of sixteen photographs",
+    "the span picks the victim": "The last attention's span does too",
+}
 
 
 def fields(folder: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def decided_by(row: al.LeakRow, facts: Facts, line: Standard) -> Cell:
 def confirmed(decided: Cell, row: al.LeakRow, runs: Runs) -> Iterator[Cell]:
     """The cell's runs: float32, and float64 where that leaves the reason open."""
     if decided.shared == LORA:
-        yield replace(decided, words="not run: see confirm_adapters")
+        yield from adapters_confirmed(decided, runs.line)
         return
     if not decided.rounds:
         yield runs.refused(decided, row.tensors)
@@ -203,7 +203,7 @@ class Runs:
             solved = [result.images for result in results]
             cell = replace(cell, determined=results[1].determined, exact=results[1].exact)
         else:
-            solved = [stacked_span(some, anatomy) for some in (rounds[:-1], rounds)]
+            solved = [stacked_span(model, some, anatomy) for some in (rounds[:-1], rounds)]
         few, enough = (
             float(al.psnr(anatomy.preprocessing.to_pixels(images.double())[0], self._private(line.size)))
             for images in solved
@@ -243,14 +243,28 @@ def tiny_like(cell: Cell) -> tuple[Standard, nn.Module]:
     )
 
 
-# --- Adapters, once the span attack reads them --------------------------------------------------------------------
+# --- Adapters -----------------------------------------------------------------------------------------------------
+
+
+def adapters_confirmed(decided: Cell, line: Standard) -> Iterator[Cell]:
+    """The LoRA cell's runs: two rounds where the attack must refuse; else float32, and float64 where that
+    leaves the reason open.
+    """
+    if not decided.rounds:
+        yield confirm_adapters(line, more=0, dtype=torch.float32)
+        return
+    for dtype in (torch.float32, torch.float64):
+        cell = confirm_adapters(line, dtype=dtype)
+        yield cell
+        if cell.agrees:
+            return
 
 
 def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.float64) -> Cell:
     """The LoRA cell of one line: peft's adapters on q and v, rounds played, the span attack on all of them.
 
-    Needs peft, and a span attack that takes rounds and adapters. Runs so many rounds as the count
-    says, the first that shows nothing, and ``more``: a span is seen where rows are more than tokens.
+    Runs so many rounds as the count says, the first that shows nothing, and ``more``: a span is seen
+    where rows are more than tokens.
     """
     import peft
 

@@ -30,7 +30,8 @@ def play(
     """
     model, found = copy.deepcopy(model), []
     for _ in range(rounds):
-        found.append(al.Round(tensors_of(model), al.client_update(model, images, labels)))
+        sent = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}  # the rest stays
+        found.append(al.Round(sent, al.client_update(model, images, labels)))
         if len(found) < rounds:
             together = al.client_update(model, torch.cat([images, others[0]]), torch.cat([labels, others[1]]))
             with torch.no_grad():
@@ -40,10 +41,13 @@ def play(
     return found
 
 
-def stacked_span(rounds: Sequence[al.Round], anatomy: al.Anatomy, *, by_rows: bool = True) -> Tensor:
+def stacked_span(
+    model: nn.Module, rounds: Sequence[al.Round], anatomy: al.Anatomy, *, by_rows: bool = True
+) -> Tensor:
     """The picture (1, C, H, W) whose tokens are the smallest combinations of each round's rows, (7.7)."""
     sides, eps = [], torch.finfo(rounds[0].update.dtype).eps
-    for weights, update in ((r.state, r.update) for r in rounds):
+    frozen = tensors_of(model)
+    for weights, update in (({**frozen, **r.state}, r.update) for r in rounds):
         D = torch.cat([getattr(anatomy, part).of(update.gradients).double() for part in ("query", "key", "value")])
         equations = equations_of(D, anatomy, weights)
         tokens = anatomy.tiling.count + anatomy.position_prefix + extra_prefix(anatomy, weights)

@@ -76,7 +76,10 @@ def test_each_cell_is_confirmed_and_says_by_what(quick: Path) -> None:
     assert narrow.float64 > 100 > 20 > narrow.less
     assert cells.loc[("narrower/4", "all")].rounds == 2
     assert not cells.loc[("narrower/4", WITHHELD)].attack
-    assert cells.loc[("tiny/4", LORA)].ran == 0
+    adapted = cells.loc[("tiny/4", LORA)]
+    assert (adapted.rounds, adapted.silent, adapted.ran) == (5, 1, 2)
+    assert adapted.float64 > 100 > 60 > adapted.float32
+    assert cells.loc[("narrow/4", LORA)].agrees  # refused, by its width
 
 
 def test_a_wrong_count_would_be_seen() -> None:
@@ -101,7 +104,7 @@ def test_rounds_are_played_with_other_clients_and_leave_the_model_alone() -> Non
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert not torch.equal(*(r.state[anatomy.patch_weight] for r in rounds))
     for by_rows in (True, False):  # a stack of one round is the span attack
-        assert (stacked_span(rounds[:1], anatomy, by_rows=by_rows) - images[:1]).abs().max() < 1e-6
+        assert (stacked_span(model, rounds[:1], anatomy, by_rows=by_rows) - images[:1]).abs().max() < 1e-6
 
 
 def test_the_tiny_stand_in_needs_as_many_rounds() -> None:
@@ -138,7 +141,7 @@ def test_another_features_are_not_taken_for_the_victims() -> None:
 def test_the_page_says_what_the_rows_say(quick: Path) -> None:
     fields = leak_page.fields(quick)
     assert fields["map_models"] == 3
-    assert fields["map_agree"] == fields["map_ran"] == 15
+    assert fields["map_agree"] == fields["map_ran"] == 18
     narrow = leak_page.cells_of(quick).set_index(["model", "shared"]).loc[("narrow/4", WITHHELD)]
     assert f"span, 2 rounds: {narrow.float32:.0f} dB, {narrow.float64:.0f} in float64" in fields["map_table"]
     assert "| narrow/4 | 32 | position embedding withheld | 2 |" in fields["map_disagreements"]
@@ -161,7 +164,8 @@ def test_the_figure_tells_cells_by_more_than_colour(quick: Path) -> None:
     cells = leak_page.cells_of(quick)
     looks = {(row.model, row.shared): leak_page.look(row) for _, row in cells.iterrows()}
     assert looks[("tiny/4", "head only")] == ("white", "", "–")
-    assert looks[("tiny/4", LORA)][1:] == ("//", "6 rounds\ncounted")
+    assert looks[("tiny/4", LORA)][1] == ".."
+    assert looks[("tiny/4", LORA)][2].startswith("6 rounds\n")
     assert looks[("narrow/4", WITHHELD)][1] == ".."
     assert looks[("narrow/4", WITHHELD)][2].startswith("2 rounds\n")
     assert len({look[:2] for look in looks.values()}) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 from scipy.special import ndtr
 
 import aprillab as al
-from studies._runner import PAGES
+from studies._runner import PAGES, RESULTS
 from studies.sharing_less import frozen_embeddings, lora, rounds
 from studies.sharing_less.clients import LABEL, OTHERS, pixels_of, played, update_of
 
@@ -174,6 +175,8 @@ def test_the_page_and_the_figure_have_every_part(tmp_path: Path) -> None:
 
     for name, table in frames().items():
         table.to_csv(tmp_path / name, index=False)
+    for name in ("leak_map.csv", "features.csv"):
+        shutil.copy(RESULTS / name, tmp_path / name)
     text = page("sharing_less", *describe(tmp_path, QUICK))
     assert (PAGES / "sharing_less.md").is_file()
     assert "{" not in text
