@@ -43,6 +43,7 @@ SHOWN = 40.0  # dB: below it float64 tells whether precision or the count is to 
 _THERE = {"float32": 15.0, "float64": 60.0}
 _THERE_IN_ROUNDS, _GAIN = 40.0, 10.0
 _NOT_THERE = 22.0
+MOST_ROUNDS_REFUSED = 20
 QUICK = (Standard("tiny/4", 32, 4, 192, 3), Standard("narrow/4", 32, 4, 96, 3), Standard("narrower/4", 32, 4, 60, 3))
 
 
@@ -264,7 +265,8 @@ def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.f
     """The LoRA cell of one line: peft's adapters on q and v, rounds played, the span attack on all of them.
 
     Runs so many rounds as the count says, the first that shows nothing, and ``more``: a span is seen
-    where rows are more than tokens.
+    where rows are more than tokens. Where no closed form applies, so many rounds that there is a row for
+    each token, and that only the width is at fault; two where these are more than a few dozen.
     """
     import peft
 
@@ -282,13 +284,18 @@ def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.f
     names, labels = zip(*OTHERS, strict=True)
     to_input = anatomy.preprocessing.to_input
     others = to_input(al.load_victims(list(names), line.size, dtype=dtype)[0]), torch.tensor(labels)
-    start, count = time.perf_counter(), (row.rounds or 1) + row.silent_rounds + more
+    needed = row.rounds or -(-found.facts.tokens // (RANK * 2))
+    start, count = time.perf_counter(), 1 + (needed if row.rounds or needed <= MOST_ROUNDS_REFUSED else 1) + more
     rounds = play(adapted, to_input(pixels), torch.tensor([LABEL]), count, others)
     cell = replace(decided_by(row, found.facts, line), geometry="real", dtype=_name(dtype), ran=f"{count} rounds")
     try:
         result = al.span_closed_form(adapted, rounds, anatomy=anatomy)
     except al.AttackNotApplicable as refusal:
-        return replace(cell, agrees=row.attack is None, words=refusal.reason, seconds=time.perf_counter() - start)
+        anyway = al.span_closed_form(adapted, rounds, anatomy=anatomy, strict=False, verify=False)
+        psnr = float(al.psnr(anyway.pixels[0].double(), pixels[0].double()))
+        agrees = row.attack is None and "d:" in refusal.reason and psnr < _NOT_THERE
+        seconds = time.perf_counter() - start
+        return replace(cell, psnr=psnr, agrees=agrees, words=refusal.reason, seconds=seconds)
     psnr = float(al.psnr(result.pixels[0].double(), pixels[0].double()))
     agrees = row.attack is not None and psnr >= _THERE_IN_ROUNDS
     return replace(
