@@ -13,5 +13,6 @@ COLAB = {
 }  # fmt: skip
 COLAB["newest"] = COLAB["oldest"] | COLAB["newest"]
 
-# What an installation adds to a Colab runtime: small, and nothing that is there depends on it.
-ADDED_ON_COLAB = {"python-flint"}
+# What an installation adds to a Colab runtime: small, and nothing that is there depends on it. Runtimes may have peft
+# already; it is listed because not every one was seen to.
+ADDED_ON_COLAB = {"peft", "python-flint"}

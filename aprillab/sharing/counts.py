@@ -6,7 +6,7 @@ norms before the first attention take:
     patch-embedding system     n ≤ d, d − 1 where only LayerNorms read the tokens          (4.3)
     APRIL's closed form        t ≤ d and, without the patch embedding's gradient, p ≤ d     (3.5)
     span attack                min(p, n) + t + c ≤ d                                        (7.6)
-    the same without ∂W_e      p + t + c ≤ d                                                (10.1)
+    the same without ∂W_e      p + t + c ≤ d                                                (7.6)
 
 Rounds add equations. To (4.3) each brings d more for the same patches. To the span each brings
 d − t − c more, if what is below the first attention is trained and so changes; else its inputs are

@@ -1,0 +1,346 @@
+"""Checks for chapter 10: sharing fewer tensors, and several rounds.
+
+References are made of patches, gradients and features that the check drew itself. Exercise 10.2 alone
+runs the package's attacks: what they do there is the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attacks import AttackNotApplicable, invert
+from ..models import VisionTransformer
+from ..update import ClientUpdate, client_update
+from .feedback import Feedback, expect_close, expect_tensor, run, stop
+
+F64 = torch.float64
+System = tuple[Tensor, Tensor]  # G (n, d) and ∂W_e (d, p) of one round
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def _whole(answer: Any, what: str) -> int:
+    """The answer as an int, or a message that says what it is instead."""
+    if answer is None or answer is ...:
+        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
+    if isinstance(answer, bool) or not isinstance(answer, int):
+        stop(f"{what} should be an int, not a {type(answer).__name__}.")
+    return answer
+
+
+def _collection(answer: Any, what: str) -> list[Any]:
+    """The answer as a list, or a message that says what it is instead."""
+    if answer is None or answer is ...:
+        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
+    if isinstance(answer, Tensor) and answer.ndim == 1:
+        return answer.tolist()
+    if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Collection):
+        stop(f"{what} should be a list or a set, not a {type(answer).__name__}.")
+    return list(answer)
+
+
+# --- 10.1: which patch sizes leak -------------------------------------------------------------------------------
+
+#: The width that a patch of p pixels takes among n, with t tokens before the patches: right first, then mistakes.
+_WIDTHS: dict[str, Callable[[int, int, int], int]] = {
+    "": lambda p, n, t: p + n + t + 1,
+    "∂W_e is frozen too, so that its row space is not there: all p pixels are unknown": lambda p, n, t: (
+        min(p, n) + n + t + 1
+    ),
+    "LayerNorm's mean takes one dimension": lambda p, n, t: p + n + t,
+    "more or fewer than one token may stand before the patches": lambda p, n, t: p + n + 2,
+    "the tokens before the patches are in the span as well": lambda p, n, t: p + n + 1,
+    "a picture has three channels, so p = 3P²": lambda p, n, t: p // 3 + n + t + 1,
+    "equality is enough: all the room is used, and none is missing": lambda p, n, t: p + n + t + 2,
+    "the span itself takes n + prefix dimensions": lambda p, n, t: p,
+}
+
+
+def _sizes(size: int, width: int, prefix: int, count: Callable[[int, int, int], int]) -> list[int]:
+    """The patch sizes P for which the width taken is within the model's."""
+    divisors = [side for side in range(1, size + 1) if size % side == 0]
+    return [side for side in divisors if count(3 * side**2, (size // side) ** 2, prefix) <= width]
+
+
+def check_patch_sizes(function: Callable[[int, int, int], Collection[int]]) -> Feedback:
+    """Exercise 10.1: ``function(image_size, width, prefix)`` lists the patch sizes that leak."""
+
+    def check() -> str:
+        # With three tokens, widths one after the other: so each mistake is the first to be seen at one of them.
+        cases = ((32, 113, 3), (32, 114, 3), (32, 115, 3), (32, 116, 3), (32, 113, 1), (224, 1024, 1), (32, 210, 1))
+        for size, width, prefix in cases:
+            case = f"Images of {size}×{size}, d = {width}, {prefix} before the patches"
+            answer = sorted(
+                _whole(side, "A patch size") for side in _collection(function(size, width, prefix), "They")
+            )
+            wanted, *wrong = (_sizes(size, width, prefix, count) for count in _WIDTHS.values())
+            if answer == wanted:
+                continue
+            if any(side <= 0 or size % side for side in answer):
+                stop(f"{case}: a patch size has to divide the image's side. You have {answer}.")
+            for words, mistaken in zip(list(_WIDTHS)[1:], wrong, strict=True):
+                if answer == mistaken:
+                    stop(f"{case}: {wanted}, not {answer}. It looks as if one thing was left out: {words}.")
+            stop(f"{case}: the sizes are {wanted}, not {answer}.")
+        return "Right: small patches fail by their number, large ones by their pixels, and in between it leaks."
+
+    return run(check)
+
+
+# --- 10.2: which set of tensors leaks ---------------------------------------------------------------------------
+
+_HEAD = ("head.weight", "head.bias")
+#: What each of the five sets shares, by the beginnings of names.
+_SETS = {
+    "A": ("patch_embedding.", *_HEAD),
+    "B": ("blocks.0.attention.value.weight", *_HEAD),
+    "C": ("blocks.0.attention.key.weight", *_HEAD),
+    "D": ("blocks.1.", *_HEAD),
+    "E": ("patch_embedding.weight", "position_embedding"),
+}
+_WHY = {
+    "A": "∂W_e = GᵀX, and G is not there: the patches are known up to an invertible matrix",
+    "B": "W_V alone has d rows, which span all n + 1 inputs of the first attention, and p + n + 2 = 114 ≤ 120",
+    "C": "a shift of all keys changes no attention, so Σ_i ∂l/∂k_i = 0: its rows span the differences of the inputs, "
+    "in which no single token lies",
+    "D": "what the second block reads has been through attention and MLP, and is not affine in the pixels",
+    "E": "G and ∂W_e are both there, and n = 64 ≤ 119: chapter 04's system, whatever else is kept",
+}
+
+
+def five_sets() -> tuple[VisionTransformer, dict[str, list[str]]]:
+    """The model of Exercise 10.2, and its five sets of tensors by name.
+
+    >>> model, sets = five_sets()
+    >>> sets["C"]
+    ['blocks.0.attention.key.weight', 'head.weight', 'head.bias']
+    """
+    model = VisionTransformer(image_size=32, patch_size=4, width=120, depth=3, heads=3, classes=10, seed=2).double()
+    names = [name for name, _ in model.named_parameters()]
+    return model, {letter: [name for name in names if name.startswith(starts)] for letter, starts in _SETS.items()}
+
+
+@cache
+def _leaking() -> frozenset[str]:
+    """The letters whose tensors alone give the picture: found by attacking."""
+    model, sets = five_sets()
+    image = _random(1, 3, 32, 32, seed=5).clamp(-1, 1)
+    update = client_update(model, image, torch.tensor([3]))
+    found = set()
+    for letter, names in sets.items():
+        kept = tuple(name for name in update.gradients if name not in names)
+        part = ClientUpdate({name: update.gradients[name] for name in names}, withheld=kept, batch_size=1)
+        try:
+            result = invert(model, part, attack="embedding" if letter == "E" else "span")
+        except AttackNotApplicable:
+            continue
+        if float((result.images - image).abs().max()) < 1e-4:
+            found.add(letter)
+    return frozenset(found)
+
+
+def check_sets(function: Callable[[dict[str, list[str]]], Collection[str]]) -> Feedback:
+    """Exercise 10.2: ``function(sets)`` names the sets of tensors from which a closed form has the picture."""
+
+    def check() -> str:
+        answer = _collection(function(five_sets()[1]), "The letters")
+        if strange := [letter for letter in answer if letter not in _SETS]:
+            stop(f"Return letters from A to E, not {strange[0]!r}.")
+        leaking = _leaking()
+        for letter, why in _WHY.items():
+            if letter in leaking and letter not in answer:
+                stop(f"The attack was run on {letter}, which you left out, and the picture came back: {why}.")
+            if letter in answer and letter not in leaking:
+                stop(f"The attack was run on {letter}, and no closed form gave the picture: {why}.")
+        return "Right, and tried: one matrix of the first attention is enough, and not each matrix is."
+
+    return run(check)
+
+
+# --- 10.3: the stack, weighted ----------------------------------------------------------------------------------
+
+
+def _solved(systems: Sequence[System], weights: Sequence[float]) -> Tensor:
+    left = torch.cat([w * G.T for (G, _), w in zip(systems, weights, strict=True)])
+    right = torch.cat([w * dW for (_, dW), w in zip(systems, weights, strict=True)])
+    return torch.linalg.lstsq(left, right, driver="gelsd").solution
+
+
+def _rounds(X: Tensor, d: int, count: int, seed: int, noises: Sequence[float] = ()) -> list[System]:
+    """``count`` rounds of the patches X (n, p) with G of their own, and noise in ∂W_e."""
+    systems = []
+    for t in range(count):
+        G = _random(len(X), d, seed=100 * seed + t)
+        noise = noises[t] * _random(d, X.shape[1], seed=100 * seed + 50 + t) if noises else 0.0
+        systems.append((G, G.T @ X + noise))
+    return systems
+
+
+def check_stack(function: Callable[[list[System], list[float]], Tensor]) -> Feedback:
+    """Exercise 10.3: ``function(rounds, noises)`` solves (10.1) with each round at its own weight."""
+
+    def check() -> str:
+        for n, d, noises in ((9, 6, (1e-9, 1e-3)), (12, 5, (1e-1, 1e-6, 1e-2, 1e-8)), (4, 8, (0.5, 0.01))):
+            X = _random(n, 7, seed=n)
+            systems = _rounds(X, d, len(noises), n, noises)
+            given = [(G.clone(), dW.clone()) for G, dW in systems]
+            answer = expect_tensor(function(given, list(noises)), (n, 7), "X")
+            total = torch.stack([G for G, _ in systems]).sum(0), torch.stack([dW for _, dW in systems]).sum(0)
+            each = [_solved([system], [1.0]) for system in systems]
+            mistakes = {
+                "All rounds count alike: divide each by its noise first, both sides.": _solved(
+                    systems, [1.0] * len(noises)
+                ),
+                "Each round is multiplied by its noise, so that the worst counts most: divide.": _solved(
+                    systems, noises
+                ),
+                "Each round is divided by its variance: divide by the deviation, for squares are summed.": _solved(
+                    systems, [noise**-2 for noise in noises]
+                ),
+                "The rounds' equations were added up: then there are no more of them than before. Put them one "
+                "below the other.": _solved([total], [1.0]),
+                "Each round was solved by itself and the solutions averaged: a round with fewer equations than "
+                "unknowns has no solution of its own.": torch.stack(each).mean(0),
+                "That is the first round alone.": each[0],
+            }
+            wanted = _solved(systems, [1 / noise for noise in noises])
+            expect_close(answer, wanted, "X", mistakes=mistakes, tolerance=1e-5)
+        return "Right: too few equations a round, enough in all, and each counts for what it is worth."
+
+    return run(check)
+
+
+# --- 10.4: how many rounds --------------------------------------------------------------------------------------
+
+
+def check_rounds(function: Callable[[int, int, int, int, int], int]) -> Feedback:
+    """Exercise 10.4: ``function(patches, prefix, rank, factors, pictures)`` counts the rounds, the silent one too."""
+
+    def check() -> str:
+        # In this order each mistake is the first to be seen at one of them.
+        cases = ((15, 1, 4, 2, 1), (20, 1, 4, 2, 1), (16, 1, 8, 2, 1), (15, 5, 4, 1, 4), (196, 1, 8, 2, 1))
+        for n, prefix, rank, factors, pictures in cases:
+            tokens, rows = pictures * n + prefix, rank * factors
+            wanted = 1 + math.ceil(tokens / rows)
+            answer = _whole(function(n, prefix, rank, factors, pictures), "The number of rounds")
+            if answer == wanted:
+                continue
+            looks = (
+                (1 + math.ceil(pictures * n / rows), "the tokens before the patches are in the span as well"),
+                (1 + tokens // rows, "the last few directions need a round, too: round up"),
+                (1 + math.ceil(tokens / rank), "every factor A that reads the first attention's input adds rows"),
+                (1 + math.ceil(pictures * (n + prefix) / rows), "the tokens before the patches are the same in every "
+                 "picture, so they count once"),
+                (1 + math.ceil((n + prefix) / rows), "each further picture brings n directions of its own"),
+                (math.ceil(tokens / rows), "in the first round B is zero, and nothing arrives at A"),
+            )  # fmt: skip
+            case = f"n = {n}, prefix = {prefix}, rank {rank}, {factors} factor(s), {pictures} picture(s)"
+            hint = next((f": {words}" for value, words in looks if value == answer), "")
+            stop(f"For {case} it takes {wanted} rounds, not {answer}{hint}.")
+        return "Right: at rank 8 on q and v a picture of 16 patches is complete after the third round."
+
+    return run(check)
+
+
+# --- 10.5: the round of another picture -------------------------------------------------------------------------
+
+
+def _residuals(systems: Sequence[System], X: Tensor) -> list[float]:
+    return [float((dW - G.T @ X).norm() / dW.norm()) for G, dW in systems]
+
+
+@dataclass(frozen=True)
+class _Odd:
+    """Six rounds, one of them of another picture."""
+
+    systems: list[System]
+    odd: int
+
+
+def _six_rounds(seed: int, odd: int, *, scale: float, d: int = 5, n: int = 16) -> _Odd:
+    """Rounds too narrow to be solved alone. The odd one, ``scale`` times as strong as the others, bends the
+    joint solution to itself, and does not have its largest residual.
+    """
+    X, other = _random(n, 6, seed=seed), _random(n, 6, seed=seed + 1)
+    for attempt in range(1000):
+        systems = _rounds(X, d, 6, 1000 * seed + attempt, [1e-9] * 6)
+        G = scale * systems[odd][0]
+        systems[odd] = (G, G.T @ other)
+        left, sizes = _residuals(systems, _solved(systems, [1.0] * 6)), [float(dW.norm()) for _, dW in systems]
+        if left.index(max(left)) != odd and (scale > 1 or sizes.index(max(sizes)) != odd):
+            return _Odd(systems, odd)
+    raise AssertionError("no such rounds were drawn")
+
+
+def check_odd_round(function: Callable[[list[System]], int]) -> Feedback:
+    """Exercise 10.5: ``function(rounds)`` is the number, from 0, of the round that is of another picture."""
+
+    def check() -> str:
+        for seed, odd, scale in ((1, 4, 2.0), (2, 0, 1.0), (3, 3, 6.0), (4, 5, 1.0)):
+            case = _six_rounds(seed, odd, scale=scale)
+            given = [(G.clone(), dW.clone()) for G, dW in case.systems]
+            answer = _whole(function(given), "The round")
+            if answer == odd:
+                continue
+            if not 0 <= answer < 6:
+                stop(f"Rounds are counted from 0 to 5 here; you have {answer}.")
+            left = _residuals(case.systems, _solved(case.systems, [1.0] * 6))
+            rest = [system for i, system in enumerate(case.systems) if i != answer]
+            away = max(_residuals(rest, _solved(rest, [1.0] * 5)))
+            words = f"Without round {answer} the other five still miss each other by {away:.1e}: it is not that one."
+            if answer == left.index(max(left)):
+                words += (
+                    " It has the largest residual when all six are solved together, but a strong odd round bends "
+                    "that solution to itself, and the others show the residual. Leave one out and solve the rest."
+                )
+            elif answer == left.index(min(left)):
+                words += " It has the smallest residual when all six are solved together; that says nothing of it."
+            elif answer == 0:
+                words += " Does each residual alone vanish? A round has fewer equations than unknowns here."
+            stop(words)
+        return "Right: five rounds agree to rounding as soon as the sixth is out."
+
+    return run(check)
+
+
+# --- 10.6: who was in the batch ---------------------------------------------------------------------------------
+
+
+def check_present(function: Callable[[Tensor, Tensor, int], Collection[int]]) -> Feedback:
+    """Exercise 10.6: ``function(gradient, features, pictures)`` names the candidates whose features the batch has."""
+
+    def check() -> str:
+        for classes, d, pictures, seed in ((10, 24, 1, 1), (10, 24, 3, 2), (20, 32, 5, 3)):
+            features = _random(16, d, seed=seed) + 2 * _random(d, seed=seed + 9)  # alike, as features are
+            features[::3] *= 4  # and of different lengths
+            chosen = torch.randperm(16, generator=torch.Generator().manual_seed(seed))[:pictures].sort().values
+            errors = _random(pictures, classes, seed=seed + 20)
+            gradient = (errors.T @ features[chosen]).float()  # (K, d), rounded as a client's is
+            answer = _collection(function(gradient.clone(), features.clone(), pictures), "The candidates")
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in answer):
+                stop("Return the candidates' numbers, from 0, as whole numbers.")
+            wanted = chosen.tolist()
+            if sorted(answer) == wanted:
+                continue
+            if len(answer) != pictures:
+                stop(f"{pictures} candidates are asked for, and you return {len(answer)}.")
+            right = len(set(answer) & set(wanted))
+            if right == 0 and pictures > 1:
+                stop("None of them is right. Do you take the candidates farthest from the span?")
+            stop(
+                f"With {pictures} in the batch {right} of your candidates are right. A candidate was there if its "
+                "features lie in the span of the gradient's rows: compare what sticks out of all "
+                f"{pictures} directions with the candidate's own length."
+            )
+        return "Right: the head alone, no closed form for the pixels, and the list of those present."
+
+    return run(check)

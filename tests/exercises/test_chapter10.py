@@ -1,0 +1,96 @@
+"""Chapter 10's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+
+import notebook_tools as tools
+import pytest
+from exercise_tests import exercise_tests
+
+from aprillab.exercises import chapter10
+
+EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("10"))}
+
+COUNT = "p + n + prefix + 1 <= width"
+LETTERS = '{"B", "E"}'
+LEFT, RIGHT = "G.T / noise", "dW / noise"
+CEILING = "1 + -(-tokens // (rank * factors))"
+TOKENS = "pictures * patches + prefix"
+SOLVED = "left(rounds[:t] + rounds[t + 1 :])"
+OUTSIDE = "(features - features @ V.T @ V).norm(dim=1) / features.norm(dim=1)"
+ALL_AT_ONCE = """G = torch.cat([G.T for G, _ in rounds])
+    dW = torch.cat([dW for _, dW in rounds])
+    X = torch.linalg.lstsq(G, dW).solution
+    return max(range(6), key=lambda t: (rounds[t][1] - rounds[t][0].T @ X).norm() / rounds[t][1].norm())
+    """
+ONE_BY_ONE = "sum(torch.linalg.lstsq(G.T, dW, driver='gelsd').solution for G, dW in rounds) / len(rounds)"
+SUMMED = "torch.linalg.lstsq(sum(G for G, _ in rounds).T, sum(dW for _, dW in rounds), driver='gelsd').solution"
+STACKED = "torch.linalg.lstsq(left, right).solution"
+MUTANTS = [
+    ("check_patch_sizes", COUNT, "min(p, n) + n + prefix + 1 <= width", "all p pixels are unknown"),
+    ("check_patch_sizes", COUNT, "p + n + prefix <= width", "LayerNorm's mean"),
+    ("check_patch_sizes", COUNT, "p + n + 1 + 1 <= width", "fewer than one token"),
+    ("check_patch_sizes", COUNT, "p + n + 1 <= width", "are in the span as well"),
+    ("check_patch_sizes", COUNT, "p + n + prefix + 1 < width", "equality is enough"),
+    ("check_patch_sizes", COUNT, "p <= width", "takes n + prefix dimensions"),
+    ("check_patch_sizes", "p, n = 3 * P**2", "p, n = P**2", "three channels"),
+    ("check_patch_sizes", "image_size % P == 0", "P", "divide the image's side"),
+    ("check_sets", LETTERS, '{"B", "C", "E"}', "run on C"),
+    ("check_sets", LETTERS, '{"E"}', "run on B"),
+    ("check_sets", LETTERS, '{"A", "B", "E"}', "run on A"),
+    ("check_sets", LETTERS, '{"B", "D", "E"}', "run on D"),
+    ("check_sets", LETTERS, '{"B"}', "run on E"),
+    ("check_sets", LETTERS, '{"b", "E"}', "letters from A to E"),
+    ("check_stack", f"torch.cat([{LEFT}", "torch.cat([G.T", "not right yet"),
+    ("check_stack", "/ noise", "* noise", "the worst counts most"),
+    ("check_stack", "/ noise", "/ noise**2", "by the deviation"),
+    ("check_stack", "/ noise", "/ 1", "count alike"),
+    ("check_stack", STACKED, SUMMED, "added up"),
+    ("check_stack", STACKED, ONE_BY_ONE, "averaged"),
+    ("check_stack", STACKED, f"{STACKED}.T", "transpose"),
+    ("check_rounds", CEILING, "-(-tokens // (rank * factors))", "B is zero"),
+    ("check_rounds", CEILING, "1 + tokens // (rank * factors)", "round up"),
+    ("check_rounds", CEILING, "1 + -(-tokens // rank)", "every factor A"),
+    ("check_rounds", CEILING, "1 + tokens / (rank * factors)", "should be an int"),
+    ("check_rounds", TOKENS, "pictures * (patches + prefix)", "count once"),
+    ("check_rounds", TOKENS, "patches + prefix", "n directions of its own"),
+    ("check_rounds", TOKENS, "pictures * patches", "before the patches are in the span"),
+    ("check_odd_round", "def left(some):", f"{ALL_AT_ONCE}def left(some):", "bends that solution"),
+    ("check_odd_round", "return min(", "return 1 + min(", "other five still miss"),
+    ("check_odd_round", SOLVED, "left([rounds[t]])", "not that one"),
+    ("check_odd_round", "return min(", "return max(", "not that one"),
+    ("check_odd_round", SOLVED, "-rounds[t][1].norm()", "not that one"),
+    ("check_present", "largest=False", "largest=True", "of your candidates are right"),
+    ("check_present", "[:pictures]", "[: pictures - 1]", "of your candidates are right"),
+    ("check_present", OUTSIDE, "-features.norm(dim=1)", "candidates"),
+    ("check_present", OUTSIDE, "(features - features @ V.T @ V).sum(dim=1)", "candidates"),
+    ("check_present", OUTSIDE, "-(features @ V[0]).abs() / features.norm(dim=1)", "candidates"),
+    ("check_present", ".topk(pictures, largest=False)", ".topk(1, largest=False)", "candidates are asked for"),
+    ("check_present", ".indices.tolist()", ".values.tolist()", "whole numbers"),
+]  # fmt: skip
+
+TestExercises = exercise_tests(
+    chapter10,
+    MUTANTS,
+    right=[
+        ("check_sets", "return ['E', 'B']"),
+        ("check_patch_sizes", "return {P for P in range(1, image_size + 1) if image_size % P == 0 and "
+         "3 * P * P + (image_size // P) ** 2 + prefix < width}"),
+        ("check_present", "V = torch.linalg.svd(gradient.double()).Vh[:pictures]\n"
+         "    f = features / features.norm(dim=1, keepdim=True)\n"
+         "    return ((f @ V.T).norm(dim=1)).topk(pictures).indices"),
+    ],
+)  # fmt: skip
+
+
+def test_the_five_sets_are_decided_by_attacks() -> None:
+    """The text of the exercise says p + n + 2 = 114 ≤ 120; one narrower than the count, and B is gone."""
+    model, sets = chapter10.five_sets()
+    assert model.width == 120
+    assert set(sets) == set("ABCDE")
+    assert chapter10._leaking() == {"B", "E"}
+
+
+@pytest.mark.parametrize("returned", ["3.0", "True", "torch.tensor(3)"])
+def test_a_round_that_is_no_whole_number_is_said_to_be_none(returned: str) -> None:
+    exercise = EXERCISES["check_odd_round"]
+    answer = tools.feedback(exercise, chapter10, f"def {exercise.name}(rounds):\n    return {returned}\n")
+    assert not answer.passed
+    assert "should be an int" in answer.message
