@@ -279,7 +279,7 @@ def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.f
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         adapted = peft.get_peft_model(model.to(dtype), config)
-    anatomy = al.dissect(adapted)
+    anatomy = al.dissect(adapted, image_size=line.size)
     pixels = al.load_victim(VICTIM, line.size, dtype=dtype)[None]
     names, labels = zip(*OTHERS, strict=True)
     to_input = anatomy.preprocessing.to_input

@@ -102,7 +102,7 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
     # What a row has outside the tokens' directions is its noise.
     DV, outside = outside_tokens(D, tokens, k)
     # Of few rows the tokens' directions bend towards the noise, and take their part of it.
-    spare = (width - tokens) * (1 if rows >= width else (rows - tokens) / rows)
+    spare = max(width - tokens, 0) * (1 if rows >= width else max(rows - tokens, 0) / rows)
     excess, noise = row_noise(outside, spare, eps)
     # The tokens' directions once more, now that all rows count by what they know.
     D /= noise[:, None]

@@ -69,7 +69,7 @@ def refuse_width(needed: int, usable: int, tokens: int, unknowns: str, norms: in
     raise AttackNotApplicable(
         NAME,
         f"{letters} + tokens{f' + {norms}' if norms else ''} = {needed} > {usable} = {of}: "
-        f"the span of {tokens} tokens leaves {usable - tokens} equations for {number} unknowns a patch",
+        f"the span of {tokens} tokens leaves {max(usable - tokens, 0)} equations for {number} unknowns a patch",
         width_needed=needed,
         width=usable,
     )
