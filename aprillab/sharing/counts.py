@@ -141,7 +141,7 @@ def of_adapters(facts: Facts, rows: int, *, by_rows: bool = False, moves: bool =
     each = facts.usable - facts.tokens - facts.norms
     return Count(
         "span", _span_inequality(facts, needed, by_rows), needed, facts.usable,
-        ceil(facts.tokens / rows) if needed <= facts.usable else None, silent=1,
+        ceil(facts.patches / rows) if needed <= facts.usable else None, silent=1,  # other tokens are public
         spare=max(each, 0), of=max(facts.usable - facts.norms, 0), obstacle=obstacle,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ class Shares:
     Attributes
     ----------
     patch, position, attention, head_weight, head_bias : bool
-        Of the attention W_Q or W_V: the keys' rows show differences of tokens alone.
+        Of the attention W_Q or W_V; W_K alone shows differences of tokens, and needs a public one.
     projections : bool
         W_Q, W_K and W_V, all three.
     adapter_rows : int
@@ -123,7 +123,7 @@ def shares_of(model: nn.Module, anatomy: Anatomy, names: Collection[str]) -> Sha
     return Shares(
         patch=anatomy.patch_weight in names,
         position=anatomy.position in names,
-        attention=bool(shared & {"query", "value"}),
+        attention=bool(shared & {"query", "value"} or (shared and anatomy.prefix)),
         projections=len(shared) == 3,
         head_weight=anatomy.head_weight in names,
         head_bias=anatomy.head_bias in names,

@@ -27,7 +27,9 @@ class _Seen(Exception):
         self.tokens = tokens
 
 
-def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Condition:
+def tokens_as_read(
+    model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Tensor], *, public: bool = False
+) -> Condition:
     """Whether what stands before the first attention is fed W_e x + b_e + E, patch by patch.
 
     It is not where tokens pass a dropout, or something that ``dissect`` does not know of. The
@@ -38,6 +40,8 @@ def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Ten
     model : nn.Module, in the client's mode
     anatomy : Anatomy
     weights : tensors of the model by name
+    public : bool
+        Whether the tokens before the patches are looked at, too.
     """
     owner = anatomy.embedding_norm_weight or anatomy.norm_weight or (anatomy.query.name if anatomy.query else "")
     kernel, patches = weights[anatomy.patch_weight].flatten(1), _noise_patches(anatomy, weights)
@@ -50,6 +54,8 @@ def tokens_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Ten
     else:
         why = "the module before the first attention was not reached"
     expected = patches.double() @ kernel.double().T + places_of(anatomy, weights)
+    if public:
+        expected = torch.cat([public_tokens(anatomy, weights).to(expected), expected])
     if seen is None or seen.shape[-1] != expected.shape[-1] or seen.numel() < expected.numel():
         return Condition(_NAME, "not checked", {}, f"not checked: {why}")
     tokens = seen.double().reshape(-1, seen.shape[-1])[-len(expected) :]
@@ -148,6 +154,21 @@ def places_of(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Tensor:
     """b_e + E_i, one patch a row (n, d), float64."""
     places = position_values(anatomy, weights)[anatomy.position_prefix :]
     return places if anatomy.patch_bias is None else places + weights[anatomy.patch_bias].double()
+
+
+def public_tokens(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Tensor:
+    """The tokens before the patches, class token and registers, with what is added to them, (k, d), float64: the
+    server knows them before it has seen any update.
+    """
+    width = weights[anatomy.patch_weight].shape[0]
+    found = [weights[token].double().reshape(-1, width) for token in anatomy.prefix]
+    tokens = torch.cat(found) if found else torch.zeros(0, width, dtype=torch.float64)
+    places = torch.zeros_like(tokens)
+    if anatomy.position is not None and anatomy.position_prefix:
+        rows = position_values(anatomy, weights)[: anatomy.position_prefix]
+        places = places[: len(tokens)].to(rows)
+        places[: min(len(rows), len(tokens))] += rows[: len(tokens)]
+    return tokens.to(places) + places
 
 
 def _tokens_before(model: nn.Module, name: str, picture: Tensor, anatomy: Anatomy) -> Tensor | None:

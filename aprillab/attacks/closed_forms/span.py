@@ -97,7 +97,7 @@ def span_closed_form(
 
     The gradient is that of W_Q, W_K or W_V, as many as are shared, or of LoRA's factors A beside
     them: these have few rows, and as many rounds are needed as it takes to have a row for each
-    token.
+    token. Class token and registers are public, and with few rows, or the keys' alone, theirs count.
 
     Parameters
     ----------
@@ -120,8 +120,8 @@ def span_closed_form(
     Reconstruction
         With ``diagnostics``: ``tokens``, ``width_needed``, ``tokens_above_noise`` (numerical rank
         of D), ``gap`` (the last token's singular value over the largest of the noise), ``rows`` of D
-        and ``rows_of``, what gradients they are of, ``groups`` (states of the model); of several
-        rounds, ``rounds``: which were used, and their noise.
+        and ``rows_of``, what gradients they are of, ``public_rows`` among them, ``groups`` (states of
+        the model); of several rounds, ``rounds``: which were used, and their noise.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def span_closed_form(
 def _as_read(model: nn.Module, read: RoundRead, anatomy: Anatomy, solution: SpanSolution) -> tuple[Condition, ...]:
     """Whether tokens and adapters are given what the equations have, in one round's model."""
     client = read.model(model)
-    tokens = tokens_as_read(client, anatomy, read.weights)
+    tokens = tokens_as_read(client, anatomy, read.weights, public=solution.numbers["public_rows"] > 0)
     if not set(solution.rows_of) & set(anatomy.adapters):
         return (tokens,)
     return tokens, adapters_as_read(client, anatomy, read.weights)
@@ -291,6 +291,7 @@ def solve_rounds(
             "width_needed": needed,
             "pixels_per_patch": p,
             "rows": min(len(one.D) for one in equations),
+            "public_rows": max(group.public for group in groups),
             "groups": len(groups),
             "tokens_above_noise": min(side.above_noise for side in sides),
             "gap": min(side.gap for side in sides),

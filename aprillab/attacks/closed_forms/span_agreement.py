@@ -81,7 +81,7 @@ def left_by_spans(rounds: Sequence[SpanRound], groups: Sequence[Group]) -> Left:
     residuals, gains, spare = dict[int, float](), dict[int, float](), 0
     for group in groups:
         D = group.equations.D
-        outside = residuals_by_row(D, group.tokens).split([len(one.D) for one in group.rounds])
+        outside = group.by_round(residuals_by_row(D, group.tokens))
         for one, left, gain in zip(group.rounds, outside, group.gains(), strict=True):
             residuals[one.read.number] = float(left.square().mean().sqrt())
             gains[one.read.number] = gain

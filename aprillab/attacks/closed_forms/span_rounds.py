@@ -20,7 +20,7 @@ from ..result import AttackNotApplicable
 from ..rounds import RoundRead, known
 from .inputs import shared_gradients
 from .noisy_span import NoisySpan, noisy_span
-from .probe import places_of
+from .probe import places_of, public_tokens
 from .span_width import NAME
 from .token_equations import TokenEquations, token_equations
 
@@ -149,11 +149,18 @@ class Group:
         With the rows of all of these rounds in D.
     tokens : int
         How many directions they span: patches and prefix.
+    public : int
+        How many rows of D, the last, are no gradient's but tokens that the server knows.
     """
 
     rounds: list[SpanRound]
     equations: TokenEquations
     tokens: int
+    public: int = 0
+
+    def by_round(self, rows: Tensor) -> list[Tensor]:
+        """What belongs to D's rows, (m, …), by rounds."""
+        return list(rows[: len(rows) - self.public].split([len(one.D) for one in self.rounds]))
 
     @property
     def noise(self) -> float:
@@ -162,14 +169,14 @@ class Group:
 
     def gains(self) -> list[float]:
         """By how much each round's relative noise is larger outside the tokens."""
-        rows = self.equations.D.split([len(one.D) for one in self.rounds])
-        return [noise_gain(D, self.tokens) for D in rows]
+        return [noise_gain(D, self.tokens) for D in self.by_round(self.equations.D)]
 
     @property
     def gain(self) -> float:
         """The same of all its rows: each round's noise is relative to its own size."""
         weighted = zip(self.rounds, self.gains(), strict=True)
-        return (sum(len(one.D) * gain**2 for one, gain in weighted) / len(self.equations.D)) ** 0.5
+        rows = len(self.equations.D) - self.public
+        return (sum(len(one.D) * gain**2 for one, gain in weighted) / rows) ** 0.5
 
     def noise_seen(self, span: NoisySpan) -> float:
         """Of an entry, relative: as the sums tell it, and no more than what is outside the span.
@@ -220,7 +227,29 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Sequence[str]
 
 def _group(rounds: list[SpanRound], anatomy: Anatomy, tokens: int, device: torch.device | str | None) -> Group:
     weights = {name: rounds[0].read.weights[name].to(device) for name in anatomy.tensor_names()}
-    return Group(rounds, equations_of(torch.cat([one.D for one in rounds]), anatomy, weights), tokens)
+    D = torch.cat([one.D for one in rounds])
+    if all({*one.rows} & {"query", "value"} for one in rounds):
+        return Group(rounds, equations_of(D, anatomy, weights), tokens)
+    # Rows are few, or the keys', in which no token is alone: those of the tokens that are public count.
+    known = as_attention_reads(public_tokens(anatomy, weights).to(D), anatomy, weights)
+    return Group(rounds, equations_of(torch.cat([D, known]), anatomy, weights), tokens, len(known))
+
+
+def as_attention_reads(z: Tensor, anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Tensor:
+    """u of tokens z (k, d): what the norms before the first attention make of them, float64."""
+
+    def normed(z: Tensor, weight: str | None, bias: str | None) -> Tensor:
+        if anatomy.first_block != "rmsnorm":
+            z = z - z.mean(1, keepdim=True)
+        z = z / z.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(z.dtype).tiny)
+        z = z if weight is None else z * weights[weight].to(z)
+        return z if bias is None else z + weights[bias].to(z)
+
+    if anatomy.first_block in ("april", "postnorm"):
+        return z
+    if anatomy.first_block == "two norms":
+        z = normed(z, anatomy.embedding_norm_weight, anatomy.embedding_norm_bias)
+    return normed(z, anatomy.norm_weight, anatomy.norm_bias)
 
 
 def equations_of(D: Tensor, anatomy: Anatomy, weights: Mapping[str, Tensor]) -> TokenEquations:
@@ -269,12 +298,12 @@ def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str = "") -> N
         With the number of rounds that would do.
     """
     parts = {part for group in groups for one in group.rounds for part in one.rows}
-    if parts and all(_of_the_keys(part, anatomy) for part in parts):
+    if parts and all(_of_the_keys(part, anatomy) for part in parts) and not any(group.public for group in groups):
         raise AttackNotApplicable(
             NAME,
             f"only {', '.join(sorted(parts))} is shared of the first attention: the keys' rows lie in the span "
-            "of the tokens' differences (a shift of all keys changes no attention), and no token does. The query's "
-            "or the value's are needed",
+            "of the tokens' differences (a shift of all keys changes no attention), no token does, and none is public. "
+            "The query's or the value's are needed",
         )
     rows, tokens = max((len(group.equations.D), group.tokens) for group in groups)
     if rows >= tokens:
@@ -291,9 +320,10 @@ def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str = "") -> N
     largest = max(groups, key=lambda group: len(group.equations.D))
     each = max(len(one.D) for one in largest.rounds)
     more, remark = -(-(tokens - rows) // each), f" ({words})" if words else ""
+    known = f", {largest.public} of them public," if largest.public else ""
     raise AttackNotApplicable(
         NAME,
-        f"{rows} rows that read the first attention's input, for {tokens} tokens: their span is not seen yet. "
+        f"{rows} rows that read the first attention's input{known} for {tokens} tokens: their span is not seen yet. "
         f"A round adds {each}, so {more} more round{'s' if more > 1 else ''} of this picture would do{remark}. "
         "strict=False returns the best picture so far",
         rows=rows,
