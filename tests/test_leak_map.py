@@ -195,11 +195,11 @@ def test_rounds_add_nothing_to_inputs_that_stay() -> None:
 
 def test_rounds_of_adapters() -> None:
     facts = facts_of(model := tiny_vit(width=96), al.dissect(model))
-    assert [of_adapters(facts, rows).rounds for rows in (1, 2, 4, 5, 16)] == [5, 3, 2, 1, 1]
-    row = al.leak_map(model, rank=2)["LoRA of rank 2 on q, v"]
+    assert [of_adapters(facts, rows).rounds for rows in (1, 2, 4, 5, 16)] == [4, 2, 1, 1, 1]
+    row = al.leak_map(model, rank=1)["LoRA of rank 1 on q, v"]
     assert (row.attack, row.rounds, row.silent_rounds, row.when) == ("span", 2, 1, "2 rounds after the first")
     assert not of_adapters(facts, 4, moves=True).applies
-    assert al.leak_map(of_timm(VIT), rank=2)["LoRA of rank 2 on qkv"].rounds == 5  # 10 tokens, one factor A
+    assert al.leak_map(of_timm(VIT), rank=2)["LoRA of rank 2 on qkv"].rounds == 5  # 9 patches, one factor A
     narrow = al.leak_map(tiny_vit(width=53, heads=1))["LoRA of rank 8 on q, v"]
     assert (narrow.attack, narrow.rounds) == (None, None)
 

@@ -152,6 +152,11 @@ def labels_or_none(
     checked.
     """
     if given is not None:
+        bias = update.gradients.get(anatomy.head_bias or "")
+        if bias is not None and given.ndim == 1 and len(given) == 1 and update.local_steps == 1:
+            said = int(bias.argmax() if _is_turned(bias.double()) else bias.argmin())
+            if said != int(given[0]) and min(int((bias < 0).sum()), int((bias > 0).sum())) == 1:
+                return given, f"known to the attacker; but the head's gradient says {said}"
         return given, "known to the attacker"
     try:
         if one is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from .reading import Reading, read_update
 from .result import AttackNotApplicable, Condition
 
 _NAME = "one picture in all rounds"
+_MARKED, _SAME = 64, 3e-8  # entries of each tensor that tell an update from another; by so much
+_WORST = 12  # rounds, of which one is left out in search of those that agree
 _MOVED = 4.0  # times the format's ε, of a tensor's norm: a copy in another precision moves by less
 
 
@@ -41,6 +43,8 @@ class RoundRead:
         model's, of some other round perhaps.
     moved : mapping of str to Tensor
         Those of ``weights`` that are not the model's.
+    repeated : tuple of int
+        Other rounds with the same update, up to a factor: they say nothing more.
     """
 
     number: int
@@ -48,6 +52,23 @@ class RoundRead:
     weights: Mapping[str, Tensor]
     unknown: frozenset[str] = frozenset()
     moved: Mapping[str, Tensor] = field(default_factory=dict)
+    repeated: tuple[int, ...] = ()
+
+    def rounding(self, names: Collection[str]) -> float:
+        """What the weights' own rounding leaves in the gradients called ``names``, relative to their size,
+        where the update is a difference of weights; 0 where it is none.
+        """
+        update = self.reading.update
+        if update.source != "fedavg" or not update.learning_rate:
+            return 0.0
+        error, size = 0.0, 0.0
+        for name in names:
+            weight = self.weights[name]
+            # Half a unit of the last place at most: a fifth of ε on the whole, at each step.
+            error += (torch.finfo(weight.dtype).eps / 5 * float(weight.double().norm())) ** 2
+            size += float(update.gradients[name].double().square().sum())
+        steps = update.local_steps
+        return (steps * error / size) ** 0.5 / (update.learning_rate * steps) if size else 0.0
 
     def model(self, model: nn.Module) -> nn.Module:
         """The model as it was in this round: itself, or a copy."""
@@ -82,10 +103,45 @@ def read_rounds(
         model or a frozen tensor moved; of several, with the round's number.
     """
     rounds = listed(updates)
-    return tuple(
-        _read_one(model, one, anatomy, finite, number if len(rounds) > 1 else None)
-        for number, one in enumerate(rounds, 1)
-    )
+    if len(rounds) == 1:
+        return (_read_one(model, rounds[0], anatomy, finite, None),)
+    telling = _telling([one.update if isinstance(one, Round) else one for one in rounds])
+    said = [*telling, *(again for repeated in telling.values() for again in repeated)]
+    read = [_read_one(model, rounds[number - 1], anatomy, finite, number) for number in sorted(said)]
+    return tuple(replace(one, repeated=telling[one.number]) for one in read if one.number in telling)
+
+
+def _telling(updates: Sequence[ClientUpdate]) -> dict[int, tuple[int, ...]]:
+    """Numbers of the rounds that say something, each with the numbers of those that repeat it.
+
+    A round in which the client did nothing has nothing but zeros.
+    """
+    marks: dict[int, Tensor] = {}
+    found: dict[int, tuple[int, ...]] = {}
+    for number, update in enumerate(updates, 1):
+        if not any(g.any() for g in update.gradients.values()):
+            continue
+        mark = _mark(update)
+        like = next((k for k, other in marks.items() if _is_multiple(mark, other)), None)
+        if like is None:
+            marks[number], found[number] = mark, ()
+        else:
+            found[like] = (*found[like], number)
+    return found or dict.fromkeys(range(1, len(updates) + 1), ())  # the first is refused with its reason
+
+
+def _mark(update: ClientUpdate) -> Tensor:
+    """Some entries of each tensor, as one vector of length 1."""
+    parts = [update.gradients[name].flatten()[:_MARKED].double().cpu() for name in sorted(update.gradients)]
+    mark = torch.cat(parts).nan_to_num()
+    return mark / mark.norm().clamp_min(torch.finfo(mark.dtype).tiny)
+
+
+def _is_multiple(mark: Tensor, other: Tensor) -> bool:
+    """Whether two marks are the same but for a sign: a factor leaves rounding, another round much more."""
+    if len(mark) != len(other):
+        return False
+    return float(torch.minimum((mark - other).abs().max(), (mark + other).abs().max())) < _SAME
 
 
 def _read_one(
@@ -176,12 +232,14 @@ class Left:
     gains: tuple[float, ...]
     spare: int
 
+    def ratios(self, rounds: Sequence[RoundRead]) -> list[float]:
+        """Each round's residual over what noise explains of it."""
+        each = zip(self.residuals, self.gains, rounds, strict=True)
+        return [residual / limit_of(r.reading.noise * gain) for residual, gain, r in each]
+
     def excess(self, rounds: Sequence[RoundRead]) -> float:
-        """The largest residual over what noise explains of it; not above 1 where all are explained."""
-        return max(
-            residual / limit_of(r.reading.noise * gain)
-            for residual, gain, r in zip(self.residuals, self.gains, rounds, strict=True)
-        )
+        """The largest of these; not above 1 where all are explained."""
+        return max(self.ratios(rounds))
 
 
 @dataclass(frozen=True)
@@ -237,7 +295,7 @@ def agreeing(attack: str, rounds: Sequence[RoundRead], left_by: Callable[[Sequen
     kept, left = list(rounds), left_by(rounds)
     first = left
     while left.spare > 0 and left.excess(kept) > 1 and len(kept) > 1:
-        fewer = [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
+        fewer = without_one(kept, left)
         tried = [left_by(some) for some in fewer]
         best = min(range(len(fewer)), key=lambda i: tried[i].excess(fewer[i]))
         kept, left = fewer[best], tried[best]
@@ -257,12 +315,25 @@ def agreeing(attack: str, rounds: Sequence[RoundRead], left_by: Callable[[Sequen
     return Agreement(tuple(rounds), Condition(_NAME, "contradicted", {}, words), _notes(rounds, rounds))
 
 
+def without_one(rounds: Sequence[RoundRead], left: Left) -> list[list[RoundRead]]:
+    """The rounds without one of them: each of the worst in turn, for all would take long where they are many."""
+    ratios = left.ratios(rounds)
+    worst = sorted(range(len(rounds)), key=ratios.__getitem__, reverse=True)[:_WORST]
+    return [[*rounds[:i], *rounds[i + 1 :]] for i in sorted(worst)]
+
+
 def _shown(rounds: Sequence[RoundRead], kept: Sequence[RoundRead], left: Left) -> Condition:
     """That the rounds which were kept are of one picture, and what became of the others."""
     residual, number = max(zip(left.residuals, (r.number for r in kept), strict=True))
     words = f"{len(kept)} rounds leave {{residual:.1e}} at most, with {{spare:.0f}} equations to spare"
     if others := [str(r.number) for r in rounds if r not in kept]:
         words += f"; left out for another picture: round{'s' if len(others) > 1 else ''} {', '.join(others)}"
+        if any(r.reading.update.local_steps > 1 for r in rounds):
+            words += " (or for local steps in which the weights moved too far)"
+    if again := [str(number) for r in kept for number in r.repeated]:
+        words += (
+            f"; counted once, for {'they repeat' if len(again) > 1 else 'it repeats'} another: {', '.join(again)}"
+        )
     precisions = sorted({_precision(r) for r in kept})
     if len(precisions) > 1:
         words += f"; they came in different precisions ({', '.join(precisions)}) and count by their noise"

@@ -67,7 +67,11 @@ def leak_map(
         raise ValueError(f"rank must be a whole number from 1 up, not {rank!r}: 8 is common")
     anatomy = anatomy or dissect(model)
     facts = facts_of(model, anatomy)
-    asked = {name: tuple(names) for name, names in (shared or {}).items()}
+    if shared is not None and not isinstance(shared, Mapping):
+        raise ValueError(
+            f'shared maps a name to names of parameters, {{"mine": [...]}}, and is no {type(shared).__name__}'
+        )
+    asked = {name: (names,) if isinstance(names, str) else tuple(names) for name, names in (shared or {}).items()}
     chosen = [
         *(("asked", name, names) for name, names in asked.items()),
         *(("combination", name, names) for name, names in _combinations(model, anatomy).items()),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..anatomy import Anatomy, tensors_of
+from ..attacks.closed_forms.span_rounds import of_the_keys
 
 PATCH, POSITION, ATTENTION = "patch embedding", "position embedding", "first attention"
 OTHERS, HEAD, ADAPTERS = "other blocks", "head", "adapters"
@@ -120,6 +121,8 @@ def shares_of(model: nn.Module, anatomy: Anatomy, names: Collection[str]) -> Sha
     shared = {part for part, rows in parts.items() if rows is not None and rows.name in names}
     adapters, tensors = getattr(anatomy, "adapters", ()), tensors_of(model)
     groups = groups_of(model, anatomy)
+    read = [name for name in adapters if name in names]
+    only_keys = not anatomy.prefix and all(of_the_keys(name, anatomy) for name in read)
     return Shares(
         patch=anatomy.patch_weight in names,
         position=anatomy.position in names,
@@ -127,7 +130,7 @@ def shares_of(model: nn.Module, anatomy: Anatomy, names: Collection[str]) -> Sha
         projections=len(shared) == 3,
         head_weight=anatomy.head_weight in names,
         head_bias=anatomy.head_bias in names,
-        adapter_rows=sum(len(tensors[name]) for name in adapters if name in names),
+        adapter_rows=0 if only_keys else sum(len(tensors[name]) for name in adapters if name in names),
         below=bool(names & {anatomy.patch_weight, anatomy.position}),
         deeper=bool(names & {*groups.get(OTHERS, ())}),
     )

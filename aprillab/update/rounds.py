@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -66,6 +66,8 @@ Updates = ClientUpdate | Round | Sequence[ClientUpdate | Round]
 def listed(updates: Updates) -> list[ClientUpdate | Round]:
     """One update or several, as a list.
 
+    Any iterable will do.
+
     Raises
     ------
     UpdateError
@@ -79,7 +81,7 @@ def listed(updates: Updates) -> list[ClientUpdate | Round]:
     """
     if isinstance(updates, ClientUpdate | Round):
         return [updates]
-    if not isinstance(updates, Sequence) or isinstance(updates, str | bytes):
+    if isinstance(updates, str | bytes | Mapping) or not isinstance(updates, Iterable):
         raise UpdateError(
             "an attack takes a ClientUpdate, or a sequence of ClientUpdate or Round, not a "
             f"{type(updates).__name__}: ClientUpdate({{name: gradient, …}}), "
@@ -90,7 +92,8 @@ def listed(updates: Updates) -> list[ClientUpdate | Round]:
         raise UpdateError("the sequence of rounds is empty")
     for number, one in enumerate(found, 1):
         if not isinstance(one, ClientUpdate | Round):
-            raise UpdateError(f"round {number} must be a ClientUpdate or a Round, not a {type(one).__name__}")
+            pair = ": al.Round(state, update) puts the two together" if isinstance(one, Mapping | tuple) else ""
+            raise UpdateError(f"round {number} must be a ClientUpdate or a Round, not a {type(one).__name__}{pair}")
     return found
 
 

@@ -273,7 +273,10 @@ def test_labels_for_a_reconstruction() -> None:
     update = update_for(model, [3])
     anatomy = dissect(model)
     given: Tensor = torch.tensor([1])
-    assert labels_or_none(model, update, anatomy, given) == (given, "known to the attacker")
+    said = "known to the attacker; but the head's gradient says 3"
+    assert labels_or_none(model, update, anatomy, given) == (given, said)
+    right: Tensor = torch.tensor([3])
+    assert labels_or_none(model, update, anatomy, right) == (right, "known to the attacker")
     labels, how = labels_or_none(model, update, anatomy, None)
     assert labels is not None
     assert labels.tolist() == [3]

@@ -292,3 +292,44 @@ def test_no_random_federation_is_called_exact_wrongly(seed):
         return
     if result.exact:
         assert max(db(result, picture) for picture in pictures) > al.EXACT_TO_8_BITS_DB, result.reason
+
+
+# --- Rounds that say nothing new ----------------------------------------------------------------------------------
+
+
+def test_a_round_that_is_repeated_counts_once():
+    """Noise that is the same in all rounds does not average, and no prediction may say so."""
+    model = make(width=96, dtype=torch.float32)
+    pixels = private(model)
+    generator = torch.Generator().manual_seed(0)
+    update = first(model).update
+    noisy = {
+        n: g + 3e-5 * g.square().mean().sqrt() * torch.randn(g.shape, generator=generator)
+        for n, g in update.gradients.items()
+    }
+    one = al.Round(model, al.ClientUpdate(noisy))
+    alone, often = al.embedding_closed_form(model, one), al.embedding_closed_form(model, [one] * 16)
+    assert often.predicted_psnr == pytest.approx(alone.predicted_psnr)
+    assert db(often, pixels) == pytest.approx(db(alone, pixels))
+    other = al.Round(model, first(model).update)
+    twice = al.embedding_closed_form(model, [one, other, one])
+    assert "counted once, for it repeats another: 3" in twice.reason or "3" in str(twice.conditions)
+
+
+def test_a_round_in_which_the_client_did_nothing_is_passed_over():
+    model = make()
+    rounds = federation(model, private(model), 2)
+    idle = al.ClientUpdate({name: torch.zeros_like(g) for name, g in rounds[0].update.gradients.items()})
+    result = al.embedding_closed_form(model, [rounds[0], al.Round({}, idle), rounds[1]])
+    assert result.exact, result.reason
+    assert [entry["number"] for entry in result.diagnostics["rounds"]] == [1, 3]
+    with pytest.raises(al.UpdateError, match="round 1: all gradients are zero"):
+        al.embedding_closed_form(model, [idle, idle])
+
+
+def test_any_iterable_of_rounds_will_do_and_a_pair_is_told_how():
+    model = make()
+    rounds = federation(model, private(model), 2)
+    assert al.embedding_closed_form(model, (one for one in rounds)).exact
+    with pytest.raises(al.UpdateError, match=r"al.Round\(state, update\) puts the two together"):
+        al.embedding_closed_form(model, (dict(model.state_dict()), rounds[0].update))

@@ -83,7 +83,7 @@ class NoisySpan:
         return torch.cat([strong, weak])
 
 
-def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
+def noisy_span(D: Tensor, tokens: int, eps: float, coarser: Tensor | None = None) -> NoisySpan:
     """Scale the rows of a gradient to equal noise, seen where no token can be, and decompose.
 
     Parameters
@@ -93,8 +93,10 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
         How many directions tokens can have.
     eps : float
         Of the precision in which D was shared: no row is taken to be much more precise.
+    coarser : Tensor (m,), optional
+        How many times less precise than that each row is known to be.
     """
-    (rows, width), lengths = D.shape, D.norm(dim=1)
+    (rows, width), lengths = D.shape, D.norm(dim=1) * (1 if coarser is None else coarser)
     if not lengths.all():
         D, lengths = D[lengths > 0], lengths[lengths > 0]
     D = D / lengths[:, None]
@@ -117,13 +119,15 @@ def noisy_span(D: Tensor, tokens: int, eps: float) -> NoisySpan:
     return NoisySpan(tokens, s, V, _root(rest, floor**2), floor, excess)
 
 
-def residuals_by_row(D: Tensor, tokens: int) -> Tensor:
-    """How much of each row of D (m, w), at length 1, lies outside the ``tokens`` strongest directions of all (m,).
+def residuals_by_row(D: Tensor, tokens: int, coarser: Tensor | None = None) -> Tensor:
+    """How much of each row of D (m, w), at length 1, lies outside the ``tokens`` strongest directions of all (m,);
+    over what the row is ``coarser`` (m,), if it is known to be.
 
     >>> residuals_by_row(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 1e-3]]).double(), 1) < 1e-3
     tensor([True, True, True])
     """
-    D = D / D.norm(dim=1, keepdim=True).clamp_min(torch.finfo(D.dtype).tiny)
+    lengths = D.norm(dim=1) * (1 if coarser is None else coarser)
+    D = D / lengths[:, None].clamp_min(torch.finfo(D.dtype).tiny)
     return outside_tokens(D, tokens, min(tokens + _OVERSAMPLING, *D.shape))[1].norm(dim=1)
 
 

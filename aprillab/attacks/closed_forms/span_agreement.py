@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...anatomy import Anatomy
-from ..rounds import Agreement, Left, RoundRead, agreeing
+from ..rounds import Agreement, Left, RoundRead, agreeing, without_one
 from .noisy_span import NoisySpan, noisy_span, residuals_by_row
 from .smallest import smallest_combination
 from .span_rounds import Group, SpanRound, grouped
@@ -81,7 +81,7 @@ def left_by_spans(rounds: Sequence[SpanRound], groups: Sequence[Group]) -> Left:
     residuals, gains, spare = dict[int, float](), dict[int, float](), 0
     for group in groups:
         D = group.equations.D
-        outside = group.by_round(residuals_by_row(D, group.tokens))
+        outside = group.by_round(residuals_by_row(D, group.tokens, group.coarser))
         for one, left, gain in zip(group.rounds, outside, group.gains(), strict=True):
             residuals[one.read.number] = float(left.square().mean().sqrt())
             gains[one.read.number] = gain
@@ -117,15 +117,16 @@ def _limit_by_the_best(
 ) -> float | None:
     """A limit for the residuals, where leaving out a few rounds shrinks them as noise alone does not."""
     kept, full = list(read), left(read)
+    now_left = full
     most = max(full.residuals)
     rounding = (_OF_STATES if several else _ROUNDING) * max(torch.finfo(one.reading.update.dtype).eps for one in read)
     if full.spare <= 0 or most < rounding or (full.excess(read) > 1 and not several):
         return None
     for _ in range(min(_LEFT_OUT, len(read) - 1)):
-        fewer = [kept[:i] + kept[i + 1 :] for i in range(len(kept))]
+        fewer = without_one(kept, now_left)
         tried = [left(some) for some in fewer]
         best = min(range(len(fewer)), key=lambda i: max(tried[i].residuals))
-        kept = fewer[best]
+        kept, now_left = fewer[best], tried[best]
         if tried[best].spare <= 0:
             return None
         if (now := max(tried[best].residuals)) < _MUCH_BETTER * most:

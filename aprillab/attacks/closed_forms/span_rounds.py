@@ -47,12 +47,26 @@ class SpanRound:
         What was left out.
     dW : Tensor (d, p) or None
         ∂l/∂W_e; None where it is not shared, or says nothing: the tokens do without.
+    rounding : float
+        What the weights' rounding leaves in the rows, relative to their size.
     """
 
     read: RoundRead
     rows: dict[str, Tensor]
     zero: tuple[str, ...]
     dW: Tensor | None
+    rounding: float = 0.0
+
+    @property
+    def coarser(self) -> Tensor | None:
+        """By how much rounding of the weights is more, in each row (m,), than that of the update's format; None
+        where it is not.
+        """
+        eps, D = torch.finfo(self.read.reading.update.dtype).eps, self.D
+        if self.rounding <= eps:
+            return None
+        entry = self.rounding * D.norm() / len(D) ** 0.5  # of a row: the same for all, large or small
+        return (entry / D.norm(dim=1).clamp_min(torch.finfo(D.dtype).tiny) / eps).clamp_min(1.0)
 
     @property
     def D(self) -> Tensor:
@@ -103,11 +117,17 @@ def rows_of(read: RoundRead, anatomy: Anatomy, device: torch.device | str | None
     if not found:  # the refusal says what is missing
         shared_gradients(NAME, read.reading.update, anatomy, NEEDS, device=device)
     dW = gradients.get(anatomy.patch_weight)
+    named = {
+        part: part if part in anatomy.adapters else getattr(anatomy, part).name
+        for part, g in found.items()
+        if g.any()
+    }
     return SpanRound(
         read,
         {part: g.to(device, torch.float64) for part, g in found.items() if g.any()},
         tuple(part for part, g in found.items() if not g.any()),
         None if dW is None or not dW.any() else dW.to(device, torch.float64).flatten(1),
+        read.rounding(set(named.values())),
     )
 
 
@@ -167,6 +187,16 @@ class Group:
         """Of an entry, relative, as the sums of the updates tell it: that of the most precise round."""
         return min(one.read.reading.noise for one in self.rounds)
 
+    @property
+    def coarser(self) -> Tensor | None:
+        """Of all rows of D, (m,); None where no round has any."""
+        found = [one.coarser for one in self.rounds]
+        if all(part is None for part in found):
+            return None
+        ones = [torch.ones(len(one.D)).to(one.D) for one in self.rounds]
+        parts = [some if part is None else part for part, some in zip(found, ones, strict=True)]
+        return torch.cat([*parts, torch.ones(self.public).to(parts[0])])
+
     def gains(self) -> list[float]:
         """By how much each round's relative noise is larger outside the tokens."""
         return [noise_gain(D, self.tokens) for D in self.by_round(self.equations.D)]
@@ -191,7 +221,7 @@ class Group:
 
     def span(self) -> NoisySpan:
         """Its noisy span."""
-        return noisy_span(self.equations.D, self.tokens, self.noise)
+        return noisy_span(self.equations.D, self.tokens, self.noise, self.coarser)
 
 
 def seen_as_a_whole(groups: Sequence[Group]) -> list[Group]:
@@ -298,11 +328,11 @@ def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str = "") -> N
         With the number of rounds that would do.
     """
     parts = {part for group in groups for one in group.rounds for part in one.rows}
-    if parts and all(_of_the_keys(part, anatomy) for part in parts) and not any(group.public for group in groups):
+    if parts and all(of_the_keys(part, anatomy) for part in parts) and not any(group.public for group in groups):
         raise AttackNotApplicable(
             NAME,
             f"only {', '.join(sorted(parts))} is shared of the first attention: the keys' rows lie in the span "
-            "of the tokens' differences (a shift of all keys changes no attention), no token does, and none is public. "
+            "of the tokens' differences (a shift of all keys changes no attention), and no token is public. "
             "The query's or the value's are needed",
         )
     rows, tokens = max((len(group.equations.D), group.tokens) for group in groups)
@@ -336,7 +366,7 @@ def _rounds(number: int) -> str:
     return "this round" if number == 1 else f"all {number} rounds"
 
 
-def _of_the_keys(part: str, anatomy: Anatomy) -> bool:
+def of_the_keys(part: str, anatomy: Anatomy) -> bool:
     """Whether rows are of the keys' gradient, or of an adapter on the keys alone."""
     if part == "key" or anatomy.key is None:
         return part == "key"

@@ -104,13 +104,25 @@ def test_one_projection_of_three_is_enough(part):
     assert result.exact, result.reason
 
 
-def test_the_keys_alone_are_not_for_their_rows_are_of_differences():
-    model = make("prenorm", "frozen")
+WITHHELD = ["blocks.0.attention.query.weight", "blocks.0.attention.value.weight"]
+
+
+@pytest.mark.parametrize("block", ["prenorm", "april"])
+def test_the_keys_alone_do_with_a_token_that_is_public(block):
+    model = make(block, "frozen")
     pixels = private(model)
-    withheld = ["blocks.0.attention.query.weight", "blocks.0.attention.value.weight"]
+    result = attack(model, pixels, "span", withhold=WITHHELD)
+    assert db(result, pixels) > 100
+    assert result.exact, result.reason
+    assert result.diagnostics["public_rows"] == 1
+
+
+def test_without_one_they_do_not_for_their_rows_are_of_differences():
+    model = make("prenorm", "frozen", class_token=False)
+    pixels = private(model)
     with pytest.raises(al.AttackNotApplicable, match="a shift of all keys changes no attention"):
-        attack(model, pixels, "span", withhold=withheld)
-    assert not attack(model, pixels, "span", withhold=withheld, strict=False).exact
+        attack(model, pixels, "span", withhold=WITHHELD)
+    assert not attack(model, pixels, "span", withhold=WITHHELD, strict=False).exact
 
 
 # --- Its steps: tensors in, tensors out -----------------------------------------------------------

@@ -82,7 +82,8 @@ def test_a_lora_client_is_read_once_there_is_a_row_for_each_token() -> None:
     assert result.exact, result.reason
     assert result.labels.tolist() == [3]
     assert result.diagnostics["rows_of"] == (QUERY, VALUE)
-    assert result.diagnostics["rows"] == 4 * 2 * 4  # the first round has none: B is zero
+    assert result.diagnostics["rows"] == 4 * 2 * 4 + 1  # the first round has none: B is zero
+    assert result.diagnostics["public_rows"] == 1  # the class token's
     assert result.diagnostics["groups"] == 1
     assert [note["number"] for note in result.diagnostics["rounds"]] == [2, 3, 4, 5]
     assert "nothing in round 1, where LoRA's B is still zero" in result.reason
@@ -120,24 +121,29 @@ def test_too_few_rows_are_refused_with_the_rounds_that_would_do() -> None:
         al.span_closed_form(model, rounds[:1])
     with pytest.raises(
         al.AttackNotApplicable,
-        match=r"8 rows .* 17 tokens.* adds 8, so 2 more rounds .*nothing in round 1, where LoRA's B is",
+        match=r"9 rows .* 1 of them public, for 17 tokens.* adds 8, so 1 more round .*nothing in round 1, where",
     ) as refusal:
         al.span_closed_form(model, rounds[:2])
-    assert refusal.value.numbers["more_rounds"] == 2
-    best = al.span_closed_form(model, rounds[:3], strict=False)  # 16 rows
-    assert not best.exact
+    assert refusal.value.numbers["more_rounds"] == 1
+    best = al.span_closed_form(model, rounds[:3], strict=False)  # 16 rows and the class token's
+    assert db(best, pixels) > 80
+    assert not best.exact  # nothing is left to see the noise by
     assert not best.determined
-    assert "16 rows for 17 tokens" in best.reason
+    assert "17 rows for 17 tokens" in best.reason
     assert al.span_closed_form(model, rounds).exact  # and 24
 
 
-def test_adapters_on_the_keys_alone_are_refused() -> None:
-    model = wide()
+@pytest.mark.parametrize("class_token", [True, False])
+def test_adapters_on_the_keys_alone_need_a_token_that_is_public(class_token: bool) -> None:
+    model = make("prenorm", "frozen", width=96, class_token=class_token)
     pixels = private(model)
     model = adapted(model, targets=("key",))
     rounds = rounds_of(model, pixels, 8)
-    with pytest.raises(al.AttackNotApplicable, match="a shift of all keys changes no attention"):
-        al.span_closed_form(model, rounds)
+    if class_token:
+        assert db(al.span_closed_form(model, rounds), pixels) > 60
+    else:
+        with pytest.raises(al.AttackNotApplicable, match="a shift of all keys changes no attention"):
+            al.span_closed_form(model, rounds)
 
 
 def test_a_model_too_narrow_for_the_tokens_alone_is_refused() -> None:
