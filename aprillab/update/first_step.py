@@ -6,6 +6,7 @@ The bias corrections cancel what β₁ and β₂ did, so that the first step mov
 
 with c = 1 for Adam, AdamW (with amsgrad, too) and Adagrad, and c = √(1 − α) for RMSprop, which
 corrects no bias. AdamW's decay is taken off the weight first, the others' off the gradient last.
+A wrong ε is a factor that all entries have in common, which no attack minds.
 What limits g is the rounding of the weights: r is known to about ε_float |w| / η, an entry of g to
 that times (c|g| + ε)² / ε. Where c|r| is 1 up to rounding, g is known to be large, and no more.
 """
@@ -29,6 +30,8 @@ DEFAULTS: dict[str, tuple[tuple[float, float] | None, float]] = {
     "rmsprop": ((0.0, 0.99), 1e-8),
 }
 _WORST = 6**0.5  # two roundings lie within so many of their standard deviations, and no further
+# How far the mean of several steps is from a first step nobody knows; it is no rounding, and alike in all entries.
+_DRIFT = 1e-3  # learning rates
 _BEYOND = 0.01  # of the entries may have moved by more than a first step moves any: others than these trained some
 
 
@@ -92,7 +95,8 @@ class FirstStep:
         # A rounding lies evenly within half a unit of the last place. Not all optimizers' kernels round as above.
         units = _unit(old, eps).square() + _unit(new, eps).square() if decay else _unit(new, eps).square()
         weights = self.steps * units / 12 / lengths**2
-        return r, (weights + (eps * r).square()).sqrt()
+        drift = _DRIFT if self.steps > 1 else 0.0
+        return r, (weights + (eps * r).square() + drift**2).sqrt()
 
 
 def _unit(weight: Tensor, eps: float) -> Tensor:

@@ -53,7 +53,7 @@ def update_from_states(
     weights' rounding leaves in each entry, for which the patch-embedding system weighs it. A client
     that starts each round with a new optimizer, as is usual, takes a first step in each. Of several
     local steps the mean is undone as if it were the first, which it is as far as the gradient
-    stays: ``errors`` know nothing of that, and no result is called exact.
+    stays: ``errors`` only guess at that, and no result is called exact. Above ε the steps forget it.
 
     **Weight decay** of SGD leaves (before − after) = (1 − c)·before + a sum of gradients as above,
     where c follows from the learning rate, the decay, the momentum and the number of steps. Where
@@ -81,7 +81,7 @@ def update_from_states(
         momentum.
     betas, eps : of an optimizer other than SGD; default is torch's
         β₁ and β₂ cancel in the first step and are kept for the record; but of RMSprop, the second is
-        its α.
+        its α. A wrong ε leaves a factor common to all entries.
     trained : names of the trained parameters, or the model, whose parameters with ``requires_grad``
         they are
         By default every floating-point tensor is kept, also those that did not move;
@@ -146,12 +146,11 @@ def _first_step_undone(pairs: Mapping[str, tuple[Tensor, Tensor]], said: ClientU
     if all(torch.equal(old, new.to(old)) for old, new in pairs.values()):
         raise UpdateError("the two states are the same: nothing was shared")
     for name, (old, new) in pairs.items():
-        if is_zero(_wide(old) - _wide(new)):  # a buffer, or frozen: no decay moved it either
-            gradients[name] = torch.zeros_like(_wide(old))
-            errors[name] = torch.zeros_like(gradients[name])
-            continue
-        refuse_longer(name, *step.moved(old, new), step)
         gradients[name], errors[name] = (t.to(_wide(old).dtype) for t in step.undone(old, new))
+        if is_zero(_wide(old) - _wide(new)):  # a buffer, or frozen: no decay moved it either
+            gradients[name] = torch.zeros_like(gradients[name])
+        else:
+            refuse_longer(name, *step.moved(old, new), step)
     return replace(said, gradients=gradients, errors=errors)
 
 
