@@ -135,8 +135,9 @@ def error_scale(update: ClientUpdate) -> float:
     """The size ε/c of a gradient beyond which its error grows with its square; infinite where errors
     do not depend on the entry.
 
-    >>> error_scale(ClientUpdate({"w": torch.ones(1)}, optimizer="adam", eps=1e-8))
-    1e-08
+    >>> one = {"w": torch.ones(1)}
+    >>> error_scale(ClientUpdate(one, optimizer="adam", eps=1e-8, errors=one)), error_scale(ClientUpdate(one))
+    (1e-08, inf)
     """
     return math.inf if update.errors is None or update.eps is None else update.eps / _saturation(update)
 

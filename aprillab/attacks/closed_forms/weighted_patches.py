@@ -42,6 +42,7 @@ _FINEST, _ENOUGH = 0.1, 0.05  # the least factor of told variances; equations to
 _UNKNOWN = 1e3  # times the largest entry: the error of an entry of G of which only the sign is known
 _LEAST = 1e-13  # of a tensor's r.m.s.: no entry is known better than float64 computes with it
 _CANCELLED = 1e-12  # of the carried variance is left where the bias's equation takes all of it away
+_SQUARES = 1e13  # of the equations' size over the prior's: what float64 can hold beside each other
 _CONSTANT = 1e300  # the scale of errors that do not depend on their entry
 _MARGIN_DB = 5.0
 _TOLD = 0.3  # errors are told entry by entry: three times what they explain is another image's, not ten times
@@ -65,7 +66,8 @@ class Weighted:
         Variance of the sum of G's column over its patches and of what it was compared with; infinite
         where it was compared with nothing.
     scale : Tensor (d,)
-        Of each equation: beyond this an entry's error grows with the entry's square.
+        Of each equation: beyond this an entry's error grows with the entry's square; infinite where
+        it does not.
     """
 
     dW: Tensor
@@ -171,7 +173,7 @@ def _weights(system: Weighted, X: Tensor, doubt: Tensor, *, predicted: bool) -> 
     own = system.dW_error
     if predicted:
         # Most likely is Gᵀ X where f'(Gᵀ X) (r − f(Gᵀ X)) sums to zero, f the step: f' times a secant is a weight.
-        scale = system.scale[:, None]
+        scale = system.scale[:, None].to(own).clamp_max(_CONSTANT)
         own = own * (((system.G.T @ X).abs() + scale) / (system.dW.abs() + scale)) ** 1.5
     variances = system.G_error.square()
     carried = variances.T @ (X.square() + doubt)
@@ -184,12 +186,20 @@ def _one_step(system: Weighted, weights: Tensor, X: Tensor, x0: Tensor, prior: T
     """The patches (n, p) of these weights and of the prior's mean and precision, as a correction of X; and
     the variance of each of their pixels.
     """
-    A = system.G.T
-    step = A.T @ (weights * (system.dW - A @ X)) + prior @ (x0 - X)
+    A, root = system.G.T, torch.linalg.cholesky(prior).T
+    left, to_grey = system.dW - A @ X, x0 - X
+    range_of_squares = A.square().sum() * weights.max(0).values / prior.diagonal().min()
     found, doubt = [], []
-    for k, weight in enumerate(weights.T):  # the normal matrix of each column of pixels
-        L = torch.linalg.cholesky(A.T @ (weight[:, None] * A) + prior)
-        found.append(torch.cholesky_solve(step[:, k : k + 1], L)[:, 0])
+    for k, weight in enumerate(weights.T):  # each column of pixels by itself
+        if range_of_squares[k] < _SQUARES:
+            L = torch.linalg.cholesky(A.T @ (weight[:, None] * A) + prior)
+            step = A.T @ (weight * left[:, k]) + prior @ to_grey[:, k]
+            found.append(torch.cholesky_solve(step[:, None], L)[:, 0])
+        else:  # rounding of the squares would pass for knowledge where the update says nothing
+            Q, upper = torch.linalg.qr(torch.cat([weight.sqrt()[:, None] * A, root]))
+            step = Q.T @ torch.cat([weight.sqrt() * left[:, k], root @ to_grey[:, k]])
+            found.append(torch.linalg.solve_triangular(upper, step[:, None], upper=True)[:, 0])
+            L = upper.T
         doubt.append(torch.cholesky_inverse(L).diagonal())
     return X + torch.stack(found, 1), torch.stack(doubt, 1)
 
@@ -274,7 +284,7 @@ def weighted_equations(
     update = read.reading.update
     shared = shared_gradients(name, update, anatomy, needs, device=device, weighs=True)
     dW, G = shared["patch_weight"].flatten(1), shared["position"][anatomy.position_prefix :]
-    scale = min(error_scale(update), _CONSTANT)
+    scale = error_scale(update)
     told: Mapping[str, Tensor] = update.errors or {
         anatomy.patch_weight: torch.full_like(dW, read.reading.noise * float(dW.square().mean().sqrt())),
         anatomy.position or "": torch.full_like(shared["position"], read.reading.noise_of_position),

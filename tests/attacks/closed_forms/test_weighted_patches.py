@@ -88,6 +88,18 @@ def test_entries_of_which_nothing_is_known_do_not_count():
     assert (blank.known, blank.mse) == (0.0, pytest.approx(1.0))
 
 
+def test_more_patches_than_equations_are_not_known_however_precise_they_are():
+    """What the update does not show must not pass for known, where squares exceed float64's range."""
+    G, X = normal(12, 9), normal(12, 12, seed=1)
+    tiny = torch.tensor(1e-15, dtype=torch.float64)
+    found = most_probable_weighted(system(G, X, tiny, tiny), GREY)
+    assert found.known == pytest.approx(9, abs=0.5)
+    error = float((found.X - X).square().mean())
+    assert 0.4 * error < found.mse < 3 * error
+    unseen = X - torch.linalg.pinv(G.T) @ (G.T @ X)
+    assert error > 0.3 * float(unseen.square().mean())
+
+
 def test_the_bias_tells_a_column_of_the_embedding():
     """A picture that is bright on the whole carries G's errors; their sum is known by the bias."""
     G, X = normal(5, 30), 2 + 0.1 * normal(5, 12, seed=1)
