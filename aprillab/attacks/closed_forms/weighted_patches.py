@@ -42,7 +42,7 @@ _FINEST, _ENOUGH = 0.1, 0.05  # the least factor of told variances; equations to
 _UNKNOWN = 1e3  # times the largest entry: the error of an entry of G of which only the sign is known
 _LEAST = 1e-13  # of a tensor's r.m.s.: no entry is known better than float64 computes with it
 _CANCELLED = 1e-12  # of the carried variance is left where the bias's equation takes all of it away
-_SQUARES = 1e13  # of the equations' size over the prior's: what float64 can hold beside each other
+_SQUARES = 1e14  # of the equations' size over the prior's: what float64 can hold beside each other
 _CONSTANT = 1e300  # the scale of errors that do not depend on their entry
 _MARGIN_DB = 5.0
 _TOLD = 0.3  # errors are told entry by entry: three times what they explain is another image's, not ten times
@@ -188,7 +188,7 @@ def _one_step(system: Weighted, weights: Tensor, X: Tensor, x0: Tensor, prior: T
     """
     A, root = system.G.T, torch.linalg.cholesky(prior).T
     left, to_grey = system.dW - A @ X, x0 - X
-    range_of_squares = A.square().sum() * weights.max(0).values / prior.diagonal().min()
+    range_of_squares = A.square().sum(1) @ weights / prior.diagonal().min()
     found, doubt = [], []
     for k, weight in enumerate(weights.T):  # each column of pixels by itself
         if range_of_squares[k] < _SQUARES:
