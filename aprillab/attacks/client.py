@@ -35,7 +35,8 @@ def inner_client(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> tu
     if not prefix or (head is not None and not head.startswith(prefix)):
         return as_shared(model, update), update
     inner = {name.removeprefix(prefix): g for name, g in update.gradients.items() if name.startswith(prefix)}
-    update = replace(update, gradients=inner, withheld=())
+    errors = update.errors and {n.removeprefix(prefix): e for n, e in update.errors.items() if n.startswith(prefix)}
+    update = replace(update, gradients=inner, errors=errors, withheld=())
     return as_shared(model.get_submodule(anatomy.root), update), update
 
 

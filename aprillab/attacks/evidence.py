@@ -112,6 +112,10 @@ def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
     if bias is not None and len(bias) > 2 and (several := min(clear_signs(bias, noise))) > 1:
         words = "{several} entries of the head's bias gradient have the sign of a label: at least {several} labels"
         return _said("contradicted", words, several=several)
+    if update.errors is not None:
+        return _said(
+            "not checked", "not checked: no equation is to spare, and the head's entries have errors of their own"
+        )
     weight = update.gradients.get(anatomy.head_weight or "")
     if weight is None or not weight.any():
         return _said("not checked", "not checked: no equation is to spare, and the head's gradient is not shared")

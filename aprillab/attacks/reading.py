@@ -38,7 +38,8 @@ class Reading:
         Under the model's names, weight decay taken off.
     noise : float
         Of an entry, relative to the r.m.s. of its tensor: as measured, and at least the format's ε,
-        which stands alone where no sum was there to measure it by.
+        which stands alone where no sum was there to measure it by. Where entries have errors of their
+        own, the median of these, relative to the entries.
     noise_of_position : float
         Of an entry of the position embedding's gradient, as it stands.
     decay : float
@@ -74,9 +75,11 @@ def read_update(
     UpdateError
         If the update does not belong to the model, or a tensor that is read is not finite.
     AttackNotApplicable
-        If all entries have one size, as Adam's steps have and signs: no gradient is left in them.
+        If all entries have one size, as Adam's steps have and signs, and nobody undid the step.
     """
     update = fit_update(model, update, anatomy, finite=anatomy.tensor_names() if finite is None else finite)
+    if update.errors is not None:
+        return _with_errors(update, anatomy)
     _refuse_one_size(update, anatomy)
     noise = measured_noise(anatomy, update.gradients)
     misses = [_relative(kind(anatomy, update.gradients)) for kind in (_bias_sum, _head_sum, _row_sums)]
@@ -93,6 +96,19 @@ def _reading(update: ClientUpdate, anatomy: Anatomy, noise: float | None, decay:
     known = min(max(noise or 0.0, least), 1.0)
     of_position = _noise_of_position(anatomy, update.gradients, known, eps)
     return Reading(update, known, of_position, decay)
+
+
+def _with_errors(update: ClientUpdate, anatomy: Anatomy) -> Reading:
+    """An update whose entries have errors of their own: its decay was told, and its noise."""
+    errors: Mapping[str, Tensor] = update.errors or {}
+    names = [name for name in (anatomy.patch_weight, anatomy.position or "") if name in update.gradients]
+    entries = {
+        name: _sample(update.gradients[name]).abs().clamp_min(torch.finfo(torch.float64).tiny) for name in names
+    }
+    relative = [float((_sample(errors[name]) / g).median()) for name, g in entries.items()]
+    of_position = errors[anatomy.position].double().median() if anatomy.position in names else 0.0
+    noise = min(max([torch.finfo(update.dtype).eps, *relative]), 1.0)
+    return Reading(update, noise, float(of_position))
 
 
 def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise: float, eps: float) -> float:
@@ -280,7 +296,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _refuse_one_size(update: ClientUpdate, anatomy: Anatomy) -> None:
-    """Adam divides every entry by its own size, which leaves signs."""
+    """Adam divides every entry by its own size, which leaves signs, unless its first step was undone."""
     names = [anatomy.patch_weight, anatomy.query.name if anatomy.query else "", anatomy.head_weight or ""]
     read = [_sample(update.gradients[name]) for name in names if name in update.gradients]
     sizes = [float(g.abs().mean() / g.square().mean().sqrt()) for g in read if g.numel() >= _ENOUGH and g.any()]
@@ -288,6 +304,8 @@ def _refuse_one_size(update: ClientUpdate, anatomy: Anatomy) -> None:
         raise AttackNotApplicable(
             "read_update",
             f"the entries are nearly of one size (mean over r.m.s. {mean:.2f}, 1 for signs; a gradient's is below "
-            "0.8): these are steps of Adam, or signs, and the linear systems do not apply to them",
+            "0.8): these are steps of Adam, or signs, and the linear systems do not apply to them. Adam's first step "
+            "is one-to-one: al.update_from_states(before, after, learning_rate=…, optimizer='adamw', weight_decay=…, "
+            "eps=…) undoes it",
             one_size=mean,
         )

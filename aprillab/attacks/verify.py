@@ -22,6 +22,7 @@ from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .client import Player, after_local_steps, draws, inner_client, name_within, ways_to_play
 from .evidence import one_image
+from .known_entries import replay_of_known
 from .pixels import normalization
 from .reading import Reading
 from .replay import Loss
@@ -170,13 +171,15 @@ def _played(
         return found, Replay(
             "not checked", "the model draws at random (dropout, in training mode): no replay is the client's"
         )
-    if update.local_steps > 1:
+    if update.errors is None and update.local_steps > 1:
         return found, _by_steps(client, update, images, found.labels, loss, limit)
     ways = ways_to_play(client, update, anatomy, found.labels, loss)
+    reads = [name_within(name, anatomy) for name in (anatomy.patch_weight, anatomy.position)]
+    if update.errors is not None:
+        return found, replay_of_known(ways, images, update, reads, found.predicted_psnr)
     if not ways:
         why = "not played back: the head's gradient is not shared, and no label is known"
         return found, Replay("not checked", why)
-    reads = [name_within(name, anatomy) for name in (anatomy.patch_weight, anatomy.position)]
     residual, factor, how, play = _best_way(ways, images, update, reads, limit)
     if residual <= limit:
         words = f"played back {how}, the picture gives this update"

@@ -8,6 +8,7 @@ and after more a sum of gradients. :func:`fitted` brings either to the model tha
 
 from .client import client_update, logits_of
 from .files import load_state, load_update, save_update
+from .first_step import error_scale
 from .fit import check_update, fitted
 from .record import DTYPES, FORMAT, MAX_BATCH, ClientUpdate, UpdateError
 from .rounds import Round, Updates, listed, only_one, state_of_round
@@ -23,6 +24,7 @@ __all__ = [
     "Updates",
     "check_update",
     "client_update",
+    "error_scale",
     "fitted",
     "listed",
     "load_state",

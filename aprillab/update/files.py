@@ -15,9 +15,14 @@ from torch import Tensor
 from .record import FACTS, FORMAT, ClientUpdate
 from .tensors import UpdateError
 
+_ERROR = "error of "  # in front of a parameter's name, which has no space
+
 
 def save_update(update: ClientUpdate, path: str | Path) -> None:
     """Write an update as safetensors: tensors and a few strings, nothing that could be executed.
+
+    The entries' errors, where the update has them, go along under the parameters' names with
+    ``error of`` in front.
 
     Raises
     ------
@@ -26,9 +31,8 @@ def save_update(update: ClientUpdate, path: str | Path) -> None:
     """
     # For one image some gradients are views of one another (class token, position embedding): write
     # copies.
-    tensors = {
-        name: g.detach().cpu().clone(memory_format=torch.contiguous_format) for name, g in update.gradients.items()
-    }
+    every = {**update.gradients, **{_ERROR + name: error for name, error in (update.errors or {}).items()}}
+    tensors = {name: g.detach().cpu().clone(memory_format=torch.contiguous_format) for name, g in every.items()}
     try:
         save_file(tensors, str(path), metadata={"format": FORMAT, "update": json.dumps(update.facts())})
     except (OSError, SafetensorError) as error:
@@ -60,12 +64,14 @@ def load_update(path: str | Path) -> ClientUpdate:
     path = Path(path)
     tensors, metadata = _read(path, "Write updates with aprillab.save_update or safetensors.torch.save_file.")
     facts = _read_facts(path, metadata)
+    known = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_ERROR)}
+    errors = {name.removeprefix(_ERROR): tensor for name, tensor in known.items()} or None
     try:
-        gradients = ClientUpdate(tensors).gradients
+        gradients = ClientUpdate(tensors, errors=errors).gradients
     except UpdateError as error:
         raise UpdateError(f"{path}: {error}") from error
     try:
-        return ClientUpdate(gradients, **facts)
+        return ClientUpdate(gradients, errors=errors, **facts)
     except UpdateError as error:
         raise UpdateError(f"{path}: metadata {error}") from error
 

@@ -118,9 +118,12 @@ def _renamed(model: nn.Module, parameters: Mapping[str, Tensor], update: ClientU
     telling = [name for name, g in update.gradients.items() if not is_zero(g)]
     names = matched([*update.gradients, *update.withheld], own.keys() | buffers, [*trained, *telling])
     gradients: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] | None = None if update.errors is None else {}
     for name, g in update.gradients.items():
         if name in names and names[name] in own:
             gradients.setdefault(own[names[name]], g)
+            if update.errors is not None and errors is not None:
+                errors.setdefault(own[names[name]], update.errors[name])
     if lost := sorted(name for name in telling if name not in names):
         absent = [name for name in parameters if name not in gradients]
         raise UpdateError(
@@ -130,7 +133,7 @@ def _renamed(model: nn.Module, parameters: Mapping[str, Tensor], update: ClientU
             "the tensors its names: ClientUpdate({new_name(n): g for n, g in gradients.items()})"
         )
     withheld = tuple(own.get(names.get(name, name), name) for name in update.withheld)
-    return replace(update, gradients=gradients, withheld=withheld)
+    return replace(update, gradients=gradients, withheld=withheld, errors=errors)
 
 
 def _listed(names: list[str]) -> str:

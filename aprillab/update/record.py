@@ -16,6 +16,7 @@ from .tensors import DTYPES, UpdateError, as_gradient
 FORMAT = "aprillab-update-1"
 MAX_BATCH = 1_000_000
 MAX_STEPS = 1_000_000_000
+OPTIMIZERS = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,25 @@ class ClientUpdate:
     weight_decay : float or None
         What the client's SGD added of each weight to its gradient, and what was taken off these
         gradients again. None: not known, so that they may contain a multiple of the weights.
+        AdamW's shrinks the weights by η times this.
     rounding : float or None
         Where the update is the difference of two states: the expected size of the weights' rounding
         errors in it, over its own size (Frobenius norms over all tensors).
+    optimizer : {"sgd", "adam", "adamw", "adagrad", "rmsprop"} or None
+        The client's, where known; of all but SGD, the step was undone.
+    betas, eps : (float, float) and float, or None
+        Of an optimizer that divides each entry by its size.
+    errors : mapping of str to Tensor, or None
+        The standard error of each entry, where these differ so much that no one number says it, as
+        once Adam's step is undone. By name and of the shapes of ``gradients``, at least zero;
+        infinite where nothing but the sign is known. Those of gradients that are not there are
+        dropped. Not compared.
 
     Raises
     ------
     UpdateError
         If gradients have no names, or are no floats; if a fact is of the wrong type or out of
-        range; if a name is both shared and withheld.
+        range; if a name is both shared and withheld; if errors are not one for each entry.
 
     Examples
     --------
@@ -76,6 +87,10 @@ class ClientUpdate:
     nesterov: bool = False
     weight_decay: float | None = None
     rounding: float | None = None
+    optimizer: str | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    errors: Mapping[str, Tensor] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gradients", _named_gradients(self.gradients))
@@ -85,6 +100,9 @@ class ClientUpdate:
             raise UpdateError(f"{both[0]!r} is in the update and among the withheld: strike it out of one of the two")
         if self.nesterov and not self.momentum:
             raise UpdateError(f"'nesterov' needs a 'momentum' above 0, not {self.momentum!r}")
+        _refuse_mixed(self)
+        if self.errors is not None:
+            object.__setattr__(self, "errors", _errors_of(self.gradients, self.errors))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,10 +149,12 @@ class ClientUpdate:
         torch.float64
         """
         moved = {name: g.to(device=device, dtype=dtype) for name, g in self.gradients.items()}
-        return replace(self, gradients=moved)
+        errors = self.errors and {name: e.to(device=device, dtype=dtype) for name, e in self.errors.items()}
+        return replace(self, gradients=moved, errors=errors)
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the gradients and the seconds, as JSON can hold it: what a file says.
+        """Everything but the gradients, their errors and the seconds, as JSON can hold it: what a file
+        says.
 
         Examples
         --------
@@ -143,7 +163,7 @@ class ClientUpdate:
         0.9
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _FACTS}
-        return {**values, "withheld": list(self.withheld)}
+        return {**values, "withheld": list(self.withheld), "betas": None if self.betas is None else list(self.betas)}
 
 
 def as_set(names: Collection[str]) -> set[str]:
@@ -174,6 +194,33 @@ def _named_gradients(gradients: Any) -> Mapping[str, Tensor]:
 
 def _is_plain(g: Any) -> bool:
     return isinstance(g, Tensor) and g.dtype in DTYPES and g.layout == torch.strided and not g.requires_grad
+
+
+def _errors_of(gradients: Mapping[str, Tensor], errors: Any) -> Mapping[str, Tensor]:
+    """The errors of the gradients that are there, each of its shape, on its device."""
+    if not isinstance(errors, Mapping):
+        raise UpdateError(
+            f"'errors' are a mapping of name to tensor, as the gradients, not a {type(errors).__name__}"
+        )
+    found = {}
+    for name, g in gradients.items():
+        if name not in errors:
+            raise UpdateError(f"'errors' lack {name!r}: give one for each entry of each gradient, or none at all")
+        error = found[name] = as_gradient(name, errors[name]).to(g.device)
+        if error.shape != g.shape:
+            raise UpdateError(f"'errors' of {name!r} have shape {tuple(error.shape)}, its gradient {tuple(g.shape)}")
+        if not error.is_meta and (bad := int((~(error >= 0)).sum())):
+            raise UpdateError(f"'errors' of {name!r}: {bad} of {error.numel()} are negative or NaN")
+    return found
+
+
+def _refuse_mixed(update: ClientUpdate) -> None:
+    """SGD's options with another optimizer, or the other's with SGD."""
+    if update.optimizer in (None, "sgd"):
+        if stray := next((name for name in ("betas", "eps") if getattr(update, name) is not None), None):
+            raise UpdateError(f"{stray!r} is not of SGD: name the optimizer that has it, as optimizer='adamw'")
+    elif update.momentum or update.nesterov:
+        raise UpdateError(f"'momentum' is of SGD here, and the optimizer is {update.optimizer!r}: leave it out")
 
 
 # --- Facts: each function returns the value in its own type, or says what it must be ----------------------------
@@ -220,6 +267,23 @@ def _source(name: str, value: Any) -> str:
     return value
 
 
+def _optimizer(name: str, value: Any) -> str | None:
+    if value is not None and value not in OPTIMIZERS:
+        raise UpdateError(f"{name!r} must be one of {', '.join(OPTIMIZERS)}, not {value!r}")
+    return value
+
+
+def _pair(name: str, value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise UpdateError(f"{name!r} must be two numbers, as (0.9, 0.999), not {value!r}")
+    first, second = (_number("at least 0 and below 1, each", lambda x: 0 <= x < 1)(name, one) for one in value)
+    if first is None or second is None:
+        raise UpdateError(f"{name!r} must be two numbers, as (0.9, 0.999), not {value!r}")
+    return first, second
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UpdateError(f"{name!r} must be True or False, not {value!r}")
@@ -236,5 +300,8 @@ _FACTS: Mapping[str, Callable[[str, Any], Any]] = {
     "nesterov": _flag,
     "weight_decay": _number("at least 0 and finite", lambda x: x >= 0),
     "rounding": _number("at least 0 and finite", lambda x: x >= 0),
+    "optimizer": _optimizer,
+    "betas": _pair,
+    "eps": _number("positive and finite", lambda x: x > 0),
 }
 FACTS = tuple(_FACTS)

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .first_step import DEFAULTS, first_step, refuse_longer
 from .names import matched
 from .record import ClientUpdate, as_set
 from .tensors import UpdateError, as_gradient, as_tensor, count_not_finite, is_zero
@@ -28,6 +30,9 @@ def update_from_states(
     momentum: float | None = None,
     nesterov: bool = False,
     weight_decay: float | None = None,
+    optimizer: str | None = None,
+    betas: Sequence[float] | None = None,
+    eps: float | None = None,
     trained: Collection[str] | nn.Module | None = None,
     names: Collection[str] | Mapping[str, Any] | None = None,
     batch_size: int | None = None,
@@ -40,13 +45,20 @@ def update_from_states(
     picture, so it holds for the sum and stays exact; systems that also read the model's weights see
     them change from step to step. What is read off the head (one image or several, the label) is
     about a sum of outer products and is no longer exact. With several images the update is a
-    mixture. Adam and its kin divide each entry by its own size: the update is then linear in no
-    gradient, and no factor mends it.
+    mixture.
+
+    **Adam and its kin** divide each entry by its own size: what comes back is linear in no gradient.
+    But their *first* step is one-to-one, entry by entry, and with ``optimizer`` it is undone
+    (:mod:`aprillab.update.first_step`): the result is the gradient, with the ``errors`` that the
+    weights' rounding leaves in each entry, for which the patch-embedding system weighs it. A client
+    that starts each round with a new optimizer, as is usual, takes a first step in each. Of several
+    local steps the mean is undone as if it were the first, which it is as far as the gradient
+    stays: ``errors`` only guess at that, and no result is called exact. Above ε the steps forget it.
 
     **Weight decay** of SGD leaves (before − after) = (1 − c)·before + a sum of gradients as above,
     where c follows from the learning rate, the decay, the momentum and the number of steps. Where
     ``weight_decay`` is given, (1 − c)·before is taken off, for all tensors alike; with
-    ``momentum=None`` c is that of plain SGD. AdamW's decay is another thing.
+    ``momentum=None`` c is that of plain SGD.
 
     **Rounding.** The states hold the weights to a relative 2⁻²⁴ in float32, the update only to
     that times ‖weights‖ / ‖before − after‖: the result's ``rounding`` is what to expect. A picture
@@ -61,8 +73,15 @@ def update_from_states(
         Flower sends them. Wrappers' prefixes (``module.``, ``_orig_mod.``) may differ.
     learning_rate : float, the client's
     local_steps : int
-    momentum, nesterov, weight_decay : of the client's SGD, as ``torch.optim.SGD`` has them
-        None is not known; what is given is kept in the update.
+    momentum, nesterov, weight_decay : of the client's optimizer, as ``torch.optim`` has them
+        None is not known, and taken for none; what is given is kept in the update. AdamW's decay must
+        be given.
+    optimizer : {"sgd", "adam", "adamw", "adagrad", "rmsprop"}, optional; default is SGD
+        As ``torch.optim`` has them, with amsgrad or without, and RMSprop neither centered nor with
+        momentum.
+    betas, eps : of an optimizer other than SGD; default is torch's
+        β₁ and β₂ cancel in the first step and are kept for the record; but of RMSprop, the second is
+        its α. A wrong ε leaves a factor common to all entries.
     trained : names of the trained parameters, or the model, whose parameters with ``requires_grad``
         they are
         By default every floating-point tensor is kept, also those that did not move;
@@ -81,7 +100,7 @@ def update_from_states(
     UpdateError
         If a list has no names or not as many; if the two states have different tensors or shapes, a
         trained tensor is not finite, nothing changed, a trained name is not in them, or a number is
-        out of range.
+        out of range; if entries moved by more than a first step of the optimizer moves any.
 
     Examples
     --------
@@ -91,18 +110,26 @@ def update_from_states(
     tensor([0.5000])
     >>> al.update_from_states(before, after, learning_rate=0.5, weight_decay=0.1).gradients["weight"]
     tensor([0.4000])
+    >>> moved = {"weight": torch.tensor([0.75])}  # by half a learning rate: |g| = ε
+    >>> al.update_from_states(before, moved, learning_rate=0.5, optimizer="adam", eps=1e-6).gradients["weight"]
+    tensor([1.0000e-06])
     """
     if learning_rate is None:
         raise UpdateError("'learning_rate' must be positive and finite, not None")
     facts: dict[str, Any] = {
         "learning_rate": learning_rate, "local_steps": local_steps, "momentum": momentum, "nesterov": nesterov,
-        "weight_decay": weight_decay, "batch_size": batch_size, "source": "fedavg",
+        "weight_decay": weight_decay, "batch_size": batch_size, "source": "fedavg", "optimizer": optimizer,
     }  # fmt: skip
+    usual = DEFAULTS.get(optimizer or "", (None, None))
+    facts |= {"betas": usual[0] if betas is None else betas, "eps": usual[1] if eps is None else eps}
     said = ClientUpdate({}, **facts)  # checks them
+    pairs = _trained(_pairs(before, after, names), trained)
+    if optimizer not in (None, "sgd"):
+        return _first_step_undone(pairs, said)
     scale = float(learning_rate) * said.local_steps
     lost = 1 - shrinkage(learning_rate, weight_decay or 0.0, said.local_steps, momentum or 0.0, nesterov=nesterov)
     error, gradients, still = 0.0, {}, True
-    for name, (old, new) in _trained(_pairs(before, after, names), trained).items():
+    for name, (old, new) in pairs.items():
         moved = _wide(old) - _wide(new)
         if not is_zero(moved):
             still, error = False, error + said.local_steps * _rounding(old, new) ** 2
@@ -111,6 +138,20 @@ def update_from_states(
         raise UpdateError("the two states are the same: nothing was shared")
     size = math.hypot(*(float(torch.linalg.vector_norm(g)) for g in gradients.values()))
     return ClientUpdate(gradients, rounding=math.sqrt(error) / scale / size if size else None, **facts)
+
+
+def _first_step_undone(pairs: Mapping[str, tuple[Tensor, Tensor]], said: ClientUpdate) -> ClientUpdate:
+    """The gradients behind a step of Adam's kin, each with its errors."""
+    step, gradients, errors = first_step(said), {}, {}
+    if all(torch.equal(old, new.to(old)) for old, new in pairs.values()):
+        raise UpdateError("the two states are the same: nothing was shared")
+    for name, (old, new) in pairs.items():
+        gradients[name], errors[name] = (t.to(_wide(old).dtype) for t in step.undone(old, new))
+        if is_zero(_wide(old) - _wide(new)):  # a buffer, or frozen: no decay moved it either
+            gradients[name] = torch.zeros_like(gradients[name])
+        else:
+            refuse_longer(name, *step.moved(old, new), step)
+    return replace(said, gradients=gradients, errors=errors)
 
 
 def shrinkage(

@@ -33,7 +33,7 @@ FLOORS = (
 )
 #: The same within attacks/. The files of the first floor may import each other, if there is no circle.
 ATTACK_FLOORS = (
-    {"result", "pixels", "reading", "rounds", "evidence", "labels", "replay", "client", "verify"},
+    {"result", "pixels", "reading", "rounds", "evidence", "labels", "replay", "client", "known_entries", "verify"},
     {"closed_forms"},
     {"searches"},
     {"grey_levels"},
@@ -51,6 +51,7 @@ LONG_FUNCTIONS = {
     "attacks/closed_forms/april_rounds.py:april_over_rounds": "check, solve and report, with a number each",
     "attacks/closed_forms/patch_embedding.py:embedding_closed_form": "check, solve and report, with a number each",
     "attacks/closed_forms/patch_embedding.py:most_probable": "one formula after another, a letter each",
+    "attacks/closed_forms/weighted_patches.py:weighted_closed_form": "check, solve and report, with a number each",
     "attacks/closed_forms/span.py:solve_rounds": "the chapter's steps in a row, a letter each",
     "exercises/chapter02.py:check_sticks_out": _LISTED,
     "exercises/chapter02.py:check_token_gradient.body": _FORMULAS,

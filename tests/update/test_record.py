@@ -130,6 +130,7 @@ def test_facts_are_kept_in_their_own_type() -> None:
     assert facts == {
         "withheld": ["a", "b"], "batch_size": 3, "source": "fedavg", "learning_rate": 0.5, "local_steps": 4,
         "momentum": 0.0, "nesterov": False, "weight_decay": 0.25, "rounding": 1.0,
+        "optimizer": None, "betas": None, "eps": None,
     }  # fmt: skip
     assert {type(facts[n]) for n in ("learning_rate", "momentum", "weight_decay", "rounding")} == {float}
     assert {type(facts[n]) for n in ("batch_size", "local_steps")} == {int}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def shared_gradients(
     needs: tuple[str, ...],
     *,
     device: torch.device | str | None = None,
+    weighs: bool = False,
 ) -> dict[str, Tensor]:
     """The gradients that an attack needs, by their field of :class:`~aprillab.Anatomy`, in float64.
 
@@ -34,12 +37,17 @@ def shared_gradients(
     needs : tuple of str
         Fields of Anatomy.
     device : where to solve; default is where the update lies
+    weighs : bool
+        Whether the attack weighs each entry by its error, where the update has them.
 
     Raises
     ------
     AttackNotApplicable
-        If the model has no such part, or its gradient is not shared.
+        If the model has no such part, its gradient is not shared, or its entries have errors of their
+        own and the attack does not weigh by them.
     """
+    if not weighs:
+        refuse_errors(attack, update)
     found = {}
     for part in needs:
         words, where = _WORDS.get(part, part), getattr(anatomy, part)
@@ -57,6 +65,44 @@ def shared_gradients(
             gradient = _at_the_tokens(attack, anatomy, update)
         found[part] = gradient.to(device, torch.float64)
     return found
+
+
+def refuse_errors(attack: str, update: ClientUpdate) -> None:
+    """Refuse an update whose entries have errors of their own, for an attack that takes all alike.
+
+    Raises
+    ------
+    AttackNotApplicable
+        With the attack that does not.
+    """
+    if update.errors is not None:
+        raise AttackNotApplicable(
+            attack,
+            f"the update's entries have errors of their own ({update.optimizer or 'an optimizer'}'s step undone), "
+            "and only the patch-embedding system weighs by them: attack='embedding'",
+        )
+
+
+def refuse_zero(attack: str) -> NoReturn:
+    """Say why a position embedding's gradient may be zero."""
+    raise AttackNotApplicable(
+        attack,
+        "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
+        "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
+    )
+
+
+def refuse_rows(attack: str, n: int, d: int, rounds: int, *, equations: int) -> NoReturn:
+    """Say how many rounds of width d would do for n patches."""
+    of = f"gradients of width {d}" if rounds == 1 else f"{rounds} rounds of width {d} each"
+    count = "d" if rounds == 1 else "rounds · d"
+    raise AttackNotApplicable(
+        attack,
+        f"{n} patches, but {of}: rank(G) = n needs n ≤ {count}. {-(-n // equations)} rounds of one picture would do: "
+        "al.invert(model, [update, …]). strict=False returns what is known, with the rest filled in grey",
+        patches=n,
+        width=d,
+    )
 
 
 def _at_the_tokens(attack: str, anatomy: Anatomy, update: ClientUpdate) -> Tensor:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,15 @@ from ...update import Updates
 from ..evidence import System, one_image
 from ..labels import check_known, check_told, labels_or_none
 from ..replay import Loss
-from ..result import AttackNotApplicable, Condition, Reconstruction, margin, predicted_psnr, report, shown_if
+from ..result import Condition, Reconstruction, margin, predicted_psnr, report, shown_if
 from ..rounds import Left, RoundRead, agreeing, known, read_rounds
 from ..verify import verified
-from .inputs import grey_patches, pixel_variance, shared_gradients
+from .inputs import grey_patches, pixel_variance, refuse_rows, refuse_zero, shared_gradients
 from .linear_algebra import condition_number, thin_svd
 from .stacked_patches import ROUNDING, Equations, most_probable_of, noise_of_entries, residuals_of, stacked
+from .weighted_patches import weighted_closed_form
 
-NEEDS = ("patch_weight", "position")
+NAME, NEEDS = "embedding_closed_form", ("patch_weight", "position")
 
 _TINY = torch.finfo(torch.float64).tiny
 # The prediction is an expectation. Of the exact pictures in data/results/fuzz.csv that it puts between 59 and
@@ -208,7 +209,8 @@ def embedding_closed_form(
     Needs the gradients of the patch embedding and of the position embedding, one image, and rank(G)
     = n ≤ d: independent gradients at the n patches (in architecture B n ≤ d − 1: only LayerNorms
     read the tokens, so every row of G sums to zero). Solved in float64 whatever the update's
-    precision.
+    precision. Where the entries have errors of their own, as once Adam's step is undone, each counts
+    by its own: :mod:`~aprillab.attacks.closed_forms.weighted_patches`.
 
     Parameters
     ----------
@@ -248,16 +250,24 @@ def embedding_closed_form(
     preprocessing = preprocessing or anatomy.preprocessing
     rounds = read_rounds(model, update, anatomy)
     check_known(labels, rounds[0].reading.update, anatomy, model)
+    options: dict[str, Any] = {
+        "preprocessing": preprocessing,
+        "labels": labels,
+        "loss": loss,
+        "verify": verify,
+        "device": device,
+    }
+    if any(r.reading.update.errors is not None for r in rounds):
+        return weighted_closed_form(NAME, model, rounds, anatomy, needs=NEEDS, strict=strict, **options)
     systems = {r.number: _equations(r, anatomy, device, several=len(rounds) > 1) for r in rounds}
-    rounds = tuple(r for r in rounds if systems[r.number].G.any()) or _refuse_zero()
-    agreed = agreeing("embedding_closed_form", rounds, partial(_left_by, systems, anatomy, preprocessing))
+    rounds = tuple(r for r in rounds if systems[r.number].G.any()) or refuse_zero(NAME)
+    agreed = agreeing(NAME, rounds, partial(_left_by, systems, anatomy, preprocessing))
     kept = [systems[r.number] for r in agreed.kept]
     # Only LayerNorms read the tokens of architecture B: one equation of each column is 0 = 0.
     (d, p), n, of = kept[0].dW.shape, len(kept[0].G), (len(kept[0].dW) - anatomy.ignores_mean) * len(kept)
     if strict and n > len(kept) * d:
-        _refuse_rows(n, d, len(kept), equations=len(kept[0].dW) - anatomy.ignores_mean)
+        refuse_rows(NAME, n, d, len(kept), equations=len(kept[0].dW) - anatomy.ignores_mean)
     found, relative, noise = _solve(kept, _prior(anatomy, preprocessing, kept[0]))
-    options = {"preprocessing": preprocessing, "labels": labels, "loss": loss, "verify": verify, "device": device}
     if found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
         return smaller
     read, over = agreed.kept[0].reading, f" over {len(kept)} rounds" if len(kept) > 1 else ""
@@ -266,7 +276,7 @@ def embedding_closed_form(
         system=System(f"∂W_e = GᵀX{over}", relative, max(of - n, 0), of, found.gain),
     )  # fmt: skip
     result = report(
-        "embedding_closed_form",
+        NAME,
         anatomy.tiling.images(found.X[None]),
         conditions=(
             Condition(
@@ -296,7 +306,7 @@ def embedding_closed_form(
 
 def _equations(read: RoundRead, anatomy: Anatomy, device: torch.device | str | None, *, several: bool) -> Equations:
     """∂l/∂W_e (d, p) and G (n, d) of one round, or a refusal."""
-    name, reading = "embedding_closed_form", read.reading
+    name, reading = NAME, read.reading
     shared = shared_gradients(name, reading.update, anatomy, NEEDS, device=device)
     dW, G = shared["patch_weight"].flatten(1), shared["position"][anatomy.position_prefix :]
     if reading.decay and G.any():
@@ -306,26 +316,6 @@ def _equations(read: RoundRead, anatomy: Anatomy, device: torch.device | str | N
         bias = reading.update.gradients.get(anatomy.patch_bias or "")
         entry = noise_of_entries(G, None if bias is None else bias.to(G), centred=anatomy.ignores_mean) or entry
     return Equations(dW, G, reading.noise, entry)
-
-
-def _refuse_zero() -> NoReturn:
-    raise AttackNotApplicable(
-        "embedding_closed_form",
-        "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
-        "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
-    )
-
-
-def _refuse_rows(n: int, d: int, rounds: int, *, equations: int) -> None:
-    of = f"gradients of width {d}" if rounds == 1 else f"{rounds} rounds of width {d} each"
-    count = "d" if rounds == 1 else "rounds · d"
-    raise AttackNotApplicable(
-        "embedding_closed_form",
-        f"{n} patches, but {of}: rank(G) = n needs n ≤ {count}. {-(-n // equations)} rounds of one picture would do: "
-        "al.invert(model, [update, …]). strict=False returns what is known, with the rest filled in grey",
-        patches=n,
-        width=d,
-    )
 
 
 def _prior(anatomy: Anatomy, preprocessing: Preprocessing, equations: Equations) -> tuple[Tensor, float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...anatomy import Anatomy, Rows
 from ..result import AttackNotApplicable
 from ..rounds import RoundRead, known
-from .inputs import shared_gradients
+from .inputs import refuse_errors, shared_gradients
 from .noisy_span import NoisySpan, noisy_span
 from .probe import places_of, public_tokens
 from .span_width import NAME
@@ -108,6 +108,7 @@ def rows_of(read: RoundRead, anatomy: Anatomy, device: torch.device | str | None
     AttackNotApplicable
         If it shares none.
     """
+    refuse_errors(NAME, read.reading.update)
     gradients = read.reading.update.gradients
     found = {name: gradients[name] for name in anatomy.adapters if name in gradients}
     for part in NEEDS:

@@ -1,0 +1,156 @@
+"""The replay of an update whose entries have errors of their own: those that are known are compared.
+
+Once Adam's first step is undone, some entries are known to six digits and others only to be large.
+Those that say nothing of a gradient would decide ‖g' − g‖; so they are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..update import ClientUpdate
+from .client import Player
+from .result import Replay
+
+_KNOWN = 0.01  # of itself, or of the r.m.s. of the tensor's entries that are: an entry's error
+_FEWEST = 64  # such entries of a tensor that an attack read
+_OF_ERRORS, _OF_PICTURE, _MOST = 5.0, 10.0, 0.1
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How far a picture's gradient is from the known entries of an update.
+
+    Attributes
+    ----------
+    residual, noise : float
+        ‖s g' − g‖ / ‖g‖ over them, the largest of all tensors' together and of each that an attack
+        read; and what their errors explain of it.
+    factor : float
+        s, the best.
+    share : float
+        The r.m.s. of the picture's gradient over that of these entries of it: they are the small ones
+        perhaps, and an error of the picture is as much larger in them.
+    entries : int
+        The fewest of a tensor that an attack read.
+    """
+
+    residual: float
+    noise: float
+    factor: float
+    share: float
+    entries: int
+
+
+def known_entries(g: Tensor, error: Tensor) -> Tensor:
+    """Which entries are known to a few per cent, of themselves or of what such entries are.
+
+    >>> known_entries(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.01, torch.inf, 0.001])).tolist()
+    [True, False, True]
+    """
+    surely = error <= _KNOWN * g.abs()
+    if not surely.any():
+        return surely
+    size = g[surely].double().square().mean().sqrt()
+    return surely | (error <= _KNOWN * size)
+
+
+def compare_known(mine: Mapping[str, Tensor], update: ClientUpdate, reads: list[str]) -> Compared:
+    """A picture's gradients against the known entries of an update.
+
+    Examples
+    --------
+    >>> update = ClientUpdate({"w": torch.tensor([2.0, 9.0])}, errors={"w": torch.tensor([0.01, torch.inf])})
+    >>> found = compare_known({"w": torch.tensor([1.0, 1.0])}, update, ["w"])
+    >>> found.residual, found.factor, found.entries
+    (0.0, 2.0, 1)
+    """
+    shared = [name for name in update.gradients if name in mine and update.errors is not None]
+    own = [_Sums.of(*_known(mine, update, name), factor=0.0) for name in shared]
+    squares = sum(one.own for one in own)
+    factor = sum(one.product for one in own) / squares if squares else 0.0
+    each = {name: _Sums.of(*_known(mine, update, name), factor=factor) for name in shared}
+    groups = [sum(each.values(), start=_Sums()), *(each[name] for name in reads if name in each)]
+    told = [group for group in groups if group.size] or [_Sums(off=1.0, error=1.0, size=1.0)]
+    return Compared(
+        residual=max((group.off / group.size) ** 0.5 for group in told),
+        noise=max((group.error / group.size) ** 0.5 for group in told),
+        factor=factor,
+        share=max(1.0, *(abs(factor) * group.share for group in told)),
+        entries=min((each[name].entries for name in reads if name in each), default=0),
+    )
+
+
+def _known(mine: Mapping[str, Tensor], update: ClientUpdate, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A tensor of the picture's gradient, of the update's and of its errors, float64; NaN what is not known."""
+    own = mine[name].double()
+    g, error = update.gradients[name].to(own), (update.errors or {})[name].to(own)
+    known = known_entries(g, error)
+    return own, torch.where(known, g, torch.nan), error
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of squares, over the known entries of some tensors: of what s g' misses, of errors, of g and of g'; of
+    g g'; how many there are; and of all g', how many.
+    """
+
+    off: float = 0.0
+    error: float = 0.0
+    size: float = 0.0
+    own: float = 0.0
+    product: float = 0.0
+    entries: int = 0
+    whole: float = 0.0
+    all_entries: int = 0
+
+    @classmethod
+    def of(cls, mine: Tensor, g: Tensor, error: Tensor, *, factor: float) -> _Sums:
+        known = ~g.isnan()
+        a, b, e = mine[known], g[known], error[known]
+        return cls(
+            float((factor * a - b).square().sum()), float(e.square().sum()), float(b.square().sum()),
+            float(a.square().sum()), float((a * b).sum()), len(a), float(mine.square().sum()), mine.numel(),
+        )  # fmt: skip
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def share(self) -> float:
+        """The r.m.s. of all g' over that of the known entries of g."""
+        return ((self.whole / max(self.all_entries, 1)) / (self.size / max(self.entries, 1))) ** 0.5
+
+
+def replay_of_known(
+    ways: Mapping[str, Player], images: Tensor, update: ClientUpdate, reads: list[str], predicted_psnr: float | None
+) -> Replay:
+    """The replay of an update with errors, by the first way to play that gives it, else the nearest."""
+    if update.local_steps > 1:
+        words = f"not played back: {update.local_steps} local steps of {update.optimizer or 'an optimizer'} are not"
+        return Replay("not checked", f"{words} one gradient, and were undone as if they were")
+    if not ways:
+        why = "not played back: the head's gradient is not shared, and no label is known"
+        return Replay("not checked", why)
+    tried = {how: compare_known(play(images), update, reads) for how, play in ways.items()}
+    how = min(tried, key=lambda way: tried[way].residual)
+    found = tried[how]
+    if found.entries < _FEWEST:
+        words = f"not played back: of the gradients that were read, only {found.entries} entries are known to 1 %"
+        return Replay("not checked", words)
+    error = 10 ** (-(predicted_psnr or 0.0) / 20)
+    limit = _OF_ERRORS * found.noise + _OF_PICTURE * error * found.share
+    if limit > _MOST and found.residual > _MOST:
+        words = f"played back {how}, the picture misses the entries that are known to 1 % by {found.residual:.1e}: "
+        words += f"they are the gradient's small ones, and its error explains {limit:.1e} of them"
+        contradicted = found.residual > limit
+        return Replay("contradicted" if contradicted else "not checked", words, found.residual, limit, found.factor)
+    limit = min(limit, _MOST)
+    holds = found.residual <= limit
+    words = f"played back {how}, the picture {'gives' if holds else 'misses'} the entries that are known to 1 %"
+    words += f" {'up to' if holds else 'by'} {found.residual:.1e} (limit {limit:.1e}), factor {found.factor:.3g}"
+    return Replay("shown" if holds else "contradicted", words, found.residual, limit, found.factor)
