@@ -318,7 +318,8 @@ def _refuse_zero() -> NoReturn:
 
 def _refuse_rows(n: int, d: int, rounds: int, *, equations: int) -> None:
     of = f"gradients of width {d}" if rounds == 1 else f"{rounds} rounds of width {d} each"
-    count = "d" if rounds == 1 else "rounds · d"
+    one = "d" if equations == d else "d − 1"
+    count = one if rounds == 1 else f"rounds · {one}" if equations == d else f"rounds · ({one})"
     raise AttackNotApplicable(
         "embedding_closed_form",
         f"{n} patches, but {of}: rank(G) = n needs n ≤ {count}. {-(-n // equations)} rounds of one picture would do: "
