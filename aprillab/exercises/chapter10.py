@@ -110,8 +110,8 @@ _SETS = {
 _WHY = {
     "A": "∂W_e = GᵀX, and G is not there: the patches are known up to an invertible matrix",
     "B": "W_V alone has d rows, which span all n + 1 inputs of the first attention, and p + n + 2 = 114 ≤ 120",
-    "C": "a shift of all keys changes no attention, so Σ_i ∂l/∂k_i = 0: its rows span the differences of the inputs, "
-    "in which no single token lies",
+    "C": "a shift of all keys changes no attention, so Σ_i ∂l/∂k_i = 0: its rows span the differences of the inputs. "
+    "And one input is public, the class token's LN(c + E_0): with its row the span of all 65 is there",
     "D": "what the second block reads has been through attention and MLP, and is not affine in the pixels",
     "E": "G and ∂W_e are both there, and n = 64 ≤ 119: chapter 04's system, whatever else is kept",
 }
@@ -161,7 +161,7 @@ def check_sets(function: Callable[[dict[str, list[str]]], Collection[str]]) -> F
                 stop(f"The attack was run on {letter}, which you left out, and the picture came back: {why}.")
             if letter in answer and letter not in leaking:
                 stop(f"The attack was run on {letter}, and no closed form gave the picture: {why}.")
-        return "Right, and tried: one matrix of the first attention is enough, and not each matrix is."
+        return "Right, and tried: one matrix of the first attention is enough, the keys' with the class token's help."
 
     return run(check)
 
@@ -227,26 +227,27 @@ def check_rounds(function: Callable[[int, int, int, int, int], int]) -> Feedback
 
     def check() -> str:
         # In this order each mistake is the first to be seen at one of them.
-        cases = ((15, 1, 4, 2, 1), (20, 1, 4, 2, 1), (16, 1, 8, 2, 1), (15, 5, 4, 1, 4), (196, 1, 8, 2, 1))
+        cases = ((16, 1, 4, 2, 1), (20, 1, 4, 2, 1), (15, 5, 4, 1, 4), (16, 1, 8, 2, 1), (196, 1, 8, 2, 1))
         for n, prefix, rank, factors, pictures in cases:
-            tokens, rows = pictures * n + prefix, rank * factors
+            tokens, rows = pictures * n, rank * factors
             wanted = 1 + math.ceil(tokens / rows)
             answer = _whole(function(n, prefix, rank, factors, pictures), "The number of rounds")
             if answer == wanted:
                 continue
             looks = (
-                (1 + math.ceil(pictures * n / rows), "the tokens before the patches are in the span as well"),
+                (1 + math.ceil((tokens + prefix) / rows), "the tokens before the patches are in the span, but they "
+                 "are public: LN(c + E_0) needs no round"),
+                (1 + math.ceil(pictures * (n + prefix) / rows), "the tokens before the patches are the same in every "
+                 "picture, and public besides: they need no round"),
                 (1 + tokens // rows, "the last few directions need a round, too: round up"),
                 (1 + math.ceil(tokens / rank), "every factor A that reads the first attention's input adds rows"),
-                (1 + math.ceil(pictures * (n + prefix) / rows), "the tokens before the patches are the same in every "
-                 "picture, so they count once"),
-                (1 + math.ceil((n + prefix) / rows), "each further picture brings n directions of its own"),
+                (1 + math.ceil(n / rows), "each further picture brings n directions of its own"),
                 (math.ceil(tokens / rows), "in the first round B is zero, and nothing arrives at A"),
             )  # fmt: skip
             case = f"n = {n}, prefix = {prefix}, rank {rank}, {factors} factor(s), {pictures} picture(s)"
             hint = next((f": {words}" for value, words in looks if value == answer), "")
             stop(f"For {case} it takes {wanted} rounds, not {answer}{hint}.")
-        return "Right: at rank 8 on q and v a picture of 16 patches is complete after the third round."
+        return "Right: at rank 8 on q and v a picture of 16 patches is complete after the second round."
 
     return run(check)
 

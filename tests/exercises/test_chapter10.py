@@ -9,10 +9,10 @@ from aprillab.exercises import chapter10
 EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("10"))}
 
 COUNT = "p + n + prefix + 1 <= width"
-LETTERS = '{"B", "E"}'
+LETTERS = '{"B", "C", "E"}'
 LEFT, RIGHT = "G.T / noise", "dW / noise"
 CEILING = "1 + -(-tokens // (rank * factors))"
-TOKENS = "pictures * patches + prefix"
+TOKENS = "tokens = pictures * patches"
 SOLVED = "left(rounds[:t] + rounds[t + 1 :])"
 OUTSIDE = "(features - features @ V.T @ V).norm(dim=1) / features.norm(dim=1)"
 ALL_AT_ONCE = """G = torch.cat([G.T for G, _ in rounds])
@@ -32,12 +32,12 @@ MUTANTS = [
     ("check_patch_sizes", COUNT, "p <= width", "takes n + prefix dimensions"),
     ("check_patch_sizes", "p, n = 3 * P**2", "p, n = P**2", "three channels"),
     ("check_patch_sizes", "image_size % P == 0", "P", "divide the image's side"),
-    ("check_sets", LETTERS, '{"B", "C", "E"}', "run on C"),
-    ("check_sets", LETTERS, '{"E"}', "run on B"),
-    ("check_sets", LETTERS, '{"A", "B", "E"}', "run on A"),
-    ("check_sets", LETTERS, '{"B", "D", "E"}', "run on D"),
-    ("check_sets", LETTERS, '{"B"}', "run on E"),
-    ("check_sets", LETTERS, '{"b", "E"}', "letters from A to E"),
+    ("check_sets", LETTERS, '{"B", "E"}', "run on C"),
+    ("check_sets", LETTERS, '{"C", "E"}', "run on B"),
+    ("check_sets", LETTERS, '{"A", "B", "C", "E"}', "run on A"),
+    ("check_sets", LETTERS, '{"B", "C", "D", "E"}', "run on D"),
+    ("check_sets", LETTERS, '{"B", "C"}', "run on E"),
+    ("check_sets", LETTERS, '{"b", "C", "E"}', "letters from A to E"),
     ("check_stack", f"torch.cat([{LEFT}", "torch.cat([G.T", "not right yet"),
     ("check_stack", "/ noise", "* noise", "the worst counts most"),
     ("check_stack", "/ noise", "/ noise**2", "by the deviation"),
@@ -49,9 +49,9 @@ MUTANTS = [
     ("check_rounds", CEILING, "1 + tokens // (rank * factors)", "round up"),
     ("check_rounds", CEILING, "1 + -(-tokens // rank)", "every factor A"),
     ("check_rounds", CEILING, "1 + tokens / (rank * factors)", "should be an int"),
-    ("check_rounds", TOKENS, "pictures * (patches + prefix)", "count once"),
-    ("check_rounds", TOKENS, "patches + prefix", "n directions of its own"),
-    ("check_rounds", TOKENS, "pictures * patches", "before the patches are in the span"),
+    ("check_rounds", TOKENS, "tokens = pictures * patches + prefix", "they are public"),
+    ("check_rounds", TOKENS, "tokens = pictures * (patches + prefix)", "public"),
+    ("check_rounds", TOKENS, "tokens = patches", "n directions of its own"),
     ("check_odd_round", "def left(some):", f"{ALL_AT_ONCE}def left(some):", "bends that solution"),
     ("check_odd_round", "return min(", "return 1 + min(", "other five still miss"),
     ("check_odd_round", SOLVED, "left([rounds[t]])", "not that one"),
@@ -70,7 +70,7 @@ TestExercises = exercise_tests(
     chapter10,
     MUTANTS,
     right=[
-        ("check_sets", "return ['E', 'B']"),
+        ("check_sets", "return ['E', 'C', 'B']"),
         ("check_patch_sizes", "return {P for P in range(1, image_size + 1) if image_size % P == 0 and "
          "3 * P * P + (image_size // P) ** 2 + prefix < width}"),
         ("check_present", "V = torch.linalg.svd(gradient.double()).Vh[:pictures]\n"
@@ -85,7 +85,7 @@ def test_the_five_sets_are_decided_by_attacks() -> None:
     model, sets = chapter10.five_sets()
     assert model.width == 120
     assert set(sets) == set("ABCDE")
-    assert chapter10._leaking() == {"B", "E"}
+    assert chapter10._leaking() == {"B", "C", "E"}
 
 
 @pytest.mark.parametrize("returned", ["3.0", "True", "torch.tensor(3)"])
