@@ -95,7 +95,8 @@ def refuse_zero(attack: str) -> NoReturn:
 def refuse_rows(attack: str, n: int, d: int, rounds: int, *, equations: int) -> NoReturn:
     """Say how many rounds of width d would do for n patches."""
     of = f"gradients of width {d}" if rounds == 1 else f"{rounds} rounds of width {d} each"
-    count = "d" if rounds == 1 else "rounds · d"
+    one = "d" if equations == d else "d − 1"
+    count = one if rounds == 1 else f"rounds · {one}" if equations == d else f"rounds · ({one})"
     raise AttackNotApplicable(
         attack,
         f"{n} patches, but {of}: rank(G) = n needs n ≤ {count}. {-(-n // equations)} rounds of one picture would do: "

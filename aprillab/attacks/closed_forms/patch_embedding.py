@@ -318,30 +318,6 @@ def _equations(read: RoundRead, anatomy: Anatomy, device: torch.device | str | N
     return Equations(dW, G, reading.noise, entry)
 
 
-<<<<<<< HEAD
-=======
-def _refuse_zero() -> NoReturn:
-    raise AttackNotApplicable(
-        "embedding_closed_form",
-        "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
-        "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
-    )
-
-
-def _refuse_rows(n: int, d: int, rounds: int, *, equations: int) -> None:
-    of = f"gradients of width {d}" if rounds == 1 else f"{rounds} rounds of width {d} each"
-    one = "d" if equations == d else "d − 1"
-    count = one if rounds == 1 else f"rounds · {one}" if equations == d else f"rounds · ({one})"
-    raise AttackNotApplicable(
-        "embedding_closed_form",
-        f"{n} patches, but {of}: rank(G) = n needs n ≤ {count}. {-(-n // equations)} rounds of one picture would do: "
-        "al.invert(model, [update, …]). strict=False returns what is known, with the rest filled in grey",
-        patches=n,
-        width=d,
-    )
-
-
->>>>>>> mend
 def _prior(anatomy: Anatomy, preprocessing: Preprocessing, equations: Equations) -> tuple[Tensor, float]:
     """Mean (p,) and variance of a patch of which nothing is known: grey, anywhere in [0, 1]."""
     shape = len(equations.G), equations.dW.shape[1]
