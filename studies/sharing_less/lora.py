@@ -172,7 +172,8 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         "lora": markdown(grouped(rows, ("setting", "precision", "rounds"), summary)),
         "lora_eight": at(eight, 5), "lora_four": at(four, 10), "lora_few": at(few, 40),
         "lora_slower": at(slower, 10), "lora_slowest": at(slowest, 10),
-        "lora_large_early": at(narrow, 15), "lora_large_late": at(narrow, 40), "lora_large": best["float32"], "lora_large_64": best["float64"],
+        "lora_large_early": at(narrow, 15), "lora_large_late": at(narrow, 40), "lora_large": best["float32"],
+        "lora_large_64": best["float64"],
         "lora_optimistic": (rows.predicted_psnr - rows.psnr).max(),
     }  # fmt: skip
     return fields, [

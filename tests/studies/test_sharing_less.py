@@ -106,10 +106,10 @@ def test_a_lora_client_is_refused_before_its_rows_suffice_and_inverted_after() -
     pytest.importorskip("peft")
     early, late = lora.measured(lora.Case(next(iter(lora.SMALL)), "float32", "coffee"), (2, 5))
     assert (early.rounds, late.rounds) == (2, 5)
-    assert early.note.startswith("refused: 8 rows")
+    assert early.note.startswith("refused: 9 rows")
     assert late.psnr is not None
     assert late.psnr > 80
-    assert (late.rows, late.tokens, late.exact) == (32, 17, True)
+    assert (late.rows, late.tokens, late.exact) == (33, 17, True)
 
 
 def frames() -> dict[str, pd.DataFrame]:
