@@ -189,7 +189,7 @@ def figure(cells: pd.DataFrame, shown: Sequence[tuple[str, int]] = SHOWN) -> Fig
         Rectangle((0, 0), 1, 1, facecolor=viz.COLOURS[_ONE], edgecolor="0.55", label="closed form, one round"),
         Rectangle((0, 0), 1, 1, facecolor=viz.COLOURS[_MORE], edgecolor="0.55", hatch="//", label="several rounds"),
         Rectangle((0, 0), 1, 1, facecolor=viz.COLOURS[_DOUBLE], edgecolor="0.55", hatch="..",
-                  label="several, seen in float64 alone"),
+                  label="several, sharp in float64 alone"),
         Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="0.55", label="– no closed form; label, features leak"),
     ]  # fmt: skip
     fig.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=17, frameon=False, handlelength=1.6)
