@@ -109,6 +109,7 @@ def stacked(rounds: Sequence[Equations]) -> Stack:
     widths = [r.G.shape[1] for r in rounds]
     n = len(rounds[0].G)
     counts = [_weight(r.G / r.scale, rho) for r, rho in zip(rounds, rho2, strict=True)]
+    counts = [w / max(counts) for w in counts]  # only among themselves: an equation's own noise stays 1
     noisy = list(zip(counts, widths, rho2, strict=True))
     return Stack(
         torch.cat([r.dW * (w**0.5 / r.scale) for r, w in zip(rounds, counts, strict=True)]),
