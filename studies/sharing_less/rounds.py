@@ -200,7 +200,7 @@ def panel_of_rounds(ax: Axes, folder: Path) -> None:
     medians = clean.groupby("rounds").psnr.median()
     ax.plot(medians.index, medians, color=viz.COLOURS["blue"], marker="o", markersize=5, linewidth=2)
     ax.axhline(al.EXACT_TO_8_BITS_DB, color="0.5", linestyle=":", linewidth=1)
-    ax.set(xlabel="rounds", ylabel="PSNR in dB", title=NARROW, xticks=ROUNDS, ylim=(0, 130))
+    ax.set(xlabel="rounds", ylabel="PSNR in dB", title=NARROW, xticks=ROUNDS, ylim=(0, 145))
 
 
 def panel_of_noise(ax: Axes, folder: Path) -> None:
