@@ -292,8 +292,7 @@ def _hidden(model: nn.Module, world: World) -> set[str]:
         if part == "some":
             hidden |= {name for name in trained if float(torch.rand((), generator=generator)) < 0.3}
         elif part == "attention":
-            rows = (anatomy.query, anatomy.key, anatomy.value)[int(torch.randint(3, (), generator=generator))]
-            hidden |= {rows.name} if rows else set()
+            hidden |= {rows.name for rows in (anatomy.query, anatomy.key, anatomy.value) if rows}
         else:
             fields = {
                 "position": ("position",), "head": ("head_weight", "head_bias"), "patch": ("patch_weight",),

@@ -46,7 +46,7 @@ def test_text_has_every_row_with_its_count(run: Run) -> None:
     assert (code, err) == (0, "")
     assert "both embeddings frozen: span attack, one round\n    p + tokens + 1 = 66 ≤ 80 = d" in out
     assert "head only: no closed form" in out
-    assert "LoRA of rank 8 on q, v: span attack, 2 rounds after the first" in out
+    assert "LoRA of rank 8 on q, v: span attack, one round after the first" in out
     assert max(map(len, out.splitlines())) <= 118
 
 
@@ -58,7 +58,7 @@ def test_markdown_and_json_are_the_same_map(run: Run) -> None:
     assert found["facts"]["patches"] == 16
     assert rows["both embeddings frozen"]["attack"] == "span"
     assert rows["head only"]["attack"] is None
-    assert rows["LoRA of rank 2 on q, v"]["rounds"] == 5
+    assert rows["LoRA of rank 2 on q, v"]["rounds"] == 4
     assert all(f"| {name} |" in markdown for name in rows)
 
 
