@@ -24,8 +24,8 @@ from aprillab.defenses import withhold
 from aprillab.sharing.facts import Facts
 
 from .._rows import fill
+from .clients import play
 from .models import BLOCKS, CLASSES, Standard, build, standard_models
-from .stacks import play, stacked_span
 
 RANK, VICTIM, LABEL = 8, "astronaut", 3
 OTHERS = (("coffee", 17), ("chelsea", 42))  # the other clients, where rounds are played
@@ -195,22 +195,14 @@ class Runs:
         names, labels = zip(*OTHERS, strict=True)
         others = to_input(self.pictures(names, dtype, line.size)), torch.tensor(labels)
         rounds = play(model, images, torch.tensor([LABEL]), cell.rounds or 1, others)
-        if cell.attack == "embedding":
-            kept = set(kept)
-            rounds = [replace(r, update=withhold(r.update, set(r.update.gradients) - kept)) for r in rounds]
-            results = [
-                al.embedding_closed_form(model, some, anatomy=anatomy, strict=False) for some in (rounds[:-1], rounds)
-            ]
-            solved = [result.images for result in results]
-            cell = replace(cell, determined=results[1].determined, exact=results[1].exact)
-        else:
-            solved = [stacked_span(model, some, anatomy) for some in (rounds[:-1], rounds)]
-        few, enough = (
-            float(al.psnr(anatomy.preprocessing.to_pixels(images.double())[0], self._private(line.size)))
-            for images in solved
-        )
+        if line is not self.line:  # of other names: the tiny model's position embedding is withheld
+            kept = al.leak_map(model)[cell.shared].tensors
+        rounds = [replace(r, update=withhold(r.update, set(r.update.gradients) - set(kept))) for r in rounds]
+        attack = ATTACKS[cell.attack].function
+        less, result = (attack(model, some, anatomy=anatomy, strict=False) for some in (rounds[:-1], rounds))
+        few, enough = (float(al.psnr(found.pixels[0].double(), self._private(line.size))) for found in (less, result))
         geometry = f"tiny, {line.width} wide" if line is not self.line else ""
-        cell = replace(cell, geometry=geometry, psnr_less=few)
+        cell = replace(cell, geometry=geometry, psnr_less=few, determined=result.determined, exact=result.exact)
         agrees = enough >= _THERE_IN_ROUNDS and enough - few >= _GAIN
         return self._with(cell, dtype, f"{cell.rounds} rounds stacked", enough, start, agrees=agrees, words="")
 

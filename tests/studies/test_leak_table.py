@@ -12,9 +12,9 @@ import torch
 import aprillab as al
 from studies._runner import RESULTS
 from studies.sharing_less import features, leak_page, leak_table
+from studies.sharing_less.clients import play
 from studies.sharing_less.leak_table import LORA, SHARED
 from studies.sharing_less.models import Standard, build, standard_models
-from studies.sharing_less.stacks import play, stacked_span
 
 WITHHELD, FROZEN = "position embedding withheld", "both embeddings frozen"
 
@@ -103,8 +103,6 @@ def test_rounds_are_played_with_other_clients_and_leave_the_model_alone() -> Non
     rounds = play(model, images[:1], torch.tensor([3]), 2, (images[1:], torch.tensor([5])))
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert not torch.equal(*(r.state[anatomy.patch_weight] for r in rounds))
-    for by_rows in (True, False):  # a stack of one round is the span attack
-        assert (stacked_span(model, rounds[:1], anatomy, by_rows=by_rows) - images[:1]).abs().max() < 1e-6
 
 
 def test_the_tiny_stand_in_needs_as_many_rounds() -> None:
