@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,10 @@ from aprillab.commands import cli
 cli._main = lambda argv: print("words") or 0
 sys.exit(cli.main())
 """
+
+
+def mind_interruption() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(*arguments: str, path: Path = ROOT, **options: object) -> subprocess.Popen[str]:
@@ -72,7 +77,8 @@ def test_help_and_wrong_usage_do_without_torch(tmp_path: Path, arguments: list[s
 def test_interruption_while_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text(FAKE_TORCH)
-    process = start("-m", "aprillab", "invert", "coffee", path=tmp_path)
+    # A shell's background job ignores Ctrl-C, and so do its children: these tests may be one.
+    process = start("-m", "aprillab", "invert", "coffee", path=tmp_path, preexec_fn=mind_interruption)
     out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "", "aprillab: error: interrupted\n")
 
