@@ -20,7 +20,8 @@ from .evidence import limit_of
 from .reading import Reading, read_update
 from .result import AttackNotApplicable, Condition
 
-_NAME = "one picture in all rounds"
+#: The condition that rounds are of one picture.
+ONE_PICTURE = "one picture in all rounds"
 _MARKED, _SAME = 64, 3e-8  # entries of each tensor that tell an update from another; by so much
 _WORST = 12  # rounds, of which one is left out in search of those that agree
 _MOVED = 4.0  # times the format's ε, of a tensor's norm: a copy in another precision moves by less
@@ -302,8 +303,7 @@ def agreeing(attack: str, rounds: Sequence[RoundRead], left_by: Callable[[Sequen
     if len(kept) > 1 and left.spare > 0:
         return Agreement(tuple(kept), _shown(rounds, kept, left), _notes(rounds, kept))
     if first.spare <= 0:
-        words = f"not checked: {len(rounds)} rounds leave no equation to spare"
-        return Agreement(tuple(rounds), Condition(_NAME, "not checked", {}, words), _notes(rounds, rounds))
+        return not_checked(rounds, f"not checked: {len(rounds)} rounds leave no equation to spare")
     if all((alone := left_by([r])).spare > 0 and alone.excess([r]) <= 1 for r in rounds):
         raise AttackNotApplicable(
             attack,
@@ -312,7 +312,12 @@ def agreeing(attack: str, rounds: Sequence[RoundRead], left_by: Callable[[Sequen
             residual=max(first.residuals),
         )
     words = f"no picture explains two of these {len(rounds)} rounds: all together leave {max(first.residuals):.1e}"
-    return Agreement(tuple(rounds), Condition(_NAME, "contradicted", {}, words), _notes(rounds, rounds))
+    return Agreement(tuple(rounds), Condition(ONE_PICTURE, "contradicted", {}, words), _notes(rounds, rounds))
+
+
+def not_checked(rounds: Sequence[RoundRead], words: str) -> Agreement:
+    """All rounds, where nothing tells whether they are of one picture."""
+    return Agreement(tuple(rounds), Condition(ONE_PICTURE, "not checked", {}, words), _notes(rounds, rounds))
 
 
 def without_one(rounds: Sequence[RoundRead], left: Left) -> list[list[RoundRead]]:
@@ -338,7 +343,7 @@ def _shown(rounds: Sequence[RoundRead], kept: Sequence[RoundRead], left: Left) -
     if len(precisions) > 1:
         words += f"; they came in different precisions ({', '.join(precisions)}) and count by their noise"
     numbers = {"residual": residual, "spare": float(left.spare), "worst": float(number)}
-    return Condition(_NAME, "shown", numbers, words)
+    return Condition(ONE_PICTURE, "shown", numbers, words)
 
 
 def _precision(round: RoundRead) -> str:

@@ -7,9 +7,10 @@ readers' gradient spans the normed y_i as the first attention's does the z_i:
 
 The a_i depend on all patches, but little on each: they are taken from the picture that the span
 attack found. D₂ shows the weakest token more clearly than the attention's rows do: over its own noise
-five to twelve times as much, at the width of ViT-L/16 and 224, for four photographs and two seeds. What a_i gets wrong goes
-into all patches alike, and there D₂ says less than D. So the picture moves towards what D₂ says for
-as long as D does not mind: until its costs have doubled, as the truth's may have.
+five to twelve times as much, at the width of ViT-L/16 and 224, for four photographs and two seeds.
+What a_i gets wrong goes into all patches alike, and there D₂ says less than D. So the picture moves
+towards what D₂ says for as long as D does not mind: until its costs have doubled, as the truth's
+may have.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...anatomy import Anatomy
-from ..rounds import Agreement, Left, RoundRead, agreeing, without_one
+from ..rounds import Agreement, Left, RoundRead, agreeing, not_checked, without_one
 from .noisy_span import NoisySpan, noisy_span, residuals_by_row
 from .smallest import smallest_combination
 from .span_rounds import Group, SpanRound, grouped
@@ -48,23 +48,30 @@ def agreed_rounds(
     n, p = anatomy.tiling.count, weights[anatomy.patch_weight][0].numel()
     tokens, lost = n + anatomy.position_prefix + extra_prefix(anatomy, weights), directions_lost(anatomy, weights)
     spans: dict[tuple[int, ...], NoisySpan] = {}
+    several = len(rounds) > 1 and len(grouped(rounds, anatomy, tokens, device)) > 1
 
     def left(some: Sequence[RoundRead]) -> Left:
         own = [by_number[read.number] for read in some]
         groups = grouped(own, anatomy, tokens, device)
         found = left_by_spans(own, groups)
-        if len(groups) == 1:
+        if not several:
             return found
         by_rows = any(one.dW is not None for one in own)
         needed = width_needed(n, p, tokens - n, lost, by_rows=by_rows)
         usable = usable_width([group.equations for group in groups], tokens + lost)
+        if len(groups) == 1:  # is it of one picture by itself? A state too narrow for one cannot say
+            return Left(found.residuals, found.gains, min(found.spare, usable - needed + 1))
         misses = _misses(own, groups, spans, n)
         residuals = tuple(map(max, found.residuals, misses))
         return Left(residuals, found.gains, min(found.spare, usable - needed))
 
     read = [one.read for one in rounds]
-    several = len(read) > 1 and len(grouped(rounds, anatomy, tokens, device)) > 1
     limit = _limit_by_the_best(read, left, several) if len(read) > 1 else None
+    if limit is None and several and (most := max(left(read).residuals)) >= _rounding(read, several):
+        # What ill-conditioned systems leave of one picture, others leave of two.
+        return not_checked(
+            read, f"not checked: the rounds' systems together leave {most:.1e}, and no fewer do better"
+        )
     if limit is None:
         return agreeing(NAME, read, left if not several else lambda some: _whatever_they_miss(left(some), some))
 
@@ -119,8 +126,7 @@ def _limit_by_the_best(
     kept, full = list(read), left(read)
     now_left = full
     most = max(full.residuals)
-    rounding = (_OF_STATES if several else _ROUNDING) * max(torch.finfo(one.reading.update.dtype).eps for one in read)
-    if full.spare <= 0 or most < rounding or (full.excess(read) > 1 and not several):
+    if full.spare <= 0 or most < _rounding(read, several) or (full.excess(read) > 1 and not several):
         return None
     for _ in range(min(_LEFT_OUT, len(read) - 1)):
         fewer = without_one(kept, now_left)
@@ -132,6 +138,12 @@ def _limit_by_the_best(
         if (now := max(tried[best].residuals)) < _MUCH_BETTER * most:
             return now / _MUCH_BETTER**0.5
     return None
+
+
+def _rounding(read: Sequence[RoundRead], several: bool) -> float:
+    """What rounding may leave of rounds of one picture."""
+    eps = max(torch.finfo(one.reading.update.dtype).eps for one in read)
+    return (_OF_STATES if several else _ROUNDING) * eps
 
 
 def _whatever_they_miss(left: Left, some: Sequence[RoundRead]) -> Left:

@@ -306,3 +306,18 @@ def test_each_state_adds_what_its_tokens_leave() -> None:
     assert usable_width([equations], 10) == 30
     assert usable_width([equations] * 3, 10) == 70
     assert usable_width([equations] * 3, 40) == 30
+
+
+def test_two_states_too_narrow_for_one_picture_each_are_not_said_to_be_of_two() -> None:
+    """Ill-conditioned together: nothing tells but the replays, and these do."""
+    model = make("prenorm", image_size=32, patch_size=4, width=96, heads=2, dtype=torch.float64)
+    pixels = private(model)
+    rounds = rounds_of(model, pixels, 2)
+    hidden = ["position_embedding"]
+    rounds = [al.Round(one.state, one.update.without(hidden)) for one in rounds]
+    result = al.span_closed_form(model, rounds)
+    assert db(result, pixels) > 60
+    states = {condition.name: condition.state for condition in result.conditions}
+    assert states["one picture in all rounds"] == "shown"
+    rounded = [al.Round(one.state, one.update.to(dtype=torch.float32)) for one in rounds]
+    assert not al.span_closed_form(model, rounded).exact  # and it is not refused
