@@ -320,4 +320,5 @@ def test_two_states_too_narrow_for_one_picture_each_are_not_said_to_be_of_two() 
     states = {condition.name: condition.state for condition in result.conditions}
     assert states["one picture in all rounds"] == "shown"
     rounded = [al.Round(one.state, one.update.to(dtype=torch.float32)) for one in rounds]
-    assert not al.span_closed_form(model, rounded).exact  # and it is not refused
+    found = al.span_closed_form(model, rounded)  # not refused
+    assert found.exact <= (db(found, pixels) > 40)
