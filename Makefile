@@ -9,13 +9,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lab notebooks studies wheel clean
+.PHONY: help demo test lint federation lab notebooks studies wheel clean
 
 help:  ## list the commands
 	@echo 'aprillab: how shared gradients give away the images of a Vision Transformer'\''s users'
 	@echo
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name what; do \
-	    printf '  make %-10s %s\n' "$$name" "$$what"; done
+	    printf '  make %-11s %s\n' "$$name" "$$what"; done
 	@echo
 	@echo 'The first of them creates $(VENV) with $(PYTHON); for another Python: make demo PYTHON=python3.12'
 
@@ -31,6 +31,9 @@ lint: $(VENV)/.installed-test  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy aprillab
+
+federation: $(VENV)/.installed-federation  ## run a real federation with a server that looks; writes runs/federation
+	$(BIN)/aprillab federation --out runs/federation
 
 lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -66,6 +69,6 @@ $(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-lab $(VENV)/.installed-studies $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
+$(VENV)/.installed-lab $(VENV)/.installed-studies $(VENV)/.installed-federation $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e ".[$*]"
 	@touch $@
