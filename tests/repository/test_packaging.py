@@ -75,7 +75,7 @@ def test_no_package_is_bounded_twice() -> None:
 def test_bounds_are_lower_bounds() -> None:
     for requirement in requirements("test").values():
         operators = {specifier.operator for specifier in requirement.specifier}
-        allowed = {">=", "<"} if requirement.name == "ipywidgets" else {">="}
+        allowed = {">=", "<"} if requirement.name in ("ipywidgets", "flwr") else {">="}
         assert ">=" in operators <= allowed, f"{requirement}: a bound other than {allowed}"
 
 
@@ -105,19 +105,18 @@ def imported(folder: str) -> Iterator[tuple[Path, int, bool, str]]:
 
 
 def test_the_package_imports_only_what_it_declares() -> None:
-    base, course = set(requirements()), set(requirements("course"))
+    base, course, federation = set(requirements()), set(requirements("course")), set(requirements("federation"))
     for path, line, top, distribution in imported("aprillab"):
-        # Widgets are the one part that needs the course's packages as soon as it is imported.
+        # Widgets need the course's packages as soon as they are imported, files of the federation may need Flower.
         eager = top and path.name != "widgets.py"
-        assert distribution in (base if eager else course), (
-            f"{path}:{line} imports {distribution}, which {'the base install' if eager else 'the course extra'} does "
-            "not bring"
-        )
+        brought = (base if eager else course) | (federation if path.parts[1] == "federation" else set())
+        assert distribution in brought, f"{path}:{line} imports {distribution}, which no extra for it brings"
 
 
 def test_the_studies_import_only_what_their_extra_brings() -> None:
     declared = set(requirements("studies"))
-    other = {"breaching", "omegaconf"}  # in an environment of their own (studies/README.md)
+    # In an environment of their own (studies/README.md), or asked for by name.
+    other = {"breaching", "omegaconf", "flwr"}
     for path, line, top, distribution in imported("studies"):
         assert distribution in (declared if top else declared | other), f"{path}:{line} imports {distribution}"
 
