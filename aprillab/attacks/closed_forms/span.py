@@ -36,7 +36,6 @@ from ..rounds import RoundRead, read_rounds
 from ..verify import verified
 from .inputs import pixel_variance
 from .linear_algebra import numerical_rank
-from .noisy_span import noisy_span
 from .probe import adapters_as_read, tokens_as_read
 from .second_norm import second_look
 from .smallest import smallest_combination
@@ -45,6 +44,7 @@ from .span_rounds import (
     NEEDS,
     check_model,
     grouped,
+    pixel_span,
     refuse_one_place,
     refuse_rows,
     rows_of,
@@ -258,21 +258,21 @@ def solve_rounds(
     groups = seen_as_a_whole(grouped(rounds, anatomy, tokens, device))
     equations, e = [group.equations for group in groups], groups[0].equations.e
     refuse_one_place(e)
-    dW = [one.dW.to(e) for one in rounds if one.dW is not None]
+    by_rows = any(one.dW is not None for one in rounds)
     # Is the model wide enough for one solution? (7.6)
     norms = directions_lost(anatomy, weights)
-    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size, by_rows=bool(dW))
+    needed = width_needed(n, p, tokens - batch_size * n, norms, batch_size=batch_size, by_rows=by_rows)
     usable = usable_width(equations, tokens + norms)
     if strict:
         if needed > usable:
-            unknowns = f"min(p, n) = {min(p, batch_size * n)}" if dW else f"p = {p}"
+            unknowns = f"min(p, n) = {min(p, batch_size * n)}" if by_rows else f"p = {p}"
             refuse_width(needed, usable, tokens, unknowns, norms, len(groups))
         refuse_rows(groups, anatomy, remark or empty)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
     sides = [group.span() for group in groups]
     noise = max(group.noise_seen(side) for group, side in zip(groups, sides, strict=True))
-    pixel_side = noisy_span(torch.cat(dW), batch_size * n, min(group.noise for group in groups)) if dW else None
+    pixel_side = pixel_span(rounds, groups, batch_size * n)
     solution, variance, ratio = smallest_combination(list(zip(equations, sides, strict=True)), pixel_side)
     return SpanSolution(
         patches=solution.patches,

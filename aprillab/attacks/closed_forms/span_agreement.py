@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...anatomy import Anatomy
 from ..rounds import Agreement, Left, RoundRead, agreeing, not_checked, without_one
-from .noisy_span import NoisySpan, noisy_span, residuals_by_row
+from .noisy_span import NoisySpan, residuals_by_row
 from .smallest import smallest_combination
-from .span_rounds import Group, SpanRound, grouped
+from .span_rounds import Group, SpanRound, grouped, pixel_span
 from .span_width import NAME, directions_lost, extra_prefix, usable_width, width_needed
 
 # Times the format's ε. Measured at 32×32, d = 80 to 384, float32: outside one span rounds of one picture leave up to
@@ -108,9 +108,7 @@ def _misses(
         key = tuple(one.read.number for one in group.rounds)
         spans[key] = spans.get(key) or group.span()
     sides = [(group.equations, spans[tuple(one.read.number for one in group.rounds)]) for group in groups]
-    dW = [one.dW for one in rounds if one.dW is not None]
-    pixel_side = noisy_span(torch.cat(dW), patches, min(group.noise for group in groups)) if dW else None
-    X = smallest_combination(sides, pixel_side)[0].patches
+    X = smallest_combination(sides, pixel_span(rounds, groups, patches))[0].patches
     found: dict[int, float] = {}
     for group, (equations, span) in zip(groups, sides, strict=True):
         tokens = equations.A @ X + equations.e

@@ -217,12 +217,28 @@ class Group:
         """
         if len(self.equations.D) <= self.tokens:
             return self.noise
-        eps = max(torch.finfo(one.read.reading.update.dtype).eps for one in self.rounds)
-        return min(self.noise, max(eps, span.excess / max(self.gain, 1.0)))
+        return min(self.noise, max(self.eps, span.excess / max(self.gain, 1.0)))
+
+    @property
+    def eps(self) -> float:
+        """Of the coarsest format among the updates'."""
+        return max(torch.finfo(one.read.reading.update.dtype).eps for one in self.rounds)
 
     def span(self) -> NoisySpan:
-        """Its noisy span."""
-        return noisy_span(self.equations.D, self.tokens, self.noise, self.coarser)
+        """Its noisy span. Rows beyond the tokens' number show their noise, which sums may exaggerate."""
+        shown = len(self.equations.D) > self.tokens
+        return noisy_span(self.equations.D, self.tokens, self.eps if shown else self.noise, self.coarser)
+
+
+def pixel_span(rounds: Sequence[SpanRound], groups: Sequence[Group], patches: int) -> NoisySpan | None:
+    """The noisy span of ∂l/∂W_e, rows of all rounds; None where it is not shared."""
+    shared = [one.dW for one in rounds if one.dW is not None]
+    if not shared:
+        return None
+    dW = torch.cat(shared).to(groups[0].equations.e)
+    # As with tokens: rows beyond the patches' number show their own noise.
+    shown = len(dW) > patches
+    return noisy_span(dW, patches, max(g.eps for g in groups) if shown else min(g.noise for g in groups))
 
 
 def seen_as_a_whole(groups: Sequence[Group]) -> list[Group]:
