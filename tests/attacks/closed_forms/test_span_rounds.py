@@ -14,8 +14,10 @@ from vit_families import of_torchvision, picture
 import aprillab as al
 from aprillab.attacks.closed_forms.noisy_span import noisy_span
 from aprillab.attacks.closed_forms.probe import adapters_as_read
+from aprillab.attacks.closed_forms.span import solve_rounds
 from aprillab.attacks.closed_forms.span_width import usable_width
 from aprillab.attacks.closed_forms.token_equations import token_equations
+from aprillab.attacks.rounds import read_rounds
 
 QUERY, VALUE = (f"base_model.model.blocks.0.attention.{part}.lora_A.default.weight" for part in ("query", "value"))
 
@@ -322,3 +324,14 @@ def test_two_states_too_narrow_for_one_picture_each_are_not_said_to_be_of_two() 
     rounded = [al.Round(one.state, one.update.to(dtype=torch.float32)) for one in rounds]
     found = al.span_closed_form(model, rounded)  # not refused
     assert found.exact <= (db(found, pixels) > 40)
+
+
+def test_rows_that_show_their_own_noise_need_no_sums() -> None:
+    """The head's sums exaggerate the noise where the loss is nearly zero: the rows know better."""
+    model = make("prenorm", image_size=32, patch_size=4, width=96, heads=2, dtype=torch.float64)
+    pixels, anatomy = private(model), al.dissect(model)
+    rounds = [al.Round(one.state, one.update.without(["position_embedding"])) for one in rounds_of(model, pixels, 2)]
+    read = read_rounds(model, rounds, anatomy)
+    noisy = [dataclasses.replace(one, reading=dataclasses.replace(one.reading, noise=0.1)) for one in read]
+    found = [solve_rounds(model, some, anatomy=anatomy).patches for some in (read, noisy)]
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-4
