@@ -32,6 +32,7 @@ from ..audit.page import (
 from ..audit.report import write_audit
 from ..audit.run import audit
 from ..audit.words import TRUST_WORDS
+from ..federation import read_recording
 from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
 from ..update import ClientUpdate, Round, UpdateError, load_state, load_update
 from .arguments.names import LEAKS
@@ -39,6 +40,7 @@ from .arguments.types import Normalization
 from .files import writable_folder
 from .losses import loss_function
 from .messages import RESPONSIBLE_USE, CommandError, note, patience
+from .recorded import audit_replies, training_of, write_summary
 from .user_model import built_model, described, here_importable
 
 _UNSHARED, _UNNAMED = "the head's gradient is not shared", "the head is not named"
@@ -58,6 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         level or a worse one was found, else 0.
     """
     folder = writable_folder(arguments.out)
+    if arguments.recording is not None:
+        return _run_recording(arguments, folder)
+    if stray := [name for name in ("client", "round", "training") if getattr(arguments, name)]:
+        raise CommandError(f"--{stray[0]} is of a recording: with --update, leave it out")
     rounds = _rounds(arguments)
     with here_importable():
         model = built_model(arguments.model)
@@ -84,6 +90,41 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         _print_audit(found, folder, replaced)
     return code
+
+
+def _run_recording(arguments: argparse.Namespace, out: Path) -> int:
+    """Audit every client of a recording in every round, a line each."""
+    if stray := [name for name in ("state", "withheld") if getattr(arguments, name)]:
+        raise CommandError(f"--{stray[0]} is of an --update: a recording has it")
+    recording = read_recording(arguments.recording, how=training_of(dict(arguments.training)))
+    for words in (
+        *recording.remarks,
+        *(f"{f.client or 'recording'}, round {f.round}: {f.words}" for f in recording.faults),
+    ):
+        note(words)
+    with here_importable():
+        model = built_model(arguments.model)
+        anatomy = described(model, arguments)
+        preprocessing = _preprocessing(arguments.preprocessing, anatomy)
+        options = {
+            "anatomy": anatomy, "preprocessing": preprocessing, "loss": _loss(arguments, model, anatomy),
+            "verify": arguments.verify, "strict": arguments.strict,
+        }  # fmt: skip
+        _say_what(arguments, model, anatomy, preprocessing)
+        source = Source(command=shlex.join(arguments.words), model=arguments.model, loss=str(arguments.loss or ""))
+        audited = []
+        for one in audit_replies(
+            recording, model, out, clients=arguments.client, rounds=arguments.round, options=options, source=source
+        ):
+            audited.append(one)
+            _print_shortened(f"{one.client}, {one.words}: {one.found.leak}. {one.found.verdict}", 0)
+    if not audited:
+        raise CommandError(f"{arguments.recording}: no reply can be audited")
+    write_summary(audited, recording, out)
+    worst = min((one.found for one in audited), key=lambda found: LEAKS.index(found.leak))
+    if not arguments.quiet:
+        print(f"\nwrote {out / 'summary.json'}, and a report for each line above\n\n{RESPONSIBLE_USE}")
+    return _exit_code(worst, arguments.fail_on)
 
 
 # --- What is audited ----------------------------------------------------------------------------------------------

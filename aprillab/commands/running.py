@@ -13,9 +13,16 @@ from ..anatomy import UnknownModelError
 from ..attacks.result import AttackNotApplicable
 from ..comparison.cases import CompareError
 from ..data import PictureError, PictureWarning
+from ..federation.flower import FlowerMissing
+from ..federation.processes import FederationError
 from ..update import UpdateError
 from ..zoo import ModelError
 from .messages import CommandError, fail, note
+
+_FOR_PEOPLE = (
+    CommandError, CompareError, UpdateError, PictureError, ModelError, UnknownModelError, FlowerMissing,
+    FederationError,
+)  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
             return import_module(f".{arguments.command}", __package__).run(arguments)
     except AttackNotApplicable as refusal:
         return fail(refusal.reason, 1)
-    except (CommandError, CompareError, UpdateError, PictureError, ModelError, UnknownModelError) as error:
+    except _FOR_PEOPLE as error:
         return fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "alloc" in str(error):

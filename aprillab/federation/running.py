@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ def run_course(
     model: Mapping[str, int] | None = None,
     timeout: float = 300.0,
     in_process: bool = False,
+    log: str | Path | None = None,
 ) -> Recording:
     """Run the course's ServerApp and ClientApp, and read what the server kept.
 
     Parameters
     ----------
     folder : str or Path
-        Of the recording; ``federation.log`` is written beside it, in the same folder.
+        Of the recording.
     nodes : sequence of mappings
         For each client its ``name``, the ``victims`` it holds (names between commas), and where it
         trains otherwise than told (``local-steps``, …).
@@ -44,7 +47,9 @@ def run_course(
     timeout : float
         Seconds for the whole; of processes alone.
     in_process : bool
-        Without processes and network; no log is written.
+        Without processes and network.
+    log : str or Path, optional
+        What all of them print; default is ``federation.log`` in the folder.
 
     Raises
     ------
@@ -61,12 +66,29 @@ def run_course(
         from . import client, server
         from .nearby import run_nearby
 
-        run_nearby(server.app, client.app, nodes, config)
+        with _logged_to(Path(log or folder / LOG)):
+            run_nearby(server.app, client.app, nodes, config)
     else:
         with tempfile.TemporaryDirectory(prefix="aprillab-app-") as app:
             write_app(Path(app), config)
-            run_federation(app, nodes, log=folder / LOG, timeout=timeout)
+            run_federation(app, nodes, log=log or folder / LOG, timeout=timeout)
     return read_recording(folder)
+
+
+@contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Flower's lines go to this file, and not to the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger("flwr")
+    before = logger.handlers[:]
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"{'server':<10} | %(levelname)s :      %(message)s"))
+    logger.handlers[:] = [handler]
+    try:
+        yield
+    finally:
+        logger.handlers[:] = before
+        handler.close()
 
 
 def write_app(app: Path, config: Mapping[str, Any]) -> None:

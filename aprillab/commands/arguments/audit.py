@@ -8,7 +8,7 @@ from typing import Any
 from ..losses import LOSSES
 from ..messages import AUDIT_EXIT_CODES
 from .names import LEAKS
-from .types import add_judging, normalization, part
+from .types import add_judging, normalization, part, setting, whole
 
 _UPDATE = """update: any safetensors file whose tensors are gradients, or a multiple of them, each under its
   parameter's name in model.named_parameters(), with or without a wrapper's "module."; float16, bfloat16, float32
@@ -37,7 +37,8 @@ def add_arguments(commands: Any) -> None:
     _add_rounds(command)
     command.add_argument(
         "--out", required=True, metavar="DIR",
-        help="folder for report.md, report.json, overview.png and a picture an attack; made if need be",
+        help="folder for report.md, report.json, overview.png and a picture an attack; of a recording, a folder for "
+        "each client and round, and summary.json; made if need be",
     )  # fmt: skip
     command.add_argument(
         "--withheld", default=[], type=lambda text: text.split(","), metavar="NAME,…",
@@ -63,9 +64,26 @@ def add_arguments(commands: Any) -> None:
 
 
 def _add_rounds(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--update", required=True, nargs="+", metavar="FILE",
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--update", default=[], nargs="+", metavar="FILE",
         help="the client's update, safetensors; of several rounds several files, read together; see below",
+    )  # fmt: skip
+    what.add_argument(
+        "--recording", metavar="DIR",
+        help="what aprillab.federation.CuriousServer kept of a Flower app: every client in every round",
+    )  # fmt: skip
+    command.add_argument(
+        "--client", default=[], action="append", metavar="NAME", help="of a recording: this client alone (repeat)"
+    )
+    command.add_argument(
+        "--round", default=[], action="append", type=whole(1), metavar="N",
+        help="of a recording: this round alone (repeat)",
+    )  # fmt: skip
+    command.add_argument(
+        "--training", default=[], action="append", type=setting, metavar="KEY=VALUE",
+        help="of a recording: how its clients train, if the server did not send it, as in learning-rate=0.01, "
+        "local-steps=5, optimizer=adamw, momentum=0.9, weight-decay=0.01 (repeat)",
     )  # fmt: skip
     command.add_argument(
         "--state", default=[], nargs="+", metavar="FILE",

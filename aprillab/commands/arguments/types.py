@@ -153,6 +153,23 @@ def part(text: str) -> tuple[str, Any]:
     return name, tuple(value.split(",")) if name == "prefix" else value
 
 
+def setting(text: str) -> tuple[str, bool | int | float | str]:
+    """A key and its value: a number where it looks like one, true or false, or else a text.
+
+    >>> setting("local-steps=5"), setting("learning-rate=1e-3"), setting("optimizer=adamw")
+    (('local-steps', 5), ('learning-rate', 0.001), ('optimizer', 'adamw'))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, {"true": True, "false": False}.get(value.lower(), value)
+
+
 def add_judging(command: argparse.ArgumentParser, *, strict: bool) -> None:
     """Options on what is asked of a picture before it is shown, for ``invert`` and ``audit``."""
     shown = "--strict" if strict else "--no-strict"
