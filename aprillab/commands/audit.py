@@ -96,7 +96,7 @@ def _run_recording(arguments: argparse.Namespace, out: Path) -> int:
     """Audit every client of a recording in every round, a line each."""
     if stray := [name for name in ("state", "withheld") if getattr(arguments, name)]:
         raise CommandError(f"--{stray[0]} is of an --update: a recording has it")
-    recording = read_recording(arguments.recording, how=training_of(dict(arguments.training)))
+    recording = read_recording(arguments.recording, how=training_of(arguments.training))
     for words in (
         *recording.remarks,
         *(f"{f.client or 'recording'}, round {f.round}: {f.words}" for f in recording.faults),

@@ -119,7 +119,8 @@ def _federated(arguments: argparse.Namespace, out: Path) -> Recording:
         with patience("the federation runs"):
             recording = run_course(
                 folder, nodes, rounds=arguments.rounds, how=how, model=_model(arguments),
-                timeout=arguments.timeout, in_process=in_process, log=out / LOG,
+                timeout=arguments.timeout, round_timeout=arguments.round_timeout, in_process=in_process,
+                log=out / LOG,
             )  # fmt: skip
     except BaseException:
         if (folder / INDEX).exists():

@@ -16,6 +16,7 @@ from ..audit.page import Source
 from ..audit.report import json_safe, write_audit
 from ..audit.run import audit
 from ..federation import LocalTraining, Recording, Reply
+from ..federation.local import KEYS
 from ..update import Round, UpdateError, state_of_round
 from .messages import CommandError, note
 
@@ -147,23 +148,22 @@ def folders_of(clients: Collection[str]) -> dict[str, str]:
     return found
 
 
-def training_of(pairs: Mapping[str, Any]) -> LocalTraining | None:
-    """What ``--training`` says; None where it was not given.
+def training_of(pairs: Collection[tuple[str, Any]]) -> dict[str, Any]:
+    """What ``--training`` says.
 
     Raises
     ------
     CommandError
         If a key is not known, or a value makes no sense.
     """
-    if not pairs:
-        return None
-    known = LocalTraining(betas=(0.9, 0.999), batch_size=1, eps=1.0, clip_norm=1.0, autocast="float16").to_config()
-    if unknown := [key for key in pairs if key not in known and key != "lr"]:
-        raise CommandError(f"--training {unknown[0]}: no such key; there are {', '.join(known)}")
+    found = dict(pairs)
+    if unknown := [key for key in found if key not in (*KEYS.values(), "lr", "beta1", "beta2")]:
+        raise CommandError(f"--training {unknown[0]}: no such key; there are {', '.join(KEYS.values())}")
     try:
-        return LocalTraining.from_config({"learning-rate": 1.0, **pairs} if "lr" not in pairs else pairs)
+        LocalTraining.from_config(found)
     except UpdateError as error:
         raise CommandError(f"--training: {error}") from error
+    return found
 
 
 def write_summary(audited: Collection[Audited], recording: Recording, out: Path) -> None:

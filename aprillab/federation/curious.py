@@ -50,10 +50,10 @@ class CuriousServer(Strategy):
     folder : str or Path
         Of the recording; made if need be, and gone on with if there is one of the same model. A
         relative one is in the folder of the process that runs the ServerApp.
-    how : LocalTraining, optional
-        How the clients train, where neither the configuration that is sent (``learning-rate`` or
-        ``lr``, ``local-steps``, ``momentum``, …: :meth:`LocalTraining.from_config`) nor the client's
-        reply says it.
+    how : LocalTraining or mapping, optional
+        How the clients train. Otherwise it is read from the configuration that is sent
+        (``learning-rate`` or ``lr``, ``local-steps``, ``momentum``, …:
+        :meth:`LocalTraining.from_config`) and from the clients' replies; a mapping completes that.
     on_update : callable, optional
         (Reply, Round) of each reply that can be used, once the round is on disk and before the
         strategy aggregates it.
@@ -69,7 +69,7 @@ class CuriousServer(Strategy):
         strategy: Strategy,
         folder: str | Path,
         *,
-        how: LocalTraining | None = None,
+        how: LocalTraining | Mapping[str, Any] | None = None,
         on_update: Callable[[Reply, Round], None] | None = None,
     ) -> None:
         if not all(callable(getattr(strategy, name, None)) for name in _WATCHED):

@@ -8,7 +8,7 @@ itself becomes a :class:`Fault` while the rest stays readable.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,15 @@ class Recording:
         Those that can be used, round by round.
     faults : tuple of Fault
         Everything else: clients that failed, sent nothing or nonsense, files that are cut off.
-    how : LocalTraining, optional
-        How the clients trained, in the place of what the configuration says.
+    how : LocalTraining or mapping, optional
+        How the clients trained, in the place of what was sent; a mapping, by the configuration's keys,
+        completes and corrects that.
     """
 
     folder: Path
     replies: tuple[Reply, ...]
     faults: tuple[Fault, ...] = ()
-    how: LocalTraining | None = None
+    how: LocalTraining | Mapping[str, Any] | None = None
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -56,15 +57,32 @@ class Recording:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What is not known of the clients' training, and what that means."""
-        lost = [name for name in self.clients if any(not self._rate_known(r) for r in self.replies_of(name))]
-        if not lost:
-            return ()
-        return (
-            f"no learning rate was sent to {', '.join(lost)}: taken for 1 and one local step, which leaves the "
-            "update right up to one factor. The closed forms do not mind, nor does a replay of one step; several "
-            "steps cannot be replayed, nor another optimizer or weight decay undone: say them, as "
-            "how=LocalTraining(learning_rate=0.1, steps=5), on the command line --training learning-rate=0.1",
-        )
+        found = []
+        if lost := self._untold(_RATES):
+            found.append(
+                f"no learning rate was sent to {lost}: taken for 1, which leaves the update right up to one factor. "
+                "The closed forms do not mind, nor does a replay of one step"
+            )
+        if lost := self._untold(("local-steps",)):
+            found.append(
+                f"how many local steps {lost} took was not sent: taken for one. After several a picture may be "
+                "right though a replay of one step misses, and is not called exact then"
+            )
+        if found:
+            found.append(
+                "what you know of it besides: how={'learning-rate': 0.1, 'local-steps': 5, 'momentum': 0.9}; on the "
+                "command line --training learning-rate=0.1 --training local-steps=5 --training momentum=0.9"
+            )
+        return tuple(found)
+
+    def _untold(self, keys: Collection[str]) -> str:
+        """The clients of whose training none of these is known, for people."""
+        if self.how is not None:
+            return ""
+        told = {
+            name: all(any(key in _told(r) for key in keys) for r in self.replies_of(name)) for name in self.clients
+        }
+        return ", ".join(name for name, known in told.items() if not known)
 
     def replies_of(self, client: str) -> tuple[Reply, ...]:
         """The replies of one client, in order.
@@ -91,12 +109,9 @@ class Recording:
         UpdateError
             If a number makes no sense.
         """
-        if self.how is not None:
+        if isinstance(self.how, LocalTraining):
             return self.how
-        return LocalTraining.from_config({"learning-rate": 1.0, **_told(reply)})
-
-    def _rate_known(self, reply: Reply) -> bool:
-        return self.how is not None or any(key in _told(reply) for key in _RATES)
+        return LocalTraining.from_config({"learning-rate": 1.0, **_told(reply), **_named(self.how or {})})
 
     def state_of(self, reply: Reply) -> dict[str, Any]:
         """The state that was sent to this client in this round."""
@@ -139,10 +154,14 @@ class Recording:
 
 def _told(reply: Reply) -> dict[str, Any]:
     """The client's configuration; what the client itself says of a thing counts."""
-    told = dict(reply.config)
-    if any(key in reply.said for key in _RATES):
-        told = {key: value for key, value in told.items() if key not in _RATES}
-    return told | {key: value for key, value in reply.said.items() if key != "name"}
+    return _named(reply.config) | _named(reply.said)
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the learning rate under one name."""
+    rate = [config[key] for key in _RATES if key in config][:1]
+    named = {key: value for key, value in config.items() if key not in _RATES}
+    return named | dict(zip(_RATES, rate, strict=False))
 
 
 def example_recording() -> Recording:
@@ -159,7 +178,7 @@ def example_recording() -> Recording:
     return read_recording(Path(str(data_folder("federation", INDEX))))
 
 
-def read_recording(folder: str | Path, *, how: LocalTraining | None = None) -> Recording:
+def read_recording(folder: str | Path, *, how: LocalTraining | Mapping[str, Any] | None = None) -> Recording:
     """Read what a curious server kept. The states stay on disk until a round is asked for.
 
     An index that is cut off is made again from what each file says of itself, as far as that goes.
@@ -167,9 +186,9 @@ def read_recording(folder: str | Path, *, how: LocalTraining | None = None) -> R
     Parameters
     ----------
     folder : str or Path
-    how : LocalTraining, optional
-        How the clients trained, where the configuration does not say it, or not rightly. Nothing is
-        read from the configuration then.
+    how : LocalTraining or mapping, optional
+        How the clients trained: a LocalTraining in the place of what was sent, or a mapping that
+        completes and corrects it, such as ``{"local-steps": 5, "momentum": 0.9}``.
 
     Raises
     ------

@@ -16,7 +16,6 @@ from .processes import as_toml, run_federation
 from .recording import Recording, read_recording
 
 LOG = "federation.log"
-_ROUND = 120.0  # seconds after which a round ends without those that are still silent
 
 
 def run_course(
@@ -27,6 +26,7 @@ def run_course(
     how: LocalTraining | None = None,
     model: Mapping[str, int] | None = None,
     timeout: float = 300.0,
+    round_timeout: float = 60.0,
     in_process: bool = False,
     log: str | Path | None = None,
 ) -> Recording:
@@ -46,6 +46,8 @@ def run_course(
         As :data:`~aprillab.federation.course.MODEL`.
     timeout : float
         Seconds for the whole; of processes alone.
+    round_timeout : float
+        Seconds after which a round ends without those that are still silent.
     in_process : bool
         Without processes and network.
     log : str or Path, optional
@@ -59,7 +61,7 @@ def run_course(
     folder = Path(folder).absolute()
     config = {
         **MODEL, **(model or {}), **(how or LocalTraining()).to_config(), "clients": len(nodes), "rounds": rounds,
-        "round-timeout": min(_ROUND, timeout), "recording": str(folder),
+        "round-timeout": round_timeout, "recording": str(folder),
     }  # fmt: skip
     need_flower()
     if in_process:

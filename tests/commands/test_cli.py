@@ -45,7 +45,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["invert", "coffee", "--image-size", "0"], "'0' is neither a whole number from 1 up nor"),
         (["invert", "coffee", "--seed", "-1"], "--seed"),
         (["invert", "coffee", "--seed", "many"], "'many' is no whole number from 0 up"),
-        (["audit", "--model", "m:f"], "--update"),
+        (["audit", "--model", "m:f", "--out", "o"], "--update"),
         (["audit", "--model", "m:f", "--update", "u", "--out", "o", "--preprocessing", "loud"], "imagenet"),
         (["audit", "--model", "m:f", "--update", "u", "--out", "o", "--preprocessing", "0.5,-1"], "positive"),
         (["audit", "--model", "m:f", "--update", "u", "--out", "o", "--part", "position"], "PART=TENSOR"),

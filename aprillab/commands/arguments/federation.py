@@ -9,8 +9,8 @@ from ..messages import EXIT_CODES
 from .types import positive, whole
 
 _WHAT = """what is done: a SuperLink and a SuperNode for each client are started on the loopback address, on free
-  ports; flwr run starts the course's ServerApp, FedAvg with a server that looks at what it is sent; each client trains on
-  its own public photographs; then everything that was started is ended, and the server attacks what it kept.
+  ports; flwr run starts the course's ServerApp, FedAvg with a server that looks at what it is sent; each client
+  trains on its own public photographs; then all that was started is ended, and the server attacks what it kept.
   Needs Flower: pip install "aprillab[federation]", in an environment of its own. Linux and macOS; elsewhere, and
   with --in-process, strategy and clients are the same, in one process and without a network.
 what is written: federation.log, what each process printed; recording/, what the server kept; federation.png,
@@ -35,6 +35,10 @@ def add_arguments(commands: Any) -> None:
     command.add_argument(
         "--timeout", default=300.0, type=positive, metavar="S", help="seconds for the federation (%(default)s)"
     )
+    command.add_argument(
+        "--round-timeout", default=60.0, type=positive, metavar="S",
+        help="seconds after which a round ends without the clients that are still silent (%(default)s)",
+    )  # fmt: skip
     command.add_argument("--in-process", action="store_true", help="without processes and network")
     _add_training(command)
     _add_model(command)
