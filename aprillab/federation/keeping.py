@@ -142,6 +142,7 @@ class Recorder:
         index = {"format": FORMAT, "aprillab": __version__, "replies": self._replies, "faults": self._faults}
         part = self.folder / f"{INDEX}.part"
         part.write_text(json.dumps(index, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.chmod(0o600)  # as safetensors writes: this is of private pictures
         os.replace(part, self.folder / INDEX)
 
 
