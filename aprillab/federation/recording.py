@@ -77,7 +77,7 @@ class Recording:
 
     def _untold(self, keys: Collection[str]) -> str:
         """The clients of whose training none of these is known, for people."""
-        if self.how is not None:
+        if isinstance(self.how, LocalTraining) or set(keys) & _named(self.how or {}).keys():
             return ""
         told = {
             name: all(any(key in _told(r) for key in keys) for r in self.replies_of(name)) for name in self.clients

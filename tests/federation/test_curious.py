@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("flwr")
 
-from federated import TOLD, client_app, curious, federate, model, private, trained, two
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import (
@@ -23,6 +22,7 @@ from flwr.serverapp.strategy import (
     FedMedian,
     FedProx,
 )
+from small_federation import TOLD, client_app, curious, federate, model, private, trained, two
 
 import aprillab as al
 from aprillab.federation import LocalTraining, NearbyGrid, Reply, read_recording

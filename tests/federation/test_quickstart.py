@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 from collections.abc import Iterator
@@ -73,15 +74,13 @@ def test_three_lines_are_three_lines() -> None:
 
 
 def test_the_app_runs_as_before_and_is_audited(app: Path, run: Run, monkeypatch: Any) -> None:  # noqa: F811
-    import random
-
+    monkeypatch.chdir(app)
     random.seed(0)
     before = run_app()
     patched(app)
     random.seed(0)
     after = run_app()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    monkeypatch.chdir(app)
     model = ["--model", "quickstart.task:net", "--preprocessing", "half"]
     code, out, err = run("audit", "--recording", "recording", *model, "--out", "report", "--round", "1")
     assert code == 0, err
@@ -100,9 +99,6 @@ def test_the_app_runs_as_before_and_is_audited(app: Path, run: Run, monkeypatch:
 def test_the_app_by_processes_gives_the_updates_that_it_gives_in_one(app: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     patched(app)
-    for path in ("pyproject.toml",):  # what is installed here already need not be said
-        text = (app / path).read_text(encoding="utf-8").replace('    "aprillab[federation]",\n', "")
-        (app / path).write_text(text, encoding="utf-8")
     short = {"num-server-rounds": 1, "fraction-evaluate": 0.0}
     seconds = run_federation(app, NODES, log=app / "federation.log", run_config=short, timeout=150)
     real = read_recording(app / "recording")
