@@ -104,6 +104,10 @@ def imported(folder: str) -> Iterator[tuple[Path, int, bool, str]]:
                     yield path.relative_to(ROOT), node.lineno, node in tree.body, DISTRIBUTION_OF.get(module, module)
 
 
+#: The files that need Flower, each of which says so; `aprillab.federation` imports them when they are asked for.
+WITH_FLOWER = {f"aprillab/federation/{name}.py" for name in ("client", "curious", "nearby", "server")}
+
+
 def test_the_package_imports_only_what_it_declares() -> None:
     base, course, federation = set(requirements()), set(requirements("course")), set(requirements("federation"))
     for path, line, top, distribution in imported("aprillab"):
@@ -167,7 +171,8 @@ def test_wheel_holds_the_package_the_victims_and_the_licences(wheel: Path) -> No
     manifest = json.loads((ROOT / "data/victims/manifest.json").read_text(encoding="utf-8"))
     pictures = {f"aprillab/_victims/{entry['file']}" for entry in manifest}
     licences = {f"{facts}/licenses/{name}" for name in PROJECT["license-files"]}
-    assert modules | pictures | licences | {"aprillab/_victims/manifest.json"} <= names
+    recording = {f"aprillab/_federation/{path.name}" for path in (ROOT / "data" / "federation").iterdir()}
+    assert modules | pictures | licences | recording | {"aprillab/_victims/manifest.json"} <= names
     unknown = {name for name in names if not name.startswith(("aprillab/", f"{facts}/"))}
     assert not unknown, f"besides the package: {unknown}"
 
