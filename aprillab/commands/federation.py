@@ -111,7 +111,8 @@ def _federated(arguments: argparse.Namespace, out: Path) -> Recording:
     if in_process and not arguments.in_process:
         note("SuperLink and SuperNodes are started on Linux and macOS alone: all runs in this process")
     where = "in this process" if in_process else "by processes of their own on 127.0.0.1"
-    print(f"A server and {arguments.clients} clients, {where}: {arguments.rounds} rounds …", flush=True)
+    count = f"{arguments.rounds} round{'s' * (arguments.rounds > 1)}"
+    print(f"A server and {arguments.clients} clients, {where}: {count}; {out / LOG} grows meanwhile …", flush=True)
     nodes = [{"name": name, "victims": victims} for name, victims in _victims(arguments).items()]
     start = time.perf_counter()
     try:
@@ -126,7 +127,7 @@ def _federated(arguments: argparse.Namespace, out: Path) -> Recording:
         if (folder / INDEX).exists():
             note(f"what the server had until then is in {folder}, what the processes said in {out / LOG}")
         raise
-    print(f"done in {time.perf_counter() - start:.0f} s; {out / LOG} is the log")
+    print(f"done in {time.perf_counter() - start:.0f} s")
     return recording
 
 

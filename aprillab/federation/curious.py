@@ -40,8 +40,8 @@ class CuriousServer(Strategy):
     """Any strategy of Flower's, watched.
 
     Strategies that wrap others (differential privacy) are given as a whole: what is kept is what
-    crosses the network. A strategy with a ``start`` of its own runs that one, and attributes that
-    are not found here are the strategy's.
+    crosses the network. A strategy with a ``start`` of its own runs that one; attributes that are not
+    found here are the strategy's, to be read and to be set.
 
     Parameters
     ----------
@@ -90,6 +90,10 @@ class CuriousServer(Strategy):
         if name == "strategy":  # not yet set: copying, unpickling
             raise AttributeError(name)
         return getattr(self.strategy, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name.startswith("_") or name in ("strategy", "how", "on_update")
+        (object.__setattr__ if own else setattr)(self if own else self.strategy, name, value)
 
     @property
     def recording(self) -> Recording:

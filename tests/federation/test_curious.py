@@ -84,8 +84,10 @@ def test_the_model_is_the_same_and_every_update_is_kept(name: str, tmp_path: Pat
 def test_a_start_of_ones_own_runs_and_attributes_are_reached(tmp_path: Path) -> None:
     strategy = curious(OwnStart(fraction_evaluate=0.0), tmp_path)
     strategy.set_path("here")
+    strategy.min_train_nodes = 1
     federate(strategy, two())
     assert (strategy.checkpoints, strategy.strategy.path) == (3, "here")
+    assert strategy.strategy.min_train_nodes == 1
     with pytest.raises(AttributeError, match="no_such"):
         _ = strategy.no_such
     assert "configure_train" not in vars(strategy.strategy)  # as before
