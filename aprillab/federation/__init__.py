@@ -16,7 +16,9 @@ from .flower import FlowerMissing, need_flower
 from .index import Fault, Reply
 from .keeping import Recorder
 from .local import LocalTraining, train_locally, update_of
+from .processes import FederationError, run_federation
 from .recording import Recording, example_recording, read_recording
+from .running import run_course
 
 if TYPE_CHECKING:
     from .curious import CuriousServer
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CuriousServer",
     "Fault",
+    "FederationError",
     "FlowerMissing",
     "LocalTraining",
     "NearbyGrid",
@@ -33,6 +36,8 @@ __all__ = [
     "Reply",
     "example_recording",
     "read_recording",
+    "run_course",
+    "run_federation",
     "run_nearby",
     "train_locally",
     "update_of",

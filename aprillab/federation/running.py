@@ -26,7 +26,7 @@ def run_course(
     how: LocalTraining | None = None,
     model: Mapping[str, int] | None = None,
     timeout: float = 300.0,
-    round_timeout: float = 60.0,
+    round_timeout: float = 120.0,
     in_process: bool = False,
     log: str | Path | None = None,
 ) -> Recording:

@@ -36,7 +36,7 @@ def add_arguments(commands: Any) -> None:
         "--timeout", default=300.0, type=positive, metavar="S", help="seconds for the federation (%(default)s)"
     )
     command.add_argument(
-        "--round-timeout", default=60.0, type=positive, metavar="S",
+        "--round-timeout", default=120.0, type=positive, metavar="S",
         help="seconds after which a round ends without the clients that are still silent (%(default)s)",
     )  # fmt: skip
     command.add_argument("--in-process", action="store_true", help="without processes and network")
