@@ -60,7 +60,7 @@ def client_update(
     >>> int(update.gradients["head.bias"].argmin()), update.batch_size
     (3, 1)
     """
-    _check_round(model, images)
+    check_round(model, images)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     withhold = as_set(withhold)
     if missing := sorted(withhold - set(trained)):
@@ -69,8 +69,7 @@ def client_update(
     if not shared:
         raise UpdateError("nothing to share: every parameter is frozen or withheld")
     start = time.perf_counter()
-    with torch.enable_grad():
-        value = _loss_value(loss, _read(model, images), labels, len(images))
+    value = loss_of(model, images, labels, loss)
     gradients = torch.autograd.grad(value, list(shared.values()), allow_unused=True)
     seconds = time.perf_counter() - start
     filled = {
@@ -80,8 +79,26 @@ def client_update(
     return ClientUpdate(filled, withheld=order, batch_size=len(images), seconds=seconds)
 
 
-def _check_round(model: Any, images: Any) -> None:
-    """A model, and pictures that it can be given."""
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The client's loss, a finite scalar that gradients flow from.
+
+    Raises
+    ------
+    UpdateError
+        If the model cannot read the images, the labels do not fit, or the loss is no such scalar.
+    """
+    with torch.enable_grad():
+        return _loss_value(loss, _read(model, images), labels, len(images))
+
+
+def check_round(model: Any, images: Any) -> None:
+    """A model, and pictures that it can be given.
+
+    Raises
+    ------
+    UpdateError
+        If they are something else.
+    """
     if not isinstance(model, nn.Module):
         raise UpdateError(f"model must be a torch.nn.Module, not {type(model).__name__}: build it first")
     if not isinstance(images, Tensor):

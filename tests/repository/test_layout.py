@@ -27,7 +27,7 @@ FLOORS = (
     {"anatomy", "training", "widgets"},
     {"attacks", "defenses"},
     {"zoo", "exercises", "sharing"},
-    {"comparison", "audit", "__init__"},
+    {"comparison", "audit", "federation", "__init__"},
     {"commands"},
     {"__main__"},
 )
