@@ -61,8 +61,8 @@ class Recording:
             return ()
         return (
             f"no learning rate was sent to {', '.join(lost)}: taken for 1 and one local step, which leaves the "
-            "update right up to one factor. The closed forms do not mind, nor does a replay of one step; several steps "
-            "cannot be replayed, nor another optimizer or weight decay undone: say them, as "
+            "update right up to one factor. The closed forms do not mind, nor does a replay of one step; several "
+            "steps cannot be replayed, nor another optimizer or weight decay undone: say them, as "
             "how=LocalTraining(learning_rate=0.1, steps=5), on the command line --training learning-rate=0.1",
         )
 
@@ -149,7 +149,7 @@ def example_recording() -> Recording:
     """The recording that comes along: three clients, three rounds of a small ViT at 32×32, by real
     processes; ``federation.log`` in its folder is what these printed.
 
-    Made by ``python -m aprillab.federation.example``.
+    Made by ``tools/record_federation.py``.
 
     Examples
     --------
