@@ -1,11 +1,12 @@
 """Record the federation that chapter 09 reads: python tools/record_federation.py
 
-Three clients, three rounds, real processes; then data/federation has the recording, its log and federation.json.
+Three clients, three rounds, real processes; then data/federation has the recording and its log.
 Needs Flower: pip install -e ".[federation]".
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tempfile
@@ -36,9 +37,12 @@ def main() -> None:
         if recording.faults or len(recording.replies) != ROUNDS * len(NODES):
             sys.exit(f"not every reply came: {recording.faults}")
         log = made / LOG
-        log.write_text(log.read_text(encoding="utf-8").replace(str(made), "recording"), encoding="utf-8")
+        words = log.read_text(encoding="utf-8").replace(str(made), "recording")
+        log.write_text(re.sub(r"\S*/aprillab-[^/\s]*/apps", "FLWR_HOME/apps", words), encoding="utf-8")
         shutil.rmtree(FOLDER, ignore_errors=True)
         shutil.copytree(made, FOLDER)
+    for path in FOLDER.iterdir():
+        path.chmod(0o644)  # safetensors writes for its owner alone
     size = sum(path.stat().st_size for path in FOLDER.iterdir())
     print(f"{FOLDER}: {len(recording.replies)} replies, {size / 1e6:.2f} MB")
 
