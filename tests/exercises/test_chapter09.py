@@ -1,5 +1,6 @@
 """Chapter 09's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
 
+import notebook_tools as tools
 import pytest
 from exercise_tests import exercise_tests
 
@@ -69,15 +70,15 @@ SEARCHED = """import torch
     return solved(minimize_scalar(left, bounds=(start - 0.01, start + 0.01), method="bounded", options=options).x)
 """
 
+TRAINED_ENTRIES = "m, g = (torch.cat([x[k] for k in moved if moved[k].any()]) for x in (moved, gradient))\n    "
+
 TestExercises = exercise_tests(
     chapter09,
     MUTANTS,
     right=[
         ("check_patches_and_label", "return (-torch.linalg.pinv(dE.T) @ -dW, (-db).argmin())"),
-        ("check_learning_rate", "m, g = (torch.cat([x[k] for k in moved if moved[k].any()]) for x in (moved, gradient))"
-         "\n    return (m.norm() / g.norm()).item()"),
-        ("check_learning_rate", "m, g = (torch.cat([x[k] for k in moved if moved[k].any()]) for x in (moved, gradient))"
-         "\n    return (m / g).median()"),
+        ("check_learning_rate", TRAINED_ENTRIES + "return (m.norm() / g.norm()).item()"),
+        ("check_learning_rate", TRAINED_ENTRIES + "return (m / g).median()"),
         ("check_without_decay", SEARCHED),
         ("check_first_gradient", "r = (before - after) / rate - decay * before\n"
          "    return r.sign() * eps / (1 / r.abs() - 1)"),
@@ -97,3 +98,16 @@ def test_only_one_client_of_the_mail_fits() -> None:
     left = [chapter09._left(*pair) / max(float(pair[0].norm()), 1e-30) for pair in chapter09._mail(order, 1)]
     assert left[0] == 0.0  # it did nothing
     assert left[5] < 1e-6 < 0.1 < min(left[1:5])
+
+
+def test_the_three_lines_are_those_that_are_tested() -> None:
+    """tests/federation runs Flower's quickstart with them."""
+
+    def added(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")]
+
+    tested = (tools.ROOT / "tests/federation/quickstart/three_lines.diff").read_text(encoding="utf-8")
+    text = "\n".join(cell.source for cell in tools.read("09").cells)
+    shown = text.partition("```diff\n")[2].partition("```")[0]
+    assert added(shown) == added(tested)
+    assert len(added(shown)) == 3
