@@ -1,0 +1,9 @@
+"""x"""
+
+
+def describe(folder, options):
+    return {}, []
+
+
+def draw(folder, options):
+    return {}
