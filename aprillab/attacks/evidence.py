@@ -21,7 +21,8 @@ from ..update import ClientUpdate
 from .reading import measured_noise
 from .result import Condition, State
 
-_NAME = "one image"
+#: The condition that one image is behind an update.
+ONE_IMAGE = "one image"
 #: What a second image leaves of a system, relative to what is there to be left. Measured at 32×32 on 64 batches of
 #: two: 0.001 to 0.7, medians 0.01 to 0.4. Where noise alone may leave as much, a residual shows nothing.
 _SECOND = 0.1
@@ -169,7 +170,7 @@ def one_image_residual(head_gradient: Tensor) -> float:
 
 
 def _said(state: State, words: str, **numbers: float) -> Condition:
-    return Condition(_NAME, state, numbers, words)
+    return Condition(ONE_IMAGE, state, numbers, words)
 
 
 def is_batch(anatomy: Anatomy, update: ClientUpdate) -> tuple[bool, str]:

@@ -21,7 +21,7 @@ from ..anatomy import Anatomy, playable
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .client import Player, after_local_steps, draws, inner_client, name_within, ways_to_play
-from .evidence import one_image
+from .evidence import ONE_IMAGE, one_image
 from .known_entries import replay_of_known
 from .pixels import normalization
 from .reading import Reading
@@ -150,8 +150,9 @@ def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preproces
     """The verdict, drawn from conditions, prediction and replay; and how its pixels fit what was assumed of them."""
     conditions = (*(c for c in found.conditions if c.name != REPLAY), replay.condition)
     predicted = found.predicted_psnr if found.predicted_psnr is not None else float("nan")
-    by_system = predicted
-    if replay.state == "contradicted" and replay.residual:
+    by_system = predicted  # of several images it foresees nothing, so that a miss counts if the protocol was guessed
+    several = any((c.name, c.state) == (ONE_IMAGE, "contradicted") for c in conditions)
+    if replay.residual and replay.state in ("contradicted", *(("not checked",) if several else ())):
         predicted = min(predicted, _TYPICAL_FOR_MISS - 20 * math.log10(min(replay.residual, 1.0)))
     exact, reason = verdict(conditions, predicted)
     fit = normalization(found.images, preprocessing, predicted)

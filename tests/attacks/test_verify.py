@@ -196,6 +196,25 @@ def test_several_local_steps_are_played_one_after_another(options):
         assert al.invert(model, silent).exact
 
 
+@pytest.mark.parametrize("attack", ["embedding", "span"])
+def test_an_epoch_of_single_pictures_promises_none_of_them(attack):
+    """Nobody says the momentum, so that the replay contradicts nothing; what it misses is foreseen all the same."""
+    model, labels = make(width=192), torch.tensor([3, 5])
+    pixels, client = private(model, batch=2), copy.deepcopy(model)
+    optimizer = torch.optim.SGD(client.parameters(), lr=0.05)
+    for picture, label in zip(pixels, labels, strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(client(al.HALF.to_input(picture[None])), label[None]).backward()
+        optimizer.step()
+    states = model.state_dict(), client.state_dict()
+    update = al.update_from_states(*states, learning_rate=0.05, local_steps=2, batch_size=2)
+    result = al.invert(model, update, attack=attack, strict=False)
+    assert result.replay.state == "not checked"
+    assert result.predicted_psnr < max(float(al.psnr(result.pixels[0], picture)) for picture in pixels) + 5
+    assert result.diagnostics["predicted_by_system"] > result.predicted_psnr + 5
+    assert not result.exact
+
+
 def test_dropout_within_the_vit_is_not_replayed():
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """The patch-embedding system with an error for each entry, and clients that took a step of Adam."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -274,3 +275,17 @@ def test_what_nobody_undid_is_refused_with_the_way_to_undo_it():
     update = al.update_from_states(model.state_dict(), client(model, pixels), learning_rate=1e-3)
     with pytest.raises(al.AttackNotApplicable, match=r"optimizer='adamw', weight_decay=…, eps=…\) undoes it"):
         al.embedding_closed_form(model, update)
+
+
+@pytest.mark.parametrize(("labels", "said", "state"), [((3,), None, "not checked"), ((3, 5), 2, "contradicted")])
+def test_what_later_steps_leave_is_no_proof_of_several_pictures(labels, said, state):
+    """One picture's steps miss the system as a batch does: only the client's own number contradicts one image."""
+    model = victim()
+    pixels = torch.stack([al.load_victim(name, 32) for name in PHOTOGRAPHS[: len(labels)]])
+    after = client(model, pixels, labels=labels, weight_decay=0.01, steps=5)
+    update = undone(model, after, steps=5)
+    result = al.embedding_closed_form(model, dataclasses.replace(update, batch_size=said))
+    one = next(c for c in result.conditions if c.name == "one image")
+    assert one.state == state, one.text
+    assert ("as later steps of Adam on one image do" in one.text) == (said is None)
+    assert not result.exact

@@ -1,0 +1,1 @@
+"""What a round really is: local steps, optimizers, batches, precision, rounds."""
