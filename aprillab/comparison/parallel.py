@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,10 +89,13 @@ class Failure:
     host: str
 
 
+Results = Generator[tuple[int, Any], None, None]
+
+
 class Spread(Protocol):
     """Numbers of the items, and what the function made of each: as they end."""
 
-    def __call__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]: ...
+    def __call__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Results: ...
 
 
 @contextlib.contextmanager
@@ -161,7 +164,7 @@ def failed(failures: Sequence[tuple[str, Failure]]) -> WorkersError:
 
 def _spread(
     function: Callable[[Any], Any], items: Sequence[Any], pool: Callable[[], Any], threads: int | None
-) -> Iterator[tuple[int, Any]]:
+) -> Results:
     """Spread the items, and once more those whose jobs died; who dies alone is given up."""
     left, deaths = dict(enumerate(items)), 0
     while left:
@@ -194,7 +197,7 @@ def _died(error: BaseException) -> Failure:
 
 def _once(
     function: Callable[[Any], Any], items: dict[int, Any], pool: Callable[[], Any], threads: int | None
-) -> Iterator[tuple[int, Any]]:
+) -> Results:
     import joblib
 
     with pool():
@@ -203,7 +206,7 @@ def _once(
         parallel = joblib.Parallel(batch_size=1, pre_dispatch="all", return_as="generator_unordered")
         results = parallel(joblib.delayed(_done)(i, (function, item), threads) for i, item in items.items())
         try:
-            for result in results:  # not "yield from", which would close joblib's generator itself
+            for result in results:  # noqa: UP028  # "yield from" would close joblib's generator itself
                 yield result
         finally:
             with warnings.catch_warnings():

@@ -160,8 +160,8 @@ def play_group(
         if not Path(name).is_file() or digest_of(Path(name)) != digest:
             state = "another file" if Path(name).is_file() else "not there"
             raise CompareError(
-                f"{name} is {state} on a worker, whose folder is {Path.cwd()}: weights and pictures must lie under the "
-                "same paths on all workers, whole paths where the folders differ"
+                f"{name} is {state} on a worker, which is in {Path.cwd()}: weights and pictures must lie under the "
+                "same paths on all workers; give whole paths where the folders differ"
             )
     if any(ATTACKS[case.attack].searches for case in cases):
         warm_up()

@@ -129,8 +129,9 @@ def run(
                 _play_here(groups, torch.device(device), budget, bar, keep)
             else:
                 bar.set_description(str(workers))
+                play = partial(play_group, device=str(device), **budget)
                 try:
-                    _play_elsewhere(groups, spread, str(device), budget, workers, keep)
+                    _play_elsewhere(groups, spread, play, workers.dask is not None, keep)
                 finally:
                     _bring_into_order(path, cases)
     known = {row.case: row for row in read_rows(path)}
@@ -166,22 +167,17 @@ def _play_here(
 
 
 def _play_elsewhere(
-    groups: Sequence[Sequence[Case]],
-    spread: Spread,
-    device: str,
-    budget: dict[str, Any],
-    workers: Workers,
-    keep: Keep,
+    groups: Sequence[Sequence[Case]], spread: Spread, play: Callable[..., Any], files: bool, keep: Keep
 ) -> None:
+    """``files``: the workers may have others than we, and are told which they are."""
     failures: list[tuple[str, Failure]] = []
 
     def fails(case: Case, failure: Failure) -> None:
         failures.append((_name(case), failure))
         tqdm.write(f"{_name(case)} failed: {failure.words}", file=sys.stderr)
 
-    # Files are the same for processes of this machine; a cluster's machines may have others.
-    tasks = [(group, files_of(group[0]) if workers.dask else {}) for group in groups]
-    with contextlib.closing(spread(partial(play_group, device=device, **budget), tasks)) as results:
+    tasks = [(group, files_of(group[0]) if files else {}) for group in groups]
+    with contextlib.closing(spread(play, tasks)) as results:
         for number, result in results:
             if isinstance(result, Failure):
                 private, outcomes = None, [result] * len(groups[number])

@@ -18,13 +18,13 @@ models: {MODELS}
   april and prenorm are this package's architectures A and B; the others have their library's shape.
 weights: safetensors files: checkpoints of aprillab.training.train, or state dicts, of a model with this very position
   embedding. {{position}}, {{model}} and {{seed}} in a name are filled in: late/{{position}}-{{seed}}.safetensors
-workers: with --jobs N so many processes play the updates, each with its share of the processor's threads; with --dask
-  the workers of a cluster do (`dask scheduler`, and `dask worker ADDRESS --nworkers 4 --nthreads 1` on each machine,
-  with this package; the scheduler runs what it is sent, so let people you trust alone reach it). Files of weights and
-  pictures must lie under the same paths on all workers. The rows are those of one process but for seconds and threads.
-  Jobs share the cores: a search that ends by --max-seconds gets less far where they are more than the cores. They share
-  a GPU too, and its memory, each with some 0.5 GiB of its own. A worker that dies has its updates taken again; at Ctrl-C
-  jobs end at once, Dask's workers after what they are at. Needs joblib, and Dask: pip install "aprillab[cluster]".
+workers: --jobs N plays the updates in so many processes, each with its share of the threads; --dask in the workers of
+  a cluster: `dask scheduler`, and `dask worker ADDRESS --nworkers 4 --nthreads 1` on each machine, with this package.
+  The scheduler runs what it is sent: let people you trust alone reach it. Weights and pictures must lie under the
+  same paths on all workers. The rows are one process's, but for seconds and threads. Jobs share the cores: a search
+  that ends by --max-seconds gets less far where there are more jobs than cores. They share a GPU, too, and each takes
+  some 0.5 GiB of it besides its model. If a worker dies, its updates are played again. At Ctrl-C jobs end at once,
+  Dask's workers after what they are at. It needs joblib, and Dask: pip install "aprillab[cluster]".
 files: NAME.csv (a row an attack), NAME.md (the table), NAME_curves.csv (searches on their way), NAME_pictures/
   (8-bit pixels, safetensors), and figures as PNG: pictures, curves, PSNR against seconds."""
 _POSITIONS = ["learned", "frozen", "sinusoidal"]
