@@ -5,12 +5,16 @@ What a CSV has is never measured again: to measure anew, remove it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 import aprillab as al
+from aprillab.comparison.parallel import HERE, Failure, Workers, attempt, connected, failed
 from aprillab.comparison.records import append_lines, write_lines
 
 
@@ -35,8 +40,13 @@ def fill(
     *,
     key: Sequence[str],
     settings: Mapping[str, Any] | None = None,
+    workers: Workers = HERE,
+    together: Callable[[Any], Hashable] | None = None,
 ) -> None:
     """Measure the cases that the CSV does not have, and append the rows of each as it ends.
+
+    With several workers the cases end in any order; at the end their rows are brought into the
+    order of the cases, so that the CSV is one process's.
 
     Parameters
     ----------
@@ -46,11 +56,16 @@ def fill(
     measure : function from a case to its rows, one or more
     key : columns that tell the cases apart
     settings : what else the numbers depend on, the same for all rows
+    workers : the processes that measure
+    together : what neighbours must have in common to go to one worker, since they share what is
+        costly; by default each case goes alone
 
     Raises
     ------
     StudyError
         If the CSV has other columns, or was measured with other settings.
+    WorkersError
+        If there are no such workers, or if cases failed in them; then all others have their rows.
     """
     columns, settings = [f.name for f in fields(record)], dict(settings or {})
     lines = _whole_lines(path, columns)
@@ -60,14 +75,77 @@ def fill(
     done = {tuple(line[name] for name in key) for line in lines}
     cases = list(cases)
     missing = [case for case in cases if tuple(map(_text, case)) not in done]
-    if missing or not path.is_file():
-        write_lines(path, lines, columns)  # a line that was cut short goes
-        made = [entry for entry in before["made"] if entry != provenance()]
-        _keep_origin(path, {"made": [*made, provenance()], "settings": settings})
-    with tqdm(total=len(cases), initial=len(cases) - len(missing), desc=path.stem, unit=" case") as bar:
-        for case in missing:
-            append_lines(path, [{name: _text(getattr(row, name)) for name in columns} for row in measure(case)])
-            bar.update()
+    bar = tqdm(total=len(cases), initial=len(cases) - len(missing), desc=path.stem, unit=" case")
+    with connected(workers if missing else HERE) as spread, bar:
+        if missing or not path.is_file():
+            write_lines(path, lines, columns)  # a line that was cut short goes
+            made = [entry for entry in before["made"] if entry != provenance()]
+            _keep_origin(path, {"made": [*made, *([provenance()] if workers.here else [])], "settings": settings})
+        if workers.here:
+            for case in missing:
+                append_lines(path, _lines_of(measure, columns, case))
+                bar.update()
+            return
+        alone = itertools.count()  # no two numbers are the same
+        groups = [list(group) for _, group in itertools.groupby(missing, together or (lambda case: next(alone)))]
+        try:
+            with contextlib.closing(spread(partial(_measured, measure, columns, workers), groups)) as measured:
+                _keep_measured(path, settings, groups, measured, bar)
+        finally:
+            texts = [tuple(map(_text, case)) for case in cases]
+            write_lines(path, _in_order(_whole_lines(path, columns), texts, key), columns)
+
+
+def _lines_of(measure: Callable[[Any], Iterable[Any]], columns: Sequence[str], case: Any) -> list[dict[str, str]]:
+    return [{name: _text(getattr(row, name)) for name in columns} for row in measure(case)]
+
+
+# --- Several workers ----------------------------------------------------------------------------------------------
+
+Lines = list[dict[str, str]]
+
+
+def _measured(
+    measure: Callable[[Any], Iterable[Any]], columns: Sequence[str], workers: Workers, cases: Sequence[Any]
+) -> tuple[str, list[Lines | Failure]]:
+    """In a worker: what measured, and each case's lines."""
+    return f"{provenance()}, {workers}", [attempt(_lines_of, measure, columns, case) for case in cases]
+
+
+def _keep_measured(
+    path: Path, settings: Mapping[str, Any], groups: Sequence[Sequence[Any]], measured: Iterable[tuple[int, Any]],
+    bar: tqdm,
+) -> None:  # fmt: skip
+    failures: list[tuple[str, Failure]] = []
+    for number, result in measured:
+        where, found = ("", [result] * len(groups[number])) if isinstance(result, Failure) else result
+        if where and where not in (before := origin(path)["made"]):
+            _keep_origin(path, {"made": [*before, where], "settings": settings})
+        for case, lines in zip(groups[number], found, strict=True):
+            if isinstance(lines, Failure):
+                failures.append((", ".join(map(_text, case)), lines))
+                tqdm.write(f"{failures[-1][0]} failed: {lines.words}", file=sys.stderr)
+            else:
+                append_lines(path, lines)
+                bar.update()
+    if failures:
+        raise failed(failures)
+
+
+def _in_order(lines: Lines, cases: Sequence[tuple[str, ...]], key: Sequence[str]) -> Lines:
+    """The lines with those of these cases in the cases' order, in the places that they have.
+
+    A line of none of the cases belongs to the case before it, as the second of its rows may.
+    """
+    order, blocks = {case: i for i, case in enumerate(cases)}, list[tuple[int | None, Lines]]()
+    for line in lines:
+        place = order.get(tuple(line[name] for name in key))
+        if blocks and (place is None or place == blocks[-1][0]):
+            blocks[-1][1].append(line)
+        else:
+            blocks.append((place, [line]))
+    ours = iter(sorted((block for block in blocks if block[0] is not None), key=lambda block: block[0] or 0))
+    return [line for place, own in blocks for line in (own if place is None else next(ours)[1])]
 
 
 def read(path: Path, record: type) -> pd.DataFrame:

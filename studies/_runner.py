@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aprillab.comparison.parallel import Workers
 from aprillab.comparison.records import CompareError
 
 from ._rows import StudyError
@@ -38,14 +39,43 @@ def between(phrase: str, value: float, least: float = -math.inf, most: float = m
 Description = tuple[Mapping[str, Any], Sequence[Claim]]  # the fields of a page, and its claims
 
 
-def study_parser(name: str, about: str | None) -> argparse.ArgumentParser:
-    """The options of all studies; ``about`` is the study's docstring."""
+def study_parser(name: str, about: str | None, *, alone: str = "") -> argparse.ArgumentParser:
+    """The options of all studies; ``about`` is the study's docstring.
+
+    ``alone`` says why a study measures one case at a time, in this process, as most do that measure
+    seconds; it then takes neither --jobs nor --dask.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"python -m studies.{name}", description=about, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help="the smallest study that has every part; keeps no file")
     parser.add_argument("--report", action="store_true", help="measure nothing: page and figures from the CSV files")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the files, instead of data/results or none")
+    jobs = "processes that measure; seconds in the CSV are then of cores that jobs share"
+    dask = "of a Dask scheduler whose workers measure, in the folder of this repository: tcp://HOST:PORT"
+    refused = f"not here: {alone}" if alone else ""
+    parser.add_argument("--jobs", type=_jobs(alone), default=1, metavar="N", help=refused or f"{jobs} (%(default)s)")
+    parser.add_argument("--dask", type=_address(alone), metavar="ADDRESS", help=refused or dask)
     return parser
+
+
+def _jobs(alone: str) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+        if alone and int(text) > 1:
+            raise argparse.ArgumentTypeError(f"this study measures one case at a time: {alone}")
+        return int(text)
+
+    return read
+
+
+def _address(alone: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if alone:
+            raise argparse.ArgumentTypeError(f"this study measures one case at a time: {alone}")
+        return text
+
+    return read
 
 
 def run_study(
@@ -59,7 +89,8 @@ def run_study(
 ) -> None:
     """Measure what is missing, then write NAME.md and the figures.
 
-    ``measure``, ``describe`` and ``draw`` get the folder of the files and the options. ``draw``
+    ``measure``, ``describe`` and ``draw`` get the folder of the files and the options, with
+    ``workers`` of --jobs and --dask. ``draw``
     returns PNG files by name, without those that it has no pictures for. A claim that does not hold
     ends the study before the page is written; with --quick, which is too small for most claims, it
     is printed.
@@ -68,6 +99,7 @@ def run_study(
         folder = options.out or (Path(nowhere) if options.quick else RESULTS)
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            options.workers = Workers(options.jobs, options.dask)
             if not options.report:
                 measure(folder, options)
             if describe:

@@ -113,7 +113,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     cases = itertools.product(range(options.seeds), EMBEDDINGS)
     settings = {name: getattr(options, name) for name in SETTINGS}
     path = folder / f"{file_name(options)}.csv"
-    fill(path, Row, cases, partial(trained, options), key=("seed", "embedding"), settings=settings)
+    key = ("seed", "embedding")
+    fill(path, Row, cases, partial(trained, options), key=key, settings=settings, workers=options.workers)
 
 
 # --- The page -----------------------------------------------------------------------------------------------------

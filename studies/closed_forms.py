@@ -298,7 +298,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("closed_forms", __doc__)
+    parser = study_parser("closed_forms", __doc__, alone="seconds and memory are what it measures")
     parser.add_argument("--growth", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--memory", metavar="ATTACK", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

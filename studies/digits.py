@@ -167,7 +167,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         settings = {"width": 32, "depth": 1, "budget": 40, "one_start": 20}
     sizes = {name: settings[name] for name in ("width", "depth")}
     search_one = partial(search, sizes, settings["budget"], settings["one_start"])
-    fill(folder / "digits.csv", Row, todo, search_one, key=Case._fields, settings=settings)
+    fill(
+        folder / "digits.csv", Row, todo, search_one, key=Case._fields, settings=settings, workers=options.workers
+    )  # fmt: skip
 
 
 # --- What is reported ---------------------------------------------------------------------------------------------

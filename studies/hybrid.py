@@ -59,7 +59,13 @@ def parts(quick: bool = False) -> dict[str, list[Case]]:
 def measure(folder: Path, options: argparse.Namespace) -> None:
     budget = (10, None) if options.quick else (EVALUATIONS, SECONDS)
     for cases in parts(options.quick).values():
-        run(cases, path=folder / "hybrid.csv", max_evaluations=budget[0], max_seconds=budget[1])
+        run(
+            cases,
+            path=folder / "hybrid.csv",
+            max_evaluations=budget[0],
+            max_seconds=budget[1],
+            workers=options.workers,
+        )
 
 
 # --- The page -----------------------------------------------------------------------------------------------------

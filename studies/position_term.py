@@ -157,7 +157,10 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     places = itertools.product(study.seeds, study.digits, study.settings)
     cases = [Case(*setting, f"digit {digit}", seed) for seed, digit, setting in places]
     settings = {name: getattr(study, name) for name in ("evaluations", "width", "depth")}
-    fill(folder / "position_term.csv", Row, cases, partial(search, study), key=Case._fields, settings=settings)
+    fill(
+        folder / "position_term.csv", Row, cases, partial(search, study), key=Case._fields, settings=settings,
+        workers=options.workers,
+    )  # fmt: skip
 
 
 # --- What is reported ---------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("real_vits", __doc__)
+    parser = study_parser("real_vits", __doc__, alone="a search has the GPU for itself, and seconds end it")
     parser.add_argument("--device", default="cuda", help="where to search (%(default)s)")
     parser.add_argument("--max-evaluations", type=int, default=EVALUATIONS, help="of a search (%(default)s)")
     parser.add_argument("--max-seconds", type=float, default=SECONDS, help="of a search (%(default)s)")

@@ -143,7 +143,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("recorded_attack", __doc__)
+    parser = study_parser(
+        "recorded_attack", __doc__, alone="each picture goes beside the one before it, into one file"
+    )
     parser.add_argument("record", nargs="?", choices=("scrub", "twins", "both"), default="both")
     options = parser.parse_args(argv)
     run_study("recorded_attack", options, measure=measure)

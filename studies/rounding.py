@@ -136,9 +136,14 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     victims = VICTIMS[:1] if options.quick else VICTIMS
     cases = itertools.product(CHANGES, victims)
     at_the_limits = partial(limit, *((192, 16) if options.quick else (384, 32)))
-    fill(folder / "rounding_limits.csv", Limit, cases, at_the_limits, key=("change", "victim"))
+    fill(
+        folder / "rounding_limits.csv", Limit, cases, at_the_limits, key=("change", "victim"), workers=options.workers
+    )
     for case in parts(options.quick).values():
-        run(case, path=folder / "rounding.csv", max_evaluations=EVALUATIONS, max_seconds=SECONDS)
+        run(
+            case, path=folder / "rounding.csv", max_evaluations=EVALUATIONS, max_seconds=SECONDS,
+            workers=options.workers,
+        )  # fmt: skip
 
 
 # --- The page -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from .. import viz
 from ..comparison import figures
 from ..comparison.cases import Case, cross
+from ..comparison.parallel import Workers
 from ..comparison.records import Row, read_rows
 from ..comparison.run import run as run_cases
 from ..comparison.table import report, table
@@ -26,25 +27,27 @@ def run(arguments: argparse.Namespace) -> int:
     if Path(arguments.name).name != arguments.name:
         raise CommandError(f"--name {arguments.name}: this is the beginning of file names; folders belong to --out")
     path = writable_file(str(writable_folder(arguments.out) / f"{arguments.name}.csv"))
-    try:
-        torch.zeros(1, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {arguments.device}: {error}") from error
+    workers = Workers(arguments.jobs, arguments.dask)
+    if workers.dask is None:  # a cluster may have another device
+        try:
+            torch.zeros(1, device=arguments.device)
+        except (RuntimeError, AssertionError) as error:
+            raise CommandError(f"--device {arguments.device}: {error}") from error
     cases = _cases(arguments)
     print(f"{len(cases)} attacks on {len({case.update for case in cases})} updates", flush=True)
     with made(path.parent):
-        _play_and_write(arguments, cases, path)
+        _play_and_write(arguments, cases, path, workers)
     return 0
 
 
-def _play_and_write(arguments: argparse.Namespace, cases: list[Case], path: Path) -> None:
+def _play_and_write(arguments: argparse.Namespace, cases: list[Case], path: Path, workers: Workers) -> None:
     start = time.perf_counter()
     if arguments.again and path.exists():
         note(f"{path}: begun anew")
     try:
         rows = run_cases(
             cases, path=path, resume=not arguments.again, max_evaluations=arguments.max_evaluations,
-            max_seconds=arguments.max_seconds, device=arguments.device,
+            max_seconds=arguments.max_seconds, device=arguments.device, workers=workers,
         )  # fmt: skip
     except KeyboardInterrupt:
         note(f"{path} has what was done; the same command{', without --again,' * arguments.again} goes on")
@@ -116,12 +119,12 @@ def _figures(rows: list[Row], path: Path) -> dict[str, tuple[Figure, str]]:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """The command that makes the same rows, with every option, so that no default has to stay what
-    it is.
+    """The command that makes the same rows, with every option but where they are computed, so that
+    no default has to stay what it is.
     """
     words = ["aprillab", "compare"]
     for name, value in vars(arguments).items():
-        if name in ("command", "words", "again") or value is None:
+        if name in ("command", "words", "again", "jobs", "dask") or value is None:
             continue
         if name == "out" and Path(value).is_absolute():
             value = Path(value).name  # where it lies on this computer is of no use elsewhere

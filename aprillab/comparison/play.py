@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from ..preprocessing import Preprocessing
 from ..update import ClientUpdate, UpdateError, client_update, logits_of
 from ..version import __version__
 from ..zoo import build_model
-from .cases import DTYPES, Case, private_pictures
+from .cases import DTYPES, Case, CompareError, is_file, private_pictures
+from .parallel import Failure, attempt
 from .records import Point, Row
 
 
@@ -61,6 +64,7 @@ def digest_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
+@functools.cache
 def warm_up() -> None:
     """The first search of a process spends seconds on imports, which belong to no attack."""
     model = VisionTransformer(image_size=4, patch_size=2, width=4, depth=1, heads=1, classes=2)
@@ -127,6 +131,45 @@ def play_attack(
     if watch.points:
         watch.add(facts["evaluations"], seconds, facts["loss"], float(decibels.mean()))
     return Played(row, watch.points, (pixels, decibels))
+
+
+# --- All attacks on one update, in a worker -----------------------------------------------------------------------
+
+
+def files_of(case: Case) -> dict[str, str]:
+    """The user's files that a case reads, and the digests of what is in them."""
+    files = [case.weights_file, *(Path(name) for name in case.victims if is_file(name))]
+    return {str(file): digest_of(file) for file in files if file}
+
+
+def play_group(
+    task: tuple[Sequence[Case], Mapping[str, str]], *, device: str, **budget: Any
+) -> tuple[Tensor, list[Played | Failure]]:
+    """The private pixels (B, C, H, W) of one update's cases, and what became of each.
+
+    ``task`` is the cases and the digests of their files, which must be the same here; ``budget`` is
+    that of :func:`play_attack`. A search that is interrupted ends the group.
+
+    Raises
+    ------
+    CompareError
+        If a file is not here, or another one.
+    """
+    cases, files = task
+    for name, digest in files.items():
+        if not Path(name).is_file() or digest_of(Path(name)) != digest:
+            state = "another file" if Path(name).is_file() else "not there"
+            raise CompareError(
+                f"{name} is {state} on a worker, which is in {Path.cwd()}: weights and pictures must lie under the "
+                "same paths on all workers; give whole paths where the folders differ"
+            )
+    if any(ATTACKS[case.attack].searches for case in cases):
+        warm_up()
+    client = play_client(cases[0], torch.device(device))
+    return client.pixels, [attempt(play_attack, case, client, **budget) for case in cases]
+
+
+# --- The attack ---------------------------------------------------------------------------------------------------
 
 
 def _attack(

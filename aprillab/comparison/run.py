@@ -12,18 +12,23 @@ case says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..attacks.catalogue import ATTACKS
 from ..attacks.searches.recipes import RECIPES
 from .cases import Case, CompareError, is_file, private_pictures
-from .play import build_for, digest_of, play_attack, play_client, warm_up
+from .parallel import HERE, Failure, Spread, Workers, connected, failed
+from .play import Played, build_for, digest_of, files_of, play_attack, play_client, play_group, warm_up
 from .records import (
     POINT_COLUMNS,
     ROW_COLUMNS,
@@ -51,9 +56,14 @@ def run(
     pictures: bool = True,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    workers: Workers = HERE,
 ) -> list[Row]:
     """Play all cases, each update once for all attacks on it, and append a row to the CSV as each
     attack ends.
+
+    With several workers an update's rows come together, and at the end the cases' rows are brought
+    into the order that one process gives them: but for what depends on time and machine, the CSV is
+    the same.
 
     Parameters
     ----------
@@ -68,8 +78,11 @@ def run(
         Score a search at every so many of its evaluations.
     pictures : bool
         Keep what the attacks return, as 8-bit pixels, one safetensors file an update.
-    device : where client and attacks compute
+    device : where client and attacks compute; several workers share it
     progress : bool, show a progress bar
+    workers : :class:`~aprillab.comparison.parallel.Workers`
+        The processes that play the updates: this one, several here, or a Dask cluster. Each job has
+        its share of this process's threads.
 
     Returns
     -------
@@ -83,6 +96,8 @@ def run(
         victim cannot be had.
     ModelError
         If a model cannot be built. All are built once before the first attack.
+    WorkersError
+        If there are no such workers, or if cases failed in them; then all others have their rows.
     KeyboardInterrupt
         As it comes; the search under way is dropped, all rows before it are kept.
 
@@ -104,23 +119,85 @@ def run(
     _check_rows(path, rows, set(cases), **budget)
     groups = _by_update(set(cases) - {row.case for row in rows}, cases)
     _check_models([group[0] for group in groups])
-    _drop_unfinished_rows(path, rows)
-    if any(ATTACKS[case.attack].searches for group in groups for case in group):
-        warm_up()
-    bar = tqdm(total=len(cases), initial=len(cases) - sum(map(len, groups)), disable=not progress, unit=" case")
-    with bar:
-        for group in groups:
-            client = play_client(group[0], torch.device(device))
-            for case in group:
-                bar.set_description(f"{case.attack} {case.position} {case.dtype} {'+'.join(case.victims)}")
-                played = play_attack(case, client, **budget, curve_every=curve_every)
-                if pictures and played.pictures is not None:
-                    keep_pictures(path, case, client.pixels, *played.pictures)
-                append_lines(curves_file(path), [cells(point) for point in played.points])
-                append_lines(path, [cells(played.row)])  # last: without its row, the rest does not count
-                bar.update()
+    budget["curve_every"] = curve_every
+    with connected(workers if groups else HERE) as spread:
+        _drop_unfinished_rows(path, rows)
+        bar = tqdm(total=len(cases), initial=len(cases) - sum(map(len, groups)), disable=not progress, unit=" case")
+        with bar:
+            keep = partial(_keep, path, bar, pictures)
+            if workers.here:
+                _play_here(groups, torch.device(device), budget, bar, keep)
+            else:
+                bar.set_description(str(workers))
+                play = partial(play_group, device=str(device), **budget)
+                try:
+                    _play_elsewhere(groups, spread, play, workers.dask is not None, keep)
+                finally:
+                    _bring_into_order(path, cases)
     known = {row.case: row for row in read_rows(path)}
     return [known[case] for case in cases]
+
+
+Keep = Callable[[Case, Tensor, Played], None]
+
+
+def _keep(path: Path, bar: tqdm, pictures: bool, case: Case, private: Tensor, played: Played) -> None:
+    """Write what became of a case."""
+    if pictures and played.pictures is not None:
+        keep_pictures(path, case, private, *played.pictures)
+    append_lines(curves_file(path), [cells(point) for point in played.points])
+    append_lines(path, [cells(played.row)])  # last: without its row, the rest does not count
+    bar.update()
+
+
+def _name(case: Case) -> str:
+    return f"{case.attack} {case.position} {case.dtype} {'+'.join(case.victims)}"
+
+
+def _play_here(
+    groups: Sequence[Sequence[Case]], device: torch.device, budget: dict[str, Any], bar: tqdm, keep: Keep
+) -> None:
+    if any(ATTACKS[case.attack].searches for group in groups for case in group):
+        warm_up()
+    for group in groups:
+        client = play_client(group[0], device)
+        for case in group:
+            bar.set_description(_name(case))
+            keep(case, client.pixels, play_attack(case, client, **budget))
+
+
+def _play_elsewhere(
+    groups: Sequence[Sequence[Case]], spread: Spread, play: Callable[..., Any], files: bool, keep: Keep
+) -> None:
+    """``files``: the workers may have others than we, and are told which they are."""
+    failures: list[tuple[str, Failure]] = []
+
+    def fails(case: Case, failure: Failure) -> None:
+        failures.append((_name(case), failure))
+        tqdm.write(f"{_name(case)} failed: {failure.words}", file=sys.stderr)
+
+    tasks = [(group, files_of(group[0]) if files else {}) for group in groups]
+    with contextlib.closing(spread(play, tasks)) as results:
+        for number, result in results:
+            if isinstance(result, Failure):
+                private, outcomes = None, [result] * len(groups[number])
+            else:
+                private, outcomes = result
+            for case, played in zip(groups[number], outcomes, strict=True):
+                if isinstance(played, Failure):
+                    fails(case, played)
+                else:
+                    keep(case, private, played)
+    if failures:
+        raise failed(failures)
+
+
+def _bring_into_order(path: Path, cases: Sequence[Case]) -> None:
+    """Put the cases' rows into the order in which one process plays them, in the places they have."""
+    rows = read_rows(path)
+    order = {case: i for i, case in enumerate(case for group in _by_update(set(cases), cases) for case in group)}
+    ours = iter(sorted((row for row in rows if row.case in order), key=lambda row: order[row.case]))
+    _drop_unfinished_rows(path, [next(ours) if row.case in order else row for row in rows])
 
 
 def _by_update(missing: set[Case], cases: Sequence[Case]) -> list[list[Case]]:
@@ -182,10 +259,10 @@ def _check_picture_files(path: Path, cases: Sequence[Case]) -> None:
 
 def _drop_unfinished_rows(path: Path, rows: Sequence[Row]) -> None:
     """Leave in the files nothing but what belongs to these rows."""
-    done = {(row.case.update, row.case.attack, row.case.labels) for row in rows}
+    done = dict.fromkeys((row.case.update, row.case.attack, row.case.labels) for row in rows)
     curves = read_curves(path) if rows else {}
     write_lines(path, [cells(row) for row in rows], ROW_COLUMNS)
-    kept = [cells(point) for key, points in curves.items() if key in done for point in points]
+    kept = [cells(point) for key in done for point in curves.get(key, [])]
     write_lines(curves_file(path), kept, POINT_COLUMNS)
     for file in path.with_name(f"{path.stem}_pictures").glob("*.safetensors"):
         if file.stem not in {update for update, _, _ in done}:

@@ -23,7 +23,7 @@ from .page import describe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("against_breaching", __doc__)
+    parser = study_parser("against_breaching", __doc__, alone="it is a race, in seconds of the processor")
     parser.add_argument("--python", help="the Python of an environment with breaching")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate-seconds", type=float, default=8.0)

@@ -81,4 +81,7 @@ def plan(quick: bool = False) -> Plan:
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     cases = plan(options.quick)
-    fill(folder / "calibration.csv", Row, cases, lambda case: cases[case](), key=("part", "setting"))
+    fill(
+        folder / "calibration.csv", Row, cases, lambda case: cases[case](), key=("part", "setting"),
+        workers=options.workers,
+    )  # fmt: skip

@@ -215,4 +215,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     study = SMALLEST if options.quick else Study()
     settings = {name: getattr(study, name) for name in ("width", "depth", "images", "epochs")}
     attack = partial(attacked, study)
-    fill(folder / "conditioning.csv", Row, cases(study), attack, key=Case._fields, settings=settings)
+    fill(
+        folder / "conditioning.csv", Row, cases(study), attack, key=Case._fields, settings=settings,
+        workers=options.workers, together=lambda case: case._replace(precision="", victim=""),
+    )  # fmt: skip

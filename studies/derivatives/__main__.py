@@ -31,7 +31,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("derivatives", __doc__)
+    parser = study_parser("derivatives", __doc__, alone="milliseconds are what it measures")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out; it takes minutes")
     parser.add_argument("--compiled", nargs=3, metavar=("MODEL", "DTYPE", "REPETITIONS"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -318,12 +318,13 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     train_all(study)
     for part in plan(study):
         start = time.perf_counter()
-        run(part.cases, path=path, max_evaluations=part.budget, pictures=part.pictures)
+        run(part.cases, path=path, max_evaluations=part.budget, pictures=part.pictures, workers=options.workers)
         print(f"{part.name}: {time.perf_counter() - start:.0f} s")
     settings = {"images": study.images, "epochs": study.epochs}
     kinds, key = itertools.product(MODELS, POSITIONS, study.moments), ("model", "position", "weights")
-    fill(folder / "effect_weights.csv", Weights, kinds, partial(weighed, study), key=key, settings=settings)
+    more: dict[str, Any] = {"settings": settings, "workers": options.workers}
+    fill(folder / "effect_weights.csv", Weights, kinds, partial(weighed, study), key=key, **more)
     attacks = [(attack,) for attack in SURER]
-    fill(folder / "effect_heads.csv", Head, attacks, partial(banded, study), key=("attack",), settings=settings)
+    fill(folder / "effect_heads.csv", Head, attacks, partial(banded, study), key=("attack",), **more)
     positions = [(position,) for position in TWINS]
     fill(folder / "effect_twins.csv", Reordered, positions, partial(reordered, study, path), key=("position",))

@@ -33,7 +33,7 @@ QUICK = 60
 def measure(folder: Path, options: argparse.Namespace) -> None:
     count = QUICK if options.quick else options.configurations
     cases = [(seed,) for seed in range(options.seed, options.seed + count)]
-    fill(folder / "fuzz.csv", Row, cases, attacked, key=("seed",))
+    fill(folder / "fuzz.csv", Row, cases, attacked, key=("seed",), workers=options.workers)
 
 
 def show(seed: int) -> None:

@@ -172,7 +172,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     lines = {line.label: line for line in (QUICK if options.quick else LINES)}
     fill(
         folder / "features.csv", Found, [(label,) for label in lines],
-        lambda case: list(experiment(lines[case[0]])), key=("model",),
+        lambda case: list(experiment(lines[case[0]])), key=("model",), workers=options.workers,
     )  # fmt: skip
 
 

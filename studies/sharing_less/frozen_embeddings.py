@@ -125,7 +125,10 @@ def attacked(case: Case) -> Iterator[Row]:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    fill(folder / FILE, Row, cases(options.quick), attacked, key=Case._fields)
+    fill(
+        folder / FILE, Row, cases(options.quick), attacked, key=Case._fields, workers=options.workers,
+        together=lambda case: case._replace(victim=""),
+    )  # fmt: skip
 
 
 # --- Its share of the page ----------------------------------------------------------------------------------------

@@ -308,7 +308,8 @@ def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.f
 def measure(folder: Path, options: argparse.Namespace) -> None:
     """Fill leak_map.csv, a line of the table after the other."""
     lines = {(line.name, line.size): line for line in (QUICK if options.quick else standard_models())}
-    fill(folder / "leak_map.csv", Cell, lines, partial(_measured, lines), key=("model", "size"))
+    measured = partial(_measured, lines)
+    fill(folder / "leak_map.csv", Cell, lines, measured, key=("model", "size"), workers=options.workers)
 
 
 def _measured(lines: dict[tuple[str, int], Standard], case: tuple[str, int]) -> list[Cell]:

@@ -137,7 +137,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         kind = "quick" if options.quick else "large" if case.setting in LARGE else "small"
         return measured(case, ROUNDS[kind])
 
-    fill(folder / FILE, Row, cases(options.quick), attacked, key=Case._fields)
+    fill(folder / FILE, Row, cases(options.quick), attacked, key=Case._fields, workers=options.workers)
 
 
 # --- Its share of the page ----------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def epsilon_of(sigma: float, rounds: int, delta: float = DELTA) -> float:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    fill(folder / FILE, Row, cases(options.quick), attacked, key=Case._fields)
+    fill(folder / FILE, Row, cases(options.quick), attacked, key=Case._fields, workers=options.workers)
 
 
 # --- Its share of the page ----------------------------------------------------------------------------------------

@@ -44,7 +44,9 @@ def test_command_writes_everything_and_names_itself(
     assert str(tmp_path) not in page
     rows = read_rows(folder / "tiny.csv")
     again = re.search(r"Made by `aprillab compare (.*?)`", page)[1].split()
-    assert command(*again) == 0
+    # Where rows are computed is no part of the command in the page; and where none is missing, nobody is asked.
+    assert command(*again, "--dask", "tcp://127.0.0.1:1") == 0
+    assert (folder / "tiny.md").read_text() == page
     assert len(calls) == 8  # the command in the page means the same rows
     assert read_rows(folder / "tiny.csv") == rows
 
@@ -79,6 +81,9 @@ def test_interrupted_command_keeps_what_is_done(
         (["--max-seconds", "-1"], "no positive number"),
         (["--device", "abacus"], "--device abacus"),
         (["--name", "a/b"], "--name a/b"),
+        (["--jobs", "0"], "'0' is no whole number from 1 up"),
+        (["--jobs", "2", "--dask", "tcp://127.0.0.1:1"], "2 jobs and Dask: give one"),
+        (["--dask", "abacus://here", "--device", "abacus"], "no Dask scheduler answers at abacus://here"),
     ],
 )
 def test_wrong_usage_is_one_line(

@@ -27,6 +27,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 DISTRIBUTION_OF = {
     "flint": "python-flint",
+    "distributed": "dask",
     "PIL": "pillow",
     "skimage": "scikit-image",
     "IPython": "ipywidgets",
@@ -110,10 +111,12 @@ WITH_FLOWER = {f"aprillab/federation/{name}.py" for name in ("client", "curious"
 
 def test_the_package_imports_only_what_it_declares() -> None:
     base, course, federation = set(requirements()), set(requirements("course")), set(requirements("federation"))
+    cluster = set(requirements("cluster"))
     for path, line, top, distribution in imported("aprillab"):
         # Widgets need the course's packages as soon as they are imported, files of the federation may need Flower.
         eager = top and path.name != "widgets.py"
         brought = (base if eager else course) | (federation if path.parts[1] == "federation" else set())
+        brought |= cluster if path.name == "parallel.py" and not eager else set()
         assert distribution in brought, f"{path}:{line} imports {distribution}, which no extra for it brings"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import aprillab as al
+from aprillab.comparison.parallel import HERE
 from studies._runner import RESULTS
 from studies.sharing_less import features, leak_page, leak_table
 from studies.sharing_less.clients import play
@@ -23,8 +24,9 @@ WITHHELD, FROZEN = "position embedding withheld", "both embeddings frozen"
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both CSV files of the smallest study."""
     folder = tmp_path_factory.mktemp("quick")
-    leak_table.measure(folder, Namespace(quick=True))
-    features.measure(folder, Namespace(quick=True))
+    options = Namespace(quick=True, workers=HERE)
+    leak_table.measure(folder, options)
+    features.measure(folder, options)
     return folder
 
 

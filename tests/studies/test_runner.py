@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import in_workers
 import pandas as pd
 import pytest
 
+from aprillab.comparison.parallel import Workers, WorkersError
 from studies import _runner
-from studies._rows import StudyError, fill, made, origin, provenance, read
+from studies._rows import StudyError, _in_order, fill, made, origin, provenance, read
 from studies._runner import Claim, Description, page, run_study, study_parser
 from studies._tables import formatted, grouped, markdown
 
@@ -117,6 +119,47 @@ def test_provenance_grows_only_when_rows_do(tmp_path: Path, monkeypatch: pytest.
     path.unlink()  # begun anew, nothing is left of the first machine, nor of its settings
     filled(path)
     assert origin(path) == {"made": ["another machine"], "settings": {}}
+
+
+# --- Several workers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_jobs_write_one_process_s_csv_and_name_what_fails(tmp_path: Path) -> None:
+    def squares(path: Path, numbers: range, **options: Any) -> str:
+        fill(path, in_workers.Square, [(i,) for i in numbers], in_workers.squared, key=("number",), **options)
+        return path.read_text()
+
+    two = Workers(jobs=2)
+    alone, path, grouped = (tmp_path / f"{name}.csv" for name in ("alone", "two", "grouped"))
+    assert squares(path, range(1, 4), workers=two) == squares(alone, range(1, 4))
+    assert squares(grouped, range(1, 4), workers=two, together=lambda case: case[0] > 1) == alone.read_text()
+    assert made(path) == f"{provenance()}, 2 jobs"
+    with pytest.raises(WorkersError, match=r"1 failed, .* kept: 4: ArithmeticError: four is too much"):
+        squares(path, range(1, 6), workers=two)
+    assert list(read(path, in_workers.Square).number) == [1, -1, 2, -2, 3, -3, 5, -5]  # nothing of the fourth
+
+
+def test_lines_are_brought_into_the_order_of_their_cases_in_the_places_they_have() -> None:
+    lines = [{"number": str(i)} for i in (7, 3, -3, 9, 1, -1, 2)]
+    found = _in_order(lines, [("1",), ("2",), ("3",)], ("number",))
+    # What is of no case goes with the line before it.
+    assert [int(line["number"]) for line in found] == [7, 1, -1, 2, 3, -3, 9]
+    assert _in_order(lines, [], ("number",)) == lines
+
+
+def test_a_study_has_jobs_or_says_why_not(capsys: pytest.CaptureFixture) -> None:
+    options = study_parser("squares", "about").parse_args(["--jobs", "2"])
+    assert (options.jobs, options.dask) == (2, None)
+    parser = study_parser("squares", "about", alone="it measures seconds")
+    assert parser.parse_args(["--jobs", "1"]).jobs == 1
+    assert "not here: it measures seconds" in parser.format_help()
+    for wrong in (["--jobs", "2"], ["--dask", "tcp://127.0.0.1:1"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+        assert "this study measures one case at a time: it measures seconds" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="squares: 2 jobs and Dask: give one"):
+        Squares().run("--jobs", "2", "--dask", "tcp://127.0.0.1:1", "--quick")
 
 
 # --- The page -----------------------------------------------------------------------------------------------------

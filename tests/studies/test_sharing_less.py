@@ -13,11 +13,12 @@ import torch
 from scipy.special import ndtr
 
 import aprillab as al
+from aprillab.comparison.parallel import HERE
 from studies._runner import PAGES, RESULTS
 from studies.sharing_less import frozen_embeddings, lora, rounds
 from studies.sharing_less.clients import LABEL, OTHERS, pixels_of, played, update_of
 
-QUICK = argparse.Namespace(quick=True)
+QUICK = argparse.Namespace(quick=True, workers=HERE)
 SHAPE = {"image_size": 16, "patch_size": 4, "width": 48, "depth": 1, "heads": 3, "classes": 10}
 
 

@@ -18,6 +18,13 @@ models: {MODELS}
   april and prenorm are this package's architectures A and B; the others have their library's shape.
 weights: safetensors files: checkpoints of aprillab.training.train, or state dicts, of a model with this very position
   embedding. {{position}}, {{model}} and {{seed}} in a name are filled in: late/{{position}}-{{seed}}.safetensors
+workers: --jobs N plays the updates in so many processes, each with its share of the threads; --dask in the workers of
+  a cluster: `dask scheduler`, and `dask worker ADDRESS --nworkers 4 --nthreads 1` on each machine, with this package.
+  The scheduler runs what it is sent: let people you trust alone reach it. Weights and pictures must lie under the
+  same paths on all workers. The rows are one process's, but for seconds and threads. Jobs share the cores: a search
+  that ends by --max-seconds gets less far where there are more jobs than cores. They share a GPU, too, and each takes
+  some 0.5 GiB of it besides its model. If a worker dies, its updates are played again. At Ctrl-C jobs end at once,
+  Dask's workers after what they are at. It needs joblib, and Dask: pip install "aprillab[cluster]".
 files: NAME.csv (a row an attack), NAME.md (the table), NAME_curves.csv (searches on their way), NAME_pictures/
   (8-bit pixels, safetensors), and figures as PNG: pictures, curves, PSNR against seconds."""
 _POSITIONS = ["learned", "frozen", "sinusoidal"]
@@ -47,6 +54,12 @@ def add_arguments(commands: Any) -> None:
     _add_model_options(compare)
     _add_attack_options(compare)
     compare.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, … (%(default)s)")
+    compare.add_argument(
+        "--jobs", default=1, type=whole(1), metavar="N", help="processes; see workers below (%(default)s)"
+    )
+    compare.add_argument(
+        "--dask", metavar="ADDRESS", help="of a Dask scheduler, such as tcp://10.0.0.5:8786, instead"
+    )
     compare.add_argument("--out", required=True, metavar="DIR", help="folder to write into; made if need be")
     compare.add_argument("--name", default="compare", help="what the files' names begin with (%(default)s)")
     compare.add_argument("--again", action="store_true", help="begin anew, and delete all rows that are there")
