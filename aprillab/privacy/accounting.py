@@ -46,7 +46,7 @@ _LEAST_PRV_DELTA = 1e-10  # below, its sums are rounding: they start from entrie
 # Rényi orders: whole ones are quick. Broken ones matter near 1, where ε is large; each takes up to a second.
 _WHOLE = (*range(2, 13), 14, 16, 19, 22, 26, 30, 36, 43, 52, 64, 80, 100, 128, 160, 200, 256, 320, 400, 512)
 _BROKEN_BELOW = 8
-_LARGEST_SIGMA = 1e7
+_LARGEST_SIGMA = 1e15
 _TIGHT = 1e-4  # relative, of a noise multiplier that was searched for; always on the side of more noise
 
 _ACCOUNTANTS = ("auto", "exact", "prv", "rdp")
@@ -124,7 +124,7 @@ def epsilon(
     >>> [round(epsilon(sigma), 2) for sigma in (0.1, 0.5, 1, 2, 5)]
     [91.82, 10.0, 4.38, 1.99, 0.73]
     >>> round(epsilon(1, rounds=1000))  # noise averages out over rounds
-    633
+    634
     """
     return guarantee(
         noise_multiplier, sample_rate=sample_rate, rounds=rounds, delta=delta, accountant=accountant
@@ -149,8 +149,8 @@ def guarantee(
     check_counts(sample_rate, rounds, delta)
     if not 0 < noise_multiplier < math.inf:
         raise ValueError(
-            f"noise_multiplier={noise_multiplier} must be positive and finite: it is the noise's deviation divided by "
-            "the clipping norm, and without noise there is no guarantee"
+            f"noise_multiplier={noise_multiplier} must be positive and finite: the noise's deviation divided by the "
+            "clipping norm. Without noise there is no guarantee"
         )
     if accountant not in _ACCOUNTANTS:
         raise ValueError(f"accountant={accountant!r}: one of {', '.join(_ACCOUNTANTS)}")
@@ -190,20 +190,20 @@ def noise_multiplier(epsilon: float, *, sample_rate: float = 1.0, rounds: int = 
     Raises
     ------
     ValueError
-        If an argument makes no sense, or noise of ten million times C would not do.
+        If an argument makes no sense.
     OpacusMissing
         If ``sample_rate`` is below 1 and Opacus is not installed.
 
     Examples
     --------
     >>> round(noise_multiplier(3.0), 2), round(noise_multiplier(3.0, rounds=100), 2)
-    (1.39, 13.93)
+    (1.39, 13.91)
     """
     check_counts(sample_rate, rounds, delta)
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be positive and finite: 0 would need infinite noise")
     # Sampling can only help, so that this much is always enough.
-    enough = math.sqrt(rounds) * _search(lambda s: _exact(1 / s, delta), epsilon, 1.0)
+    enough = _search(lambda s: _exact(math.sqrt(rounds) / s, delta), epsilon, math.sqrt(rounds))
     if sample_rate == 1:
         return enough
 
@@ -229,9 +229,7 @@ def _search(
     high = start
     while count(high) > wanted:
         if high >= at_most * (1 + _TIGHT):
-            raise ValueError(
-                f"epsilon={wanted} is not kept by a noise multiplier of {high:.3g}: ask for a larger one"
-            )
+            raise ValueError(f"epsilon={wanted} is not kept by a noise multiplier of {high:.3g}: allow more")
         high = min(high * step, at_most * (1 + _TIGHT))
     low = high / step
     while count(low) <= wanted:
@@ -278,12 +276,9 @@ def _rdp(sampled: _Sampled, delta: float) -> float:
         try:
             found, order = accountant.get_privacy_spent(delta=delta, alphas=list(_WHOLE))
             if order < _BROKEN_BELOW:  # the best one lies within one of it
-                near = (
-                    [1 + 2.0**-i for i in range(6, 0, -1)]
-                    if order == 2
-                    else [order - 0.75, order - 0.5, order - 0.25]
-                )
-                broken, _ = accountant.get_privacy_spent(delta=delta, alphas=[*near, order + 0.25, order + 0.5])
+                near = [order + step for step in (-0.75, -0.5, -0.25, 0.25, 0.5)]
+                near = [1 + 2.0**-i for i in (6, 5, 4, 3)] + near if order == 2 else near
+                broken, _ = accountant.get_privacy_spent(delta=delta, alphas=near)
                 found = np.nanmin([found, broken])
         except (ValueError, OverflowError, ArithmeticError):
             return math.inf
@@ -297,7 +292,7 @@ def _prv(sampled: _Sampled, delta: float) -> float:
         raise ValueError(f"delta={delta}: the PRV accountant computes to {_LEAST_PRV_DELTA}; take accountant='rdp'")
     least = _rdp(sampled, delta)
     error = min(0.5, max(_PRV_ERROR, least / 1000))
-    # As its authors choose the grid: it reaches to the ε of a far smaller δ, its mesh is the error's share of a round.
+    # As its authors choose the grid: up to the ε of a far smaller δ, in steps of the error's share in a round.
     reach = _rdp(sampled, delta / 4000)
     points = 2 * (reach + 3) / error * math.sqrt(rounds * math.log(12_000 / delta) / 2)
     if points > MOST_POINTS:

@@ -117,7 +117,7 @@ def success_bound_rdp(kappa: float, order: float, divergence: float) -> float:
     0.066
     """
     _check_kappa(kappa)
-    if not 1 < order < math.inf or not 0 <= divergence:
+    if not 1 < order < math.inf or not divergence >= 0:
         raise ValueError(f"order={order} must be above 1, and divergence={divergence} not negative")
     return min(1.0, math.exp(min(0.0, (math.log(kappa) + divergence) * (order - 1) / order)))
 
@@ -138,7 +138,7 @@ def success_bound_dp(kappa: float, epsilon: float, delta: float = 0.0) -> float:
     (0.011, 1.0)
     """
     _check_kappa(kappa)
-    if not 0 <= epsilon or not 0 <= delta < 1:
+    if not epsilon >= 0 or not 0 <= delta < 1:
         raise ValueError(f"epsilon={epsilon} must not be negative, and delta={delta} is a probability below 1")
     return min(1.0, math.exp(min(700.0, math.log(kappa) + epsilon)) + delta)
 
@@ -277,7 +277,7 @@ def chosen_model_success(mse: float, norm: float, entries: int, noise_multiplier
     In many pixels the error is all but certain:
 
     >>> norm = (3 * 224 * 224 / 4) ** 0.5
-    >>> [round(chosen_model_success(10 ** (-db / 10), norm, 3 * 224 * 224, 1e-4), 3) for db in (34.2, 34.3)]
+    >>> [round(chosen_model_success(10 ** (-db / 10), norm, 3 * 224 * 224, 1e-4), 3) for db in (34.1, 34.3)]
     [1.0, 0.0]
     """
     if mse < 0 or entries < 1:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..training import evaluate
 from ..update import logits_of
-from .accounting import guarantee, noise_multiplier, opacus
+from .accounting import Guarantee, guarantee, noise_multiplier, opacus
 
 
 class ModelRefused(ValueError):
@@ -110,8 +110,9 @@ def train_privately(
     if optimizer not in ("adam", "sgd"):
         raise ValueError(f"optimizer={optimizer!r}: 'adam' or 'sgd'")
     rate, steps = min(1.0, batch_size / len(images)), math.ceil(len(images) / batch_size)
-    counted = {"sample_rate": rate, "delta": delta}
-    sigma = 0.0 if epsilon == math.inf else noise_multiplier(epsilon, rounds=steps * epochs, **counted)
+    sigma = 0.0
+    if epsilon < math.inf:
+        sigma = noise_multiplier(epsilon, sample_rate=rate, rounds=steps * epochs, delta=delta)
     history: list[dict[str, Any]] = []
     bar = tqdm(total=epochs, desc="training privately", unit=" epoch", disable=not progress)
     with bar, _private(model, sigma, clip, batch_size, optimizer, lr, seed) as run:
@@ -125,9 +126,11 @@ def train_privately(
                 if isinstance(broken_off, KeyboardInterrupt):
                     break
                 raise
-            spent = guarantee(sigma, rounds=steps * epoch, **counted) if sigma else None
-            entry = {"epoch": epoch, "loss": loss, "epsilon": spent.epsilon if spent else math.inf}
-            entry |= {"accountant": spent.accountant if spent else "none", "noise_multiplier": sigma}
+            spent = Guarantee(math.inf, "none")
+            if sigma:
+                spent = guarantee(sigma, sample_rate=rate, rounds=steps * epoch, delta=delta)
+            entry: dict[str, Any] = {"epoch": epoch, "loss": loss, "noise_multiplier": sigma}
+            entry |= {"epsilon": spent.epsilon, "accountant": spent.accountant}
             entry["seconds"] = time.perf_counter() - start
             if test is not None:
                 entry["test_accuracy"] = evaluate(model, *test)
@@ -167,8 +170,8 @@ def _private(
         _check_model(model)
         hooked = samples.GradSampleModule(model, loss_reduction="mean")
         try:
-            inner = torch.optim.Adam(trained, lr=lr) if optimizer == "adam" else None
-            inner = inner or torch.optim.SGD(trained, lr=lr, momentum=0.9)
+            adam = optimizer == "adam"
+            inner = torch.optim.Adam(trained, lr=lr) if adam else torch.optim.SGD(trained, lr=lr, momentum=0.9)
             sampling = torch.Generator()
             sampling.seed() if seed is None else sampling.manual_seed(seed)
             noise = torch.Generator(device=trained[0].device)
@@ -234,8 +237,8 @@ def _backward(run: _Run, images: Tensor, labels: Tensor) -> float:
     lacking = [name for name, p in run.trained.items() if getattr(p, "grad_sample", None) is None]
     if lacking:
         raise ModelRefused(
-            f"Opacus found no gradient of each image for {', '.join(lacking[:3])} ({len(lacking)} of {len(run.trained)} "
-            "trained parameters): the loss does not depend on them, or their layer hides them. Freeze them with "
+            f"Opacus found no gradient of each image for {', '.join(lacking[:3])} ({len(lacking)} of "
+            f"{len(run.trained)} trained parameters): the loss does not depend on them, or their layer hides them. Freeze them with "
             "requires_grad_(False), or train another model"
         )
     return float(loss.detach())
@@ -248,8 +251,8 @@ def _check_model(model: nn.Module) -> None:
     if errors:
         refused = sorted({type(m).__name__ for m in model.modules() if type(m) in validator.VALIDATORS})
         raise ModelRefused(
-            f"Opacus refuses this model: {', '.join(refused) or 'a layer'} ({len(errors)} of them). Its own replacement is "
-            "a copy of the model with other layers: `from opacus.validators import ModuleValidator` and "
+            f"Opacus refuses this model: {', '.join(refused) or 'a layer'} ({len(errors)} of them). Its own remedy "
+            "is a copy of the model with other layers: `from opacus.validators import ModuleValidator` and "
             f"`model = ModuleValidator.fix(model)`, then train that. Opacus says: {errors[0]}"
         )
 
@@ -267,7 +270,7 @@ def _check(
         raise ValueError(f"epsilon={epsilon} must be positive; math.inf for clipping without noise")
     if delta * len(images) >= 1:
         raise ValueError(
-            f"delta={delta} is no guarantee for {len(images)} images: publishing one of them at random would keep it. "
+            f"delta={delta} is no guarantee for {len(images)} images: to publish one of them by lot would keep it. "
             f"It has to be well below {1 / len(images):.1g}"
         )
     for name, value in counts.items():
