@@ -11,9 +11,11 @@ at most exp(ε), but for a probability δ. For one image *replaced* by another t
 
 **One client instead of one image.** Where a client clips its whole update to C, and every entry gets
 noise σC, the same numbers hold for all that the client has: its update is there, or zeros are. For
-another update in its place the step is again 2C. Clipping the *update* (the mean gradient of a batch)
-and noise σC/B, which would do if each image's gradient were clipped, guarantees nothing of the
-kind: one image may turn the whole update around, by 2C and not by C/B.
+another update in its place the step is again 2C.
+
+**Clipping the update is not clipping its images.** The mean of B gradients, each clipped to C, needs noise
+σC/B. If only the mean is clipped to C, one image may turn the whole of it around, by 2C and not by
+C/B: the same noise is then worth a noise multiplier of σ/(2B), and that is the one to ask about here.
 
 **Rounds.** T rounds with the same image, each with fresh noise, count together. So do the steps of an
 optimizer. ε is that of everything the server saw, even if later rounds depend on earlier ones.
@@ -28,6 +30,7 @@ and is imported only then. All this is promised for real numbers; floating-point
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -267,6 +270,7 @@ def _exact(mu: float, delta: float) -> float:
 _Sampled = tuple[float, float, int]  # σ, q, T: an entry of an Opacus accountant's history
 
 
+@functools.lru_cache(maxsize=256)  # a search asks for the same again
 def _rdp(sampled: _Sampled, delta: float) -> float:
     """Opacus' RDP accountant, over orders that reach further than its own. Infinite where it overflows."""
     accountant = opacus("accountants").RDPAccountant()
@@ -285,6 +289,7 @@ def _rdp(sampled: _Sampled, delta: float) -> float:
     return max(0.0, float(found)) if not math.isnan(found) else math.inf
 
 
+@functools.lru_cache(maxsize=256)
 def _prv(sampled: _Sampled, delta: float) -> float:
     """Opacus' PRV accountant, if its grid is small enough; ValueError otherwise."""
     sigma, _, rounds = sampled

@@ -238,8 +238,8 @@ def _backward(run: _Run, images: Tensor, labels: Tensor) -> float:
     if lacking:
         raise ModelRefused(
             f"Opacus found no gradient of each image for {', '.join(lacking[:3])} ({len(lacking)} of "
-            f"{len(run.trained)} trained parameters): the loss does not depend on them, or their layer hides them. Freeze them with "
-            "requires_grad_(False), or train another model"
+            f"{len(run.trained)} trained parameters): the loss does not depend on them, or their layer hides them. "
+            "Freeze them with requires_grad_(False), or train another model"
         )
     return float(loss.detach())
 

@@ -153,8 +153,7 @@ def identification_rates(
         # One draw of noise for every candidate in turn. Column k: how near an update of k is to each candidate.
         scores = gram - 0.5 * gram.diagonal()[:, None]
         scores = scores + root @ torch.randn(m, m, dtype=torch.float64, generator=generator)
-        # Several at the top: one of them is named, by lot.
-        top = scores >= scores.amax(0) - 1e-9
+        top = scores == scores.amax(0)  # several: one of them is named, by lot
         right += top.diagonal() / top.sum(0)
     return right / samples
 

@@ -13,6 +13,7 @@ best linear attack would leave if the gradient were linear around x.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -207,7 +208,9 @@ class _Called(nn.Module):
 
 def _pushed(gradient: Callable[[Tensor], Tensor], image: Tensor, directions: Tensor) -> Tensor:
     """J v for each direction, (k, N)."""
-    return torch.func.vmap(lambda v: torch.func.jvp(gradient, (image,), (v,))[1])(directions)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # torch's own use
+        return torch.func.vmap(lambda v: torch.func.jvp(gradient, (image,), (v,))[1])(directions)
 
 
 def _scale(clip: float, noise_multiplier: float, rounds: int) -> float:
