@@ -89,10 +89,13 @@ def gradient_distances(gradients: Tensor) -> Tensor:
     """
     if gradients.ndim != 2:
         raise ValueError(f"gradients of shape {tuple(gradients.shape)}: one row a candidate is wanted, (M, N)")
-    squares = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=gradients.device)
+    gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=gradients.device)
     for part in gradients.split(2**16, dim=1):  # in float64, a part of the entries at a time
-        squares += torch.cdist(part.double(), part.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-    return squares.sqrt()
+        centred = part.double() - part.double().mean(0)
+        gram += centred @ centred.mT
+    own = gram.diagonal()
+    # Differences of products: distances below 1e-8 of the gradients' size are rounding.
+    return (own[:, None] + own - 2 * gram).clamp(min=0).fill_diagonal_(0).sqrt()
 
 
 def identification_rates(
