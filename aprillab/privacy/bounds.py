@@ -72,7 +72,8 @@ def success_bound(
     ----------
     Hayes, Mahloujifar & Balle, NeurIPS 2023, arXiv:2302.07225 (there the blow-up function, with the
     simulation for DP-SGD). Kaissis, Hayes, Ziller & Rueckert 2023, arXiv:2307.03928: the same as
-    1 − f(κ), f the trade-off function.
+    1 − f(κ), f the trade-off function. That rounds may depend on earlier ones: Dong, Roth & Su 2022,
+    arXiv:1905.02383.
 
     Examples
     --------
