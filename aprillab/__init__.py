@@ -20,7 +20,7 @@ from .version import __version__
 
 # dissect and invert by their modules, whose names they share: mypy would take them for the modules.
 if TYPE_CHECKING:
-    from . import defenses, training
+    from . import defenses, privacy, training
     from .anatomy import Anatomy, Rows, UnknownModelError, tensors_of
     from .anatomy.dissect import dissect
     from .attacks import (
@@ -108,6 +108,7 @@ __all__ = [
     "mnist5k",
     "mse",
     "patchify",
+    "privacy",
     "psnr",
     "read_picture",
     "recover_labels",
@@ -130,7 +131,8 @@ __all__ = [
 
 #: The modules that are part of the face, and those whose names are, in the order they are looked through.
 _MODULES = (
-    "anatomy", "attacks", "data", "defenses", "metrics", "models", "preprocessing", "sharing", "training", "update",
+    "anatomy", "attacks", "data", "defenses", "metrics", "models", "preprocessing", "privacy", "sharing", "training",
+    "update",
 )  # fmt: skip
 _HOMES = ("preprocessing", "metrics", "models", "update", "data", "anatomy", "attacks", "sharing")
 

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "aprillab"
 FLOORS = (
     {"version", "models", "preprocessing", "data", "metrics", "viz", "update"},
     {"anatomy", "training", "widgets"},
-    {"attacks", "defenses"},
+    {"attacks", "defenses", "privacy"},
     {"zoo", "exercises", "sharing"},
     {"comparison", "audit", "federation", "__init__"},
     {"commands"},
