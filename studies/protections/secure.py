@@ -1,0 +1,249 @@
+"""SecAgg+: what of three updates is in their quantized sum, for whom, and what the protocol costs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.client.mod import secaggplus_mod
+from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
+from flwr.server import ServerConfig
+from flwr.server.compat import LegacyContext
+from flwr.server.strategy import FedAvg
+from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+
+import aprillab as al
+
+from .._rows import fill, made, read
+from .._runner import Claim, Description, between
+from .._tables import grouped, markdown
+from .clients import FIRST, VICTIMS, Owner, State, attacked, model_of, older_app, owners
+from .wire import Wire
+
+FILE, COSTS_FILE = "protections_secure.csv", "protections_costs.csv"
+CLIENTS, SHARES, THRESHOLD = 3, 3, 2
+#: Flower's defaults.
+CLIPPING_RANGE, QUANTIZATION_RANGE, MAX_WEIGHT = 8.0, 2**22, 1000.0
+RATES, MAX_WEIGHTS = (0.01, 0.1, 1.0), (MAX_WEIGHT, 10.0, 1.0)
+SUM, KNOWN, IDLE = "the sum", "the sum, the others known", "the sum, the others idle"
+SECURE, PLAIN = "SecAgg+", "FedAvg"
+#: How many are gone, and from which stage on.
+GONE = {
+    "": (0, ""), "one before the keys are shared": (1, Stage.SHARE_KEYS),
+    "one after that": (1, Stage.COLLECT_MASKED_VECTORS), "two after that": (2, Stage.COLLECT_MASKED_VECTORS),
+}  # fmt: skip
+REPEATS = 3
+
+
+class Case(NamedTuple):
+    """One round, and one more in which the other two train on nothing."""
+
+    max_weight: float
+    rate: float
+    victim: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack on what the strategy was given.
+
+    ``floor`` is the rms error of the average's weights, ``foretold`` what follows from the quantization, ``change``
+    the rms of the victim's change. ``labels`` is how many of the clients' labels the sum's head gives.
+    """
+
+    max_weight: float
+    rate: float
+    victim: str
+    view: str = ""
+    floor: float | None = None
+    foretold: float | None = None
+    change: float | None = None
+    psnr: float | None = None
+    predicted_psnr: float | None = None
+    exact: bool | None = None
+    attack: str = ""
+    labels: int | None = None
+    note: str = ""
+
+
+class CostCase(NamedTuple):
+    """One round, timed."""
+
+    protocol: str
+    gone: str
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``summed`` is how many clients are in what the strategy gets, 0 where the protocol was halted; ``psnr`` the
+    first client's picture from it, ``known`` where the others' updates are known.
+    """
+
+    protocol: str
+    gone: str
+    repeat: int
+    summed: int | None = None
+    messages: int | None = None
+    megabytes_to: float | None = None
+    megabytes_back: float | None = None
+    seconds: float | None = None
+    psnr: float | None = None
+    known: float | None = None
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    weights, rates, victims = (
+        (MAX_WEIGHTS[::2], RATES[1:2], VICTIMS[:1]) if quick else (MAX_WEIGHTS, RATES, VICTIMS)
+    )
+    yield from (Case(weight, rate, victim) for weight in weights for rate in rates for victim in victims)
+
+
+def cost_cases(quick: bool) -> Iterator[CostCase]:
+    for repeat in range(1 if quick else REPEATS):
+        yield CostCase(PLAIN, "", repeat)
+        yield from (CostCase(SECURE, gone, repeat) for gone in GONE)
+
+
+# --- One round in Flower's older interface ------------------------------------------------------------------------
+
+
+class Keeping(FedAvg):
+    """FedAvg that keeps what it is given: of each client its node, its number of pictures, weights."""
+
+    def __init__(self, state: State, rate: float) -> None:
+        first = ndarrays_to_parameters([tensor.numpy() for tensor in state.values()])
+        super().__init__(
+            fraction_fit=1.0, fraction_evaluate=0.0, min_fit_clients=CLIENTS, min_available_clients=CLIENTS,
+            initial_parameters=first, on_fit_config_fn=lambda _: {"learning-rate": rate},
+        )  # fmt: skip
+        self.given: list[tuple[int, int, dict[str, torch.Tensor]]] = []
+        self.names = list(state)
+
+    def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+        for proxy, reply in results:
+            arrays = map(torch.as_tensor, parameters_to_ndarrays(reply.parameters))
+            self.given.append((proxy.node_id, reply.num_examples, dict(zip(self.names, arrays, strict=True))))
+        return super().aggregate_fit(server_round, results, failures)
+
+
+@dataclass(frozen=True)
+class Played:
+    """One round: what the strategy was given, the messages, the seconds."""
+
+    strategy: Keeping
+    wire: Wire
+    seconds: float
+
+
+def play(
+    everyone: list[Owner], rate: float, *, secure: bool = True, max_weight: float = MAX_WEIGHT, idle: bool = False,
+    lost: Callable[[Message], bool] | None = None,
+) -> Played:  # fmt: skip
+    """One round of the owners; all but the first send back what they were sent, if ``idle``."""
+    mods = [secaggplus_mod] if secure else []
+    clients = [older_app(owner, mods, idle=idle and k > 0) for k, owner in enumerate(everyone)]
+    wire = Wire(clients, lost=lost, keep=lambda asked, answered: None)
+    strategy = Keeping(model_of(0).state_dict(), rate)
+    protocol = SecAggPlusWorkflow(
+        SHARES, THRESHOLD, max_weight=max_weight, clipping_range=CLIPPING_RANGE, quantization_range=QUANTIZATION_RANGE
+    )
+    workflow = DefaultWorkflow(fit_workflow=protocol if secure else None)
+    context = LegacyContext(Context(1, 0, {}, RecordDict(), {}), ServerConfig(num_rounds=1), strategy)
+    start = time.perf_counter()
+    wire.run(lambda grid: workflow(grid, context))
+    return Played(strategy, wire, time.perf_counter() - start)
+
+
+def gone(who: str) -> Callable[[Message], bool]:
+    """Whether the node that a message is for is gone by then; the last nodes go."""
+    number, stage = GONE[who]
+    leaving = range(FIRST + CLIENTS - number, FIRST + CLIENTS)
+    left: set[int] = set()
+
+    def lost(message: Message) -> bool:
+        node, config = message.metadata.dst_node_id, message.content.config_records[RECORD_KEY_CONFIGS]
+        if node in leaving and config[Key.STAGE] == stage:
+            left.add(node)
+        return node in left
+
+    return lost
+
+
+# --- What a server makes of it ------------------------------------------------------------------------------------
+
+
+def foretold(max_weight: float) -> float:
+    """The rms error of the average's weights of clients with one picture each: steps rounded at random."""
+    step = 2 * CLIPPING_RANGE / QUANTIZATION_RANGE
+    return step * math.sqrt(CLIENTS / 6) * max_weight / CLIENTS
+
+
+def less(mean: State, others: list[State]) -> State:
+    """The first client's weights, from the average and the others' own."""
+    number = len(others) + 1
+    return {name: number * value - sum(o[name].double() for o in others) for name, value in mean.items()}
+
+
+def rms(first: State, second: State) -> float:
+    squares = sum(float((first[name].double() - second[name].double()).square().sum()) for name in first)
+    return math.sqrt(squares / sum(value.numel() for value in first.values()))
+
+
+def measured(case: Case) -> Iterator[Row]:
+    """The sum as an honest server gets it, and with more knowledge."""
+    model, everyone = model_of(0), owners(case.victim, CLIENTS)
+    before = model.state_dict()
+    own = [owner.trained(before, case.rate) for owner in everyone]
+    true = {name: sum(state[name].double() for state in own) / CLIENTS for name in before}
+    mean = play(everyone, case.rate, max_weight=case.max_weight).strategy.given[0][2]
+    idle = play(everyone, case.rate, max_weight=case.max_weight, idle=True).strategy.given[0][2]
+    facts = {"floor": rms(mean, true), "foretold": foretold(case.max_weight), "change": rms(own[0], before)}
+    for view, state in ((SUM, mean), (KNOWN, less(mean, own[1:])), (IDLE, idle)):
+        update = al.update_from_states(before, state, learning_rate=case.rate, trained=model)
+        labels = right_labels(model, update, everyone) if view == SUM else None
+        yield Row(*case, view, **facts, labels=labels, **asdict(attacked(model, update, everyone[0])))
+
+
+def right_labels(model: al.VisionTransformer, update: al.ClientUpdate, everyone: list[Owner]) -> int:
+    """How many of the owners' labels are read off the sum, which is a batch of one picture each."""
+    try:
+        found = al.recover_labels(model, update, batch_size=len(everyone)).labels.tolist()
+    except al.AttackNotApplicable:
+        return 0
+    return len({owner.label for owner in everyone} & set(found))
+
+
+def timed(case: CostCase) -> Iterator[Cost]:
+    """One round at a learning rate of 0.1, quantized as fine as three pictures allow."""
+    model, everyone, rate = model_of(0), owners(VICTIMS[0], CLIENTS), 0.1
+    before = model.state_dict()
+    secure = case.protocol == SECURE
+    played = play(everyone, rate, secure=secure, max_weight=1.0, lost=gone(case.gone) if secure else None)
+    given, wire = played.strategy.given, played.wire
+    facts: dict[str, Any] = {
+        "summed": len(given) if secure else min(len(given), 1), "messages": wire.messages,
+        "megabytes_to": wire.bytes_to / 1e6, "megabytes_back": wire.bytes_back / 1e6, "seconds": played.seconds,
+    }  # fmt: skip
+    if given:
+        first = next(state for node, _, state in given if node == FIRST)
+        others = [owner.trained(before, rate) for owner in everyone[1 : len(given)]]
+        for name, state in (("psnr", first), ("known", less(first, others) if secure else first)):
+            update = al.update_from_states(before, state, learning_rate=rate, trained=model)
+            facts[name] = attacked(model, update, everyone[0]).psnr
+    yield Cost(*case, **facts)
+
+
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    settings = {"clients": CLIENTS, "shares": SHARES, "threshold": THRESHOLD}
+    fill(folder / FILE, Row, cases(options.quick), measured, key=Case._fields, settings=settings)
+    fill(folder / COSTS_FILE, Cost, cost_cases(options.quick), timed, key=CostCase._fields, settings=settings)
