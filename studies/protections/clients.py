@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,16 @@ def older_app(owner: Owner, mods: Sequence[Mod] = (), *, idle: bool = False) -> 
 
 def config_of(rate: float) -> ConfigRecord:
     return ConfigRecord({"learning-rate": rate})
+
+
+def distance(first: State, second: State) -> float:
+    """The norm of their difference, over all tensors."""
+    return math.sqrt(sum(float((first[name].double() - second[name].double()).square().sum()) for name in first))
+
+
+def rms(first: State, second: State) -> float:
+    """The same a number."""
+    return distance(first, second) / math.sqrt(sum(value.numel() for value in first.values()))
 
 
 # --- What a server makes of it ------------------------------------------------------------------------------------

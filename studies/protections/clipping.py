@@ -1,4 +1,4 @@
-"""Flower's clipping strategies, on the client's side and on the server's: what the server has before it adds noise."""
+"""Flower's clipping strategies, on either side: what the server has before it adds noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -19,15 +19,30 @@ from flwr.serverapp.strategy import (
     FedAvg,
     Strategy,
 )
+from torch import Tensor
 
 import aprillab as al
 
 from .._rows import fill, made, read
-from .._runner import Claim, Description, between
+from .._runner import Description, between
 from .._tables import grouped, markdown
-from .clients import RATE, SEEDS, VICTIMS, Mod, Owner, State, attacked, client_app, config_of, model_of, owners
-from .noise import NOTHING, update_of
-from .wire import Wire
+from .clients import (
+    RATE,
+    SEEDS,
+    VICTIMS,
+    Mod,
+    Owner,
+    State,
+    attacked,
+    client_app,
+    config_of,
+    distance,
+    model_of,
+    owners,
+    rms,
+)
+from .noise import update_of
+from .wire import FLOWER, Wire
 
 FILE, ADAPTED_FILE = "protections_clipping.csv", "protections_adapted.csv"
 CLIP, MULTIPLIER, CLIENTS = 1.0, 1.0, 3
@@ -116,22 +131,19 @@ def played(case: Case) -> tuple[State, list[State], State]:
     first, told = ArrayRecord(before), config_of(RATE)
     result = wire.run(lambda grid: make().start(grid, first, 1, train_config=told), seed=case.seed)
     replies = {answered.metadata.src_node_id: answered.content["arrays"] for _, answered in wire.seen}
-    return before, [replies[node].to_torch_state_dict() for node in sorted(replies)], result.arrays.to_torch_state_dict()
+    states = [replies[node].to_torch_state_dict() for node in sorted(replies)]
+    return before, states, result.arrays.to_torch_state_dict()
 
 
 def measured(case: Case) -> Iterator[Row]:
     """What the server receives, and what it publishes."""
     model, owner = model_of(case.seed), owners(case.victim)[0]
     before, replies, after = played(case)
-    added = sum(
-        float((after[name].double() - sum(reply[name].double() for reply in clipped(before, replies, case)) / CLIENTS)
-        .square().sum())
-        for name in after
-    )  # fmt: skip
-    numbers = sum(value.numel() for value in after.values())
+    averaged = clipped(before, replies, case)
+    deviation = rms(after, {name: sum(reply[name].double() for reply in averaged) / CLIENTS for name in after})
     for view, state in ((RECEIVED, replies[0]), (PUBLISHED, after)):
         update = update_of(before, state, model)
-        norm, deviation = RATE * al.defenses.update_norm(update), (added / numbers) ** 0.5
+        norm = RATE * al.defenses.update_norm(update)
         yield Row(*case, view, norm, deviation, **asdict(attacked(model, update, owner)))
 
 
@@ -142,23 +154,23 @@ def clipped(before: State, replies: list[State], case: Case) -> list[State]:
     found = []
     for reply in replies:
         change = {name: value.double() - before[name].double() for name, value in reply.items()}
-        norm = sum(float(value.square().sum()) for value in change.values()) ** 0.5
+        norm = distance(reply, before)
         found.append({name: before[name].double() + min(1.0, CLIP / norm) * value for name, value in change.items()})
     return found
 
 
-def adapting(_: tuple[int]) -> Iterator[Adapted]:
+def adapting(_: object = None) -> Iterator[Adapted]:
     """Client-side adaptive clipping without noise, round by round."""
     largest: list[float] = []
 
-    def keep(asked: object, answered: object) -> tuple[float, int]:
-        config, metrics = asked.content["config"], answered.content["metrics"]  # type: ignore[attr-defined]
+    def keep(asked: Message, answered: Message) -> tuple[float, int]:
+        config, metrics = asked.content["config"], answered.content["metrics"]
         return float(config["clipping_norm"]), int(metrics["norm_bit"])
 
     class Measured(Owner):
-        def trained(self, state: State, rate: float) -> dict[str, al.Tensor]:  # type: ignore[name-defined]
+        def trained(self, state: State, rate: float) -> dict[str, Tensor]:
             after = super().trained(state, rate)
-            largest.append(sum(float((after[n] - state[n]).double().square().sum()) for n in after) ** 0.5)
+            largest.append(distance(after, state))
             return after
 
     everyone = [Measured(owner.victim, owner.label) for owner in owners(VICTIMS[0])]
@@ -170,3 +182,48 @@ def adapting(_: tuple[int]) -> Iterator[Adapted]:
         of_round = wire.seen[CLIENTS * k : CLIENTS * (k + 1)]
         size = max(largest[CLIENTS * k : CLIENTS * (k + 1)])
         yield Adapted(k + 1, of_round[0][0], sum(bit for _, bit in of_round), size)
+
+
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    settings = FLOWER | {"clipping_norm": CLIP, "noise_multiplier": MULTIPLIER, "clients": CLIENTS}
+    fill(folder / FILE, Row, cases(options.quick), measured, key=Case._fields, settings=settings)
+    fill(folder / ADAPTED_FILE, Adapted, [()], adapting, key=(), settings=FLOWER)
+
+
+# --- Its share of the page ----------------------------------------------------------------------------------------
+
+
+def by_view(group: pd.DataFrame) -> dict[str, str]:
+    return {
+        "norm of the change": f"{group.norm.median():.2f}", "median dB": f"{group.psnr.median():.1f}",
+        "least": f"{group.psnr.min():.1f}", "most": f"{group.psnr.max():.1f}",
+        "predicted": f"{group.predicted_psnr.median():.1f}",
+        "exact": f"{group.exact.eq(True).sum()} of {len(group)}",
+    }  # fmt: skip
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    """The table, and how adaptive clipping moves its norm."""
+    rows, adapted = read(folder / FILE, Row), read(folder / ADAPTED_FILE, Adapted)
+    received, published = rows[rows["view"] == RECEIVED], rows[rows["view"] == PUBLISHED]
+    by_server = received[received.protection.str.startswith("server")]
+    by_client = received[received.protection.str.startswith("client")]
+    noised = published[published.protection != PLAIN]
+    steps = adapted.assign(later=adapted.norm.shift(-1) / adapted.norm).dropna()
+    unclipped, all_clipped = steps[steps.clipped == 0], steps[steps.clipped == CLIENTS]
+    table = adapted.assign(**{name: adapted[name].map("{:.2f}".format) for name in ("norm", "largest")})
+    fields = {
+        "clipping_made": made(folder / FILE), "clipping": markdown(grouped(rows, ("protection", "view"), by_view)),
+        "adapted": markdown(table, ["round", "norm asked for", "clipped, of 3", "largest change"]),
+        "clipped_least": by_client.psnr.min(), "noised_most": noised.psnr.max(),
+        "sum_most": published[published.protection == PLAIN].psnr.max(), "norm_last": adapted.norm.iloc[-1],
+        "change_last": adapted.largest.iloc[-1], "server_norm": by_server.norm.min(),
+    }  # fmt: skip
+    return fields, [
+        between("at {clipped_least:.0f} dB or more", by_client.psnr.min(), 100),
+        between("the server has the change as the client made it", by_server.norm.min(), 2 * CLIP),
+        between("gives {noised_most:.0f} dB at most", noised.psnr.max(), most=12),
+        between("{sum_most:.0f} dB at most, for it is a mixture of three", published.psnr.max(), most=15),
+        between("lowers the norm where all are clipped", all_clipped.later.max(), most=1),
+        between("raises it where nobody is", unclipped.later.min(), 1),
+    ]

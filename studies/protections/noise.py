@@ -25,9 +25,21 @@ from .._tables import grouped, markdown
 from ..sharing_less.clients import only
 from ..sharing_less.rounds import epsilon_of
 from .clients import (
-    FIRST, RATE, SEEDS, VICTIMS, Attacked, Owner, State, attacked, client_app, config_of, model_of, owners, verdict,
+    FIRST,
+    RATE,
+    SEEDS,
+    VICTIMS,
+    Attacked,
+    Owner,
+    State,
+    attacked,
+    client_app,
+    config_of,
+    model_of,
+    owners,
+    verdict,
 )  # fmt: skip
-from .wire import Wire
+from .wire import FLOWER, Wire
 
 FILE, ROUNDS_FILE = "protections_noise.csv", "protections_rounds.csv"
 CLIP = 1.0  # norm of the weights' change, and the sensitivity that the mod is told
@@ -35,7 +47,6 @@ DELTA = 1e-5
 NONE = math.inf  # in the place of ε: no mod
 EPSILONS = (NONE, 1e8, 1e7, 1e6, 1e5, 1e4, 1e3, 100.0, 10.0, 1.0)
 CLIPS, ROUNDS_EPSILONS, ROUNDS = (1.0, 0.1), (1e5, 1e4), (1, 4, 16)
-NOTHING = 15.0  # dB: below it, a picture is a shade of grey with spots
 _NOISE_SEED = 100
 
 
@@ -218,7 +229,84 @@ def together(model: torch.nn.Module, rounds: Sequence[al.Round], owner: Owner) -
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    settings = {"sensitivity": "the clipping norm", "delta": DELTA, "learning_rate": RATE}
+    settings = FLOWER | {"sensitivity": "the clipping norm", "delta": DELTA, "learning_rate": RATE}
     fill(folder / FILE, Row, cases(options.quick), measured, key=Case._fields, settings=settings)
     again = repeated(options.quick)
     fill(folder / ROUNDS_FILE, RoundsRow, again, over_rounds, key=Repeated._fields, settings=settings)
+
+
+# --- Its share of the page ----------------------------------------------------------------------------------------
+
+
+def by_epsilon(group: pd.DataFrame) -> dict[str, str]:
+    """The table's cells for one ε."""
+    first, told = group.iloc[0], group.epsilon.iloc[0] != NONE
+    return {
+        "σ": f"{first.sigma:.2g}" if told else "–",
+        "ε, exact": f"{first.exact_epsilon:.3g}" if told else "–",
+        "one for another": f"{first.replaced:.3g}" if told else "–",
+        "median dB": f"{group.psnr.median():.1f}", "least": f"{group.psnr.min():.1f}",
+        "most": f"{group.psnr.max():.1f}", "predicted": f"{group.predicted_psnr.median():.1f}",
+        "exact": f"{group.exact.eq(True).sum()} of {len(group)}",
+        "our noise": f"{group.ours.median():.1f}" if told else "–",
+        "seed known": f"{group.seeded.median():.1f}" if told else "–",
+    }  # fmt: skip
+
+
+def by_rounds(group: pd.DataFrame) -> dict[str, str]:
+    return {
+        "median dB": f"{group.psnr.median():.1f}", "one round, σ/√T": f"{group.promised.median():.1f}",
+        "predicted": f"{group.predicted_psnr.median():.1f}", "ε together, exact": f"{group.together.iloc[0]:.3g}",
+    }  # fmt: skip
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    """The tables of one round and of several, and what is said of them."""
+    rows, rounds = read(folder / FILE, Row), read(folder / ROUNDS_FILE, RoundsRow)
+    medians, noisy = rows.groupby("epsilon").psnr.median(), rows[rows.epsilon != NONE]
+    at = {epsilon: float(medians.get(epsilon, math.nan)) for epsilon in EPSILONS}
+    ours = (noisy.groupby("epsilon").psnr.median() - noisy.groupby("epsilon").ours.median()).abs().max()
+    table = grouped(rows.assign(told=rows.epsilon.map("{:g}".format).replace("inf", "none")), ["told"], by_epsilon)
+    again = rounds.assign(**{name: rounds[name].map("{:g}".format) for name in ("clip", "epsilon")})
+    several, claims = _described_rounds(rounds)
+    fields = {
+        "noise_made": made(folder / FILE), "noise": markdown(table.rename(columns={"told": "ε told"})),
+        "rounds": markdown(grouped(again, ("clip", "epsilon", "rounds"), by_rounds)),
+        "db_million": at[1e6], "db_hundred": at[1e5], "db_ten": at[1e4],
+        "db_rest": rows[rows.epsilon <= 1e3].psnr.max(), "db_none": at[NONE], "ours_off": ours,
+        "too_high": (rows.predicted_psnr - rows.psnr).max(), "seeded_one": noisy[noisy.epsilon == 1].seeded.min(),
+        "honest": honest_up_to(), "worth_ten": worth(10), "worth_hundred": worth(100), "worth_million": worth(1e6),
+        "worth_one": worth(1), "worth_replaced": worth(1, replaced=True), "sigma_thousand": deviation_of(1e3),
+        "sigma_ten": deviation_of(1e4),
+    }  # fmt: skip
+    wrong = rows[rows.exact.eq(True) & ~(rows.psnr >= al.EXACT_TO_8_BITS_DB)]
+    return fields | several, [
+        between("at ε = 10⁶ the picture comes back at {db_million:.0f} dB", at[1e6], 40),
+        between("at 10⁵ at {db_hundred:.0f}", at[1e5], 22),
+        between("at 10⁴ little is left of it ({db_ten:.0f} dB)", at[1e4], 12, 18),
+        between("no more than {db_rest:.0f} dB: spots on grey", rows[rows.epsilon <= 1e3].psnr.max(), most=12),
+        between("less than 2 dB from it in the median", ours, most=2),
+        between("never more than 3 dB too high", (rows.predicted_psnr - rows.psnr).max(), most=3),
+        between("at least {seeded_one:.0f} dB at ε = 1", noisy[noisy.epsilon == 1].seeded.min(), 60),
+        between("Above {honest:.1f} it claims less than the exact mechanism has", worth(10) - 10, 0),
+        between("It is {worth_replaced:.1f} at ε = 1", worth(1, replaced=True), 1),
+        Claim("None of these was called exact below 58.9 dB", len(wrong), wrong.empty),
+        *claims,
+    ]  # fmt: skip
+
+
+def _described_rounds(rounds: pd.DataFrame) -> Description:
+    """Whether rounds undo the noise."""
+    most = max(rounds.rounds)
+    medians = rounds.groupby(["clip", "epsilon", "rounds"]).psnr.median().unstack()
+    promised = rounds[rounds.rounds == most].groupby(["clip", "epsilon"]).promised.median()
+    four, later, behind = medians[4] - medians[1], medians[most] - medians[4], promised - medians[most]
+    fields = {
+        "gain_least": four.min(), "gain_most": four.max(), "later_most": later.max(), "behind_least": behind.min(),
+        "behind_most": behind.max(),
+    }  # fmt: skip
+    return fields, [
+        between("Four rounds gain {gain_least:.0f} to {gain_most:.0f} dB", four.min(), 1),
+        between("sixteen at most {later_most:.1f} more than four", later.max(), most=2),
+        between("{behind_least:.0f} to {behind_most:.0f} dB less than averaging", behind.min(), 0),
+    ]

@@ -21,9 +21,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from aprillab.federation.processes import run_federation
 
-from .._rows import fill
-from .clients import VICTIMS, older_client, model_of, owners
+from .._rows import fill, made, read
+from .._runner import Description
+from .clients import VICTIMS, model_of, older_client, owners
 from .secure import CLIENTS, PLAIN, SECURE, SHARES, THRESHOLD, Keeping
+from .wire import FLOWER
 
 FILE = "protections_processes.csv"
 TIMEOUT = 400.0  # seconds
@@ -125,4 +127,19 @@ def measured(case: Case) -> Iterator[Row]:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    fill(folder / FILE, Row, [Case(PLAIN), Case(SECURE)], measured, key=Case._fields, settings={"clients": CLIENTS})
+    fill(folder / FILE, Row, [Case(PLAIN), Case(SECURE)], measured, key=Case._fields, settings=FLOWER)
+
+
+# --- Its share of the page ----------------------------------------------------------------------------------------
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    """The seconds of the exchanges; nothing where they were not measured."""
+    if not (folder / FILE).is_file():
+        return {"processes": "Not measured here."}, []
+    rows = read(folder / FILE, Row)
+    said = "; ".join(
+        f"{name} {', '.join(f'{seconds:.0f}' for seconds in group.seconds)}"
+        for name, group in rows.groupby("protocol")
+    )
+    return {"processes": f"Seconds of each exchange: {said}. Measured with {made(folder / FILE)}."}, []

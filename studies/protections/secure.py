@@ -24,10 +24,10 @@ from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
 import aprillab as al
 
 from .._rows import fill, made, read
-from .._runner import Claim, Description, between
+from .._runner import Description, between
 from .._tables import grouped, markdown
-from .clients import FIRST, VICTIMS, Owner, State, attacked, model_of, older_app, owners
-from .wire import Wire
+from .clients import FIRST, VICTIMS, Owner, State, attacked, model_of, older_app, owners, rms
+from .wire import FLOWER, Wire
 
 FILE, COSTS_FILE = "protections_secure.csv", "protections_costs.csv"
 CLIENTS, SHARES, THRESHOLD = 3, 3, 2
@@ -85,8 +85,8 @@ class CostCase(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """``summed`` is how many clients are in what the strategy gets, 0 where the protocol was halted; ``psnr`` the
-    first client's picture from it, ``known`` where the others' updates are known.
+    """``summed`` is how many clients are in one piece of what the strategy gets, 0 where the protocol was halted;
+    ``psnr`` the first client's picture from it, ``known`` where the others' updates are known.
     """
 
     protocol: str
@@ -102,9 +102,7 @@ class Cost:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    weights, rates, victims = (
-        (MAX_WEIGHTS[::2], RATES[1:2], VICTIMS[:1]) if quick else (MAX_WEIGHTS, RATES, VICTIMS)
-    )
+    weights, rates, victims = (MAX_WEIGHTS[::2], RATES[1:2], VICTIMS[:1]) if quick else (MAX_WEIGHTS, RATES, VICTIMS)
     yield from (Case(weight, rate, victim) for weight in weights for rate in rates for victim in victims)
 
 
@@ -194,11 +192,6 @@ def less(mean: State, others: list[State]) -> State:
     return {name: number * value - sum(o[name].double() for o in others) for name, value in mean.items()}
 
 
-def rms(first: State, second: State) -> float:
-    squares = sum(float((first[name].double() - second[name].double()).square().sum()) for name in first)
-    return math.sqrt(squares / sum(value.numel() for value in first.values()))
-
-
 def measured(case: Case) -> Iterator[Row]:
     """The sum as an honest server gets it, and with more knowledge."""
     model, everyone = model_of(0), owners(case.victim, CLIENTS)
@@ -237,13 +230,75 @@ def timed(case: CostCase) -> Iterator[Cost]:
     if given:
         first = next(state for node, _, state in given if node == FIRST)
         others = [owner.trained(before, rate) for owner in everyone[1 : len(given)]]
-        for name, state in (("psnr", first), ("known", less(first, others) if secure else first)):
+        for name, state in (("psnr", first), *([("known", less(first, others))] if secure else [])):
             update = al.update_from_states(before, state, learning_rate=rate, trained=model)
             facts[name] = attacked(model, update, everyone[0]).psnr
     yield Cost(*case, **facts)
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
-    settings = {"clients": CLIENTS, "shares": SHARES, "threshold": THRESHOLD}
+    settings = FLOWER | {"clients": CLIENTS, "shares": SHARES, "threshold": THRESHOLD}
     fill(folder / FILE, Row, cases(options.quick), measured, key=Case._fields, settings=settings)
     fill(folder / COSTS_FILE, Cost, cost_cases(options.quick), timed, key=CostCase._fields, settings=settings)
+
+
+# --- Its share of the page ----------------------------------------------------------------------------------------
+
+
+def by_quantization(group: pd.DataFrame) -> dict[str, str]:
+    """The cells of one max_weight and learning rate."""
+    of_view = {view: group[group["view"] == view] for view in (SUM, KNOWN, IDLE)}
+    return {
+        "error / change": f"{(group.floor / group.change).median():.2g}",
+        **{f"{view}, dB": f"{rows.psnr.median():.1f}" for view, rows in of_view.items()},
+        "predicted": f"{of_view[KNOWN].predicted_psnr.median():.1f}",
+        "labels": f"{of_view[SUM].labels.min():.0f} of {CLIENTS}",
+    }  # fmt: skip
+
+
+def by_cost(group: pd.DataFrame) -> dict[str, str]:
+    done, summed = group.psnr.notna().any(), int(group.summed.iloc[0])
+    return {
+        "the server gets": "nothing: halted" if not done else f"a sum of {summed}" if summed > 1 else "each update",
+        "messages": f"{group.messages.iloc[0]}", "MB to clients": f"{group.megabytes_to.median():.1f}",
+        "MB back": f"{group.megabytes_back.median():.1f}", "seconds": f"{group.seconds.median():.1f}",
+        "dB": f"{group.psnr.median():.1f}" if done else "–",
+        "the others known, dB": f"{group.known.median():.1f}" if group.known.notna().any() else "–",
+    }  # fmt: skip
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    """Quantization and what is seen; messages, bytes, seconds; who is gone."""
+    rows, costs = read(folder / FILE, Row), read(folder / COSTS_FILE, Cost)
+    of_view = {view: rows[rows["view"] == view] for view in (SUM, KNOWN, IDLE)}
+    known = of_view[KNOWN].groupby(["max_weight", "rate"]).psnr.median()
+    whole = costs[costs.gone == ""].groupby("protocol")[["messages", "megabytes_back", "seconds"]].median()
+    ratio = whole.loc[SECURE] / whole.loc[PLAIN]
+    off = (rows.floor / rows.foretold - 1).abs().median()
+    gone_early = costs[costs.gone == "one before the keys are shared"].summed.max()
+    gone_late = costs[costs.gone == "one after that"]
+    texts = rows.assign(**{name: rows[name].map("{:g}".format) for name in ("max_weight", "rate")})
+    plain = costs[costs.protocol == PLAIN].psnr.min()
+    fields = {
+        "secure_made": made(folder / FILE),
+        "secure": markdown(grouped(texts, ("max_weight", "rate"), by_quantization)),
+        "costs": markdown(grouped(costs, ("protocol", "gone"), by_cost)), "sum_highest": of_view[SUM].psnr.max(),
+        "known_default": float(known.get((MAX_WEIGHT, 0.1), math.nan)),
+        "known_fine": float(known.get((1.0, 0.1), math.nan)), "plain": plain,
+        "message_ratio": ratio.messages, "byte_ratio": ratio.megabytes_back, "second_ratio": ratio.seconds,
+        "two_known": gone_late.known.median(), "two_sum": gone_late.psnr.median(), "floor_off": 100 * off,
+    }  # fmt: skip
+    apart = (of_view[KNOWN].groupby(["max_weight", "rate"]).psnr.median()
+             - of_view[IDLE].groupby(["max_weight", "rate"]).psnr.median()).abs().max()  # fmt: skip
+    return fields, [
+        between("at most {sum_highest:.0f} dB from the sum of three", of_view[SUM].psnr.max(), most=14),
+        between("{known_default:.0f} dB at Flower's default", float(known.get((MAX_WEIGHT, 0.1), math.nan)), 12, 25),
+        between("and {known_fine:.0f} at max_weight = 1", float(known.get((1.0, 0.1), math.nan)), 60),
+        between("all three labels at every setting", of_view[SUM].labels.min(), CLIENTS - 0.5),
+        between("The same within 3 dB", apart, most=3),
+        between("to {floor_off:.0f} %", off, most=0.05),
+        between("{message_ratio:.0f} times the messages", ratio.messages, 3.9, 4.1),
+        between("and halts", gone_early, most=0.5),
+        between("the sum of two, {two_sum:.0f} dB", gone_late.psnr.median(), most=15),
+        between("{two_known:.0f} dB where the other's update is known", gone_late.known.median(), 50),
+    ]  # fmt: skip

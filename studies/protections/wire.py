@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from aprillab.federation import run_nearby
+
+FLOWER = {"flwr": version("flwr")}  # among what the numbers depend on
 
 
 def both(asked: Message, answered: Message) -> Any:
@@ -90,13 +94,17 @@ def bytes_of(message: Message) -> int:
 
 @contextmanager
 def quiet(seed: int) -> Iterator[None]:
-    """Flower's log off, and numpy's global generator, from which Flower draws noise and rounding, at ``seed``."""
-    logger, before = logging.getLogger("flwr"), np.random.get_state()
+    """Flower's log off, and the global generators at ``seed``: it draws noise and rounding from numpy's, and the
+    clients' order from Python's.
+    """
+    logger, before, order = logging.getLogger("flwr"), np.random.get_state(), random.getstate()  # noqa: NPY002
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
     try:
         yield
     finally:
         logger.setLevel(level)
-        np.random.set_state(before)
+        np.random.set_state(before)  # noqa: NPY002
+        random.setstate(order)
