@@ -283,7 +283,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     return fields | several, [
         between("at ε = 10⁶ the picture comes back at {db_million:.0f} dB", at[1e6], 40),
         between("at 10⁵ at {db_hundred:.0f}", at[1e5], 22),
-        between("at 10⁴ little is left of it ({db_ten:.0f} dB)", at[1e4], 12, 18),
+        between("at 10⁴ at {db_ten:.0f}", at[1e4], 12, 18),
         between("no more than {db_rest:.0f} dB: spots on grey", rows[rows.epsilon <= 1e3].psnr.max(), most=12),
         between("less than 2 dB from it in the median", ours, most=2),
         between("never more than 3 dB too high", (rows.predicted_psnr - rows.psnr).max(), most=3),
@@ -307,6 +307,6 @@ def _described_rounds(rounds: pd.DataFrame) -> Description:
     }  # fmt: skip
     return fields, [
         between("Four rounds gain {gain_least:.0f} to {gain_most:.0f} dB", four.min(), 1),
-        between("sixteen at most {later_most:.1f} more than four", later.max(), most=2),
+        between("sixteen at most {later_most:.0f} more than four", later.max(), most=4),
         between("{behind_least:.0f} to {behind_most:.0f} dB less than averaging", behind.min(), 0),
     ]

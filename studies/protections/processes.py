@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from flwr.app import Context, Message
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
@@ -135,9 +136,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     """The seconds of the exchanges; nothing where they were not measured."""
-    if not (folder / FILE).is_file():
+    rows = read(folder / FILE, Row) if (folder / FILE).is_file() else pd.DataFrame()
+    if rows.empty:
         return {"processes": "Not measured here."}, []
-    rows = read(folder / FILE, Row)
     said = "; ".join(
         f"{name} {', '.join(f'{seconds:.0f}' for seconds in group.seconds)}"
         for name, group in rows.groupby("protocol")

@@ -20,13 +20,14 @@ from flwr.server import ServerConfig
 from flwr.server.compat import LegacyContext
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+from torch import Tensor
 
 import aprillab as al
 
 from .._rows import fill, made, read
-from .._runner import Description, between
+from .._runner import Claim, Description, between
 from .._tables import grouped, markdown
-from .clients import FIRST, VICTIMS, Owner, State, attacked, model_of, older_app, owners, rms
+from .clients import FIRST, SHAPE, VICTIMS, Owner, State, attacked, model_of, older_app, owners, rms
 from .wire import FLOWER, Wire
 
 FILE, COSTS_FILE = "protections_secure.csv", "protections_costs.csv"
@@ -42,6 +43,7 @@ GONE = {
     "one after that": (1, Stage.COLLECT_MASKED_VECTORS), "two after that": (2, Stage.COLLECT_MASKED_VECTORS),
 }  # fmt: skip
 REPEATS = 3
+OWN = 0.9  # correlation of a patch with a client's
 
 
 class Case(NamedTuple):
@@ -57,7 +59,9 @@ class Row:
     """One attack on what the strategy was given.
 
     ``floor`` is the rms error of the average's weights, ``foretold`` what follows from the quantization, ``change``
-    the rms of the victim's change. ``labels`` is how many of the clients' labels the sum's head gives.
+    the rms of the victim's change. Of the sum alone: ``labels``, how many of the clients' labels its head gives;
+    ``own``, how many patches of the patch-embedding system's picture are one client's own; and ``chance``, the same
+    for three pictures that are not in the sum.
     """
 
     max_weight: float
@@ -72,6 +76,8 @@ class Row:
     exact: bool | None = None
     attack: str = ""
     labels: int | None = None
+    own: int | None = None
+    chance: int | None = None
     note: str = ""
 
 
@@ -203,8 +209,34 @@ def measured(case: Case) -> Iterator[Row]:
     facts = {"floor": rms(mean, true), "foretold": foretold(case.max_weight), "change": rms(own[0], before)}
     for view, state in ((SUM, mean), (KNOWN, less(mean, own[1:])), (IDLE, idle)):
         update = al.update_from_states(before, state, learning_rate=case.rate, trained=model)
-        labels = right_labels(model, update, everyone) if view == SUM else None
-        yield Row(*case, view, **facts, labels=labels, **asdict(attacked(model, update, everyone[0])))
+        more = of_sum(model, update, everyone) if view == SUM else {}
+        yield Row(*case, view, **facts, **more, **asdict(attacked(model, update, everyone[0])))
+
+
+def of_sum(model: al.VisionTransformer, update: al.ClientUpdate, everyone: list[Owner]) -> dict[str, int]:
+    """What the sum says of all its clients together."""
+    picture = al.embedding_closed_form(model, update, verify=False, strict=False).pixels[0]
+    absent = owners(everyone[0].victim, 2 * len(everyone))[len(everyone) :]
+    return {
+        "labels": right_labels(model, update, everyone), "own": own_patches(picture, everyone),
+        "chance": own_patches(picture, absent),
+    }  # fmt: skip
+
+
+def own_patches(picture: Tensor, everyone: list[Owner]) -> int:
+    """How many patches of the picture correlate with one owner's, in the same place, by more than 0.9."""
+    patches = centred_patches(picture)
+    likeness = torch.stack([(patches * centred_patches(owner.pixels()[0])).sum(1) for owner in everyone])
+    return int((likeness.max(0).values > OWN).sum())
+
+
+def centred_patches(picture: Tensor) -> Tensor:
+    """The patches in rows, each less its mean and of norm 1."""
+    size = SHAPE["patch_size"]
+    tiles = picture.double().unfold(1, size, size).unfold(2, size, size)  # (3, rows, columns, size, size)
+    patches = tiles.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
+    patches = patches - patches.mean(1, keepdim=True)
+    return patches / patches.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def right_labels(model: al.VisionTransformer, update: al.ClientUpdate, everyone: list[Owner]) -> int:
@@ -253,6 +285,7 @@ def by_quantization(group: pd.DataFrame) -> dict[str, str]:
         **{f"{view}, dB": f"{rows.psnr.median():.1f}" for view, rows in of_view.items()},
         "predicted": f"{of_view[KNOWN].predicted_psnr.median():.1f}",
         "labels": f"{of_view[SUM].labels.min():.0f} of {CLIENTS}",
+        "patches of one's own": f"{of_view[SUM].own.min():.0f} to {of_view[SUM].own.max():.0f}",
     }  # fmt: skip
 
 
@@ -268,37 +301,54 @@ def by_cost(group: pd.DataFrame) -> dict[str, str]:
 
 
 def describe(folder: Path, options: argparse.Namespace) -> Description:
-    """Quantization and what is seen; messages, bytes, seconds; who is gone."""
-    rows, costs = read(folder / FILE, Row), read(folder / COSTS_FILE, Cost)
+    """What is seen in the sum, and what the protocol costs."""
+    fields, claims = _described_sums(read(folder / FILE, Row))
+    more, claimed = _described_costs(read(folder / COSTS_FILE, Cost))
+    return {"secure_made": made(folder / FILE), **fields, **more}, [*claims, *claimed]
+
+
+def _described_sums(rows: pd.DataFrame) -> Description:
     of_view = {view: rows[rows["view"] == view] for view in (SUM, KNOWN, IDLE)}
-    known = of_view[KNOWN].groupby(["max_weight", "rate"]).psnr.median()
-    whole = costs[costs.gone == ""].groupby("protocol")[["messages", "megabytes_back", "seconds"]].median()
-    ratio = whole.loc[SECURE] / whole.loc[PLAIN]
-    off = (rows.floor / rows.foretold - 1).abs().median()
-    gone_early = costs[costs.gone == "one before the keys are shared"].summed.max()
-    gone_late = costs[costs.gone == "one after that"]
+    known, idle = (of_view[view].groupby(["max_weight", "rate"]).psnr.median() for view in (KNOWN, IDLE))
+    at_default, at_finest = (float(known.get((weight, 0.1), math.nan)) for weight in (MAX_WEIGHT, 1.0))
     texts = rows.assign(**{name: rows[name].map("{:g}".format) for name in ("max_weight", "rate")})
-    plain = costs[costs.protocol == PLAIN].psnr.min()
+    off, most, chance = (
+        (rows.floor / rows.foretold - 1).abs().median(),
+        of_view[SUM].psnr.max(),
+        of_view[SUM].chance.max(),
+    )
+    several = of_view[SUM].note.str.startswith("one image fails")
+    own = of_view[SUM][of_view[SUM].rate >= RATES[1]].own
     fields = {
-        "secure_made": made(folder / FILE),
-        "secure": markdown(grouped(texts, ("max_weight", "rate"), by_quantization)),
-        "costs": markdown(grouped(costs, ("protocol", "gone"), by_cost)), "sum_highest": of_view[SUM].psnr.max(),
-        "known_default": float(known.get((MAX_WEIGHT, 0.1), math.nan)),
-        "known_fine": float(known.get((1.0, 0.1), math.nan)), "plain": plain,
-        "message_ratio": ratio.messages, "byte_ratio": ratio.megabytes_back, "second_ratio": ratio.seconds,
-        "two_known": gone_late.known.median(), "two_sum": gone_late.psnr.median(), "floor_off": 100 * off,
+        "secure": markdown(grouped(texts, ("max_weight", "rate"), by_quantization)), "sum_highest": most,
+        "several": several.sum(), "sums": len(several), "known_default": at_default, "known_fine": at_finest, "floor_off": 100 * off, "own_least": own.min(),
+        "own_most": own.max(), "chance_most": chance,
     }  # fmt: skip
-    apart = (of_view[KNOWN].groupby(["max_weight", "rate"]).psnr.median()
-             - of_view[IDLE].groupby(["max_weight", "rate"]).psnr.median()).abs().max()  # fmt: skip
     return fields, [
-        between("at most {sum_highest:.0f} dB from the sum of three", of_view[SUM].psnr.max(), most=14),
-        between("{known_default:.0f} dB at Flower's default", float(known.get((MAX_WEIGHT, 0.1), math.nan)), 12, 25),
-        between("and {known_fine:.0f} at max_weight = 1", float(known.get((1.0, 0.1), math.nan)), 60),
+        between("at most {sum_highest:.0f} dB from the sum of three", most, most=14),
+        between("{own_least:.0f} to {own_most:.0f} of the 16 patches are one client's own", own.min(), 1.5),
+        Claim("none is called exact", of_view[SUM].exact.sum(), not of_view[SUM].exact.eq(True).any()),
+        between("at most {chance_most:.0f} of three pictures", chance, most=1.5),
+        between("{known_default:.0f} dB at Flower's default", at_default, 12, 25),
+        between("and {known_fine:.0f} at max_weight = 1", at_finest, 60),
         between("all three labels at every setting", of_view[SUM].labels.min(), CLIENTS - 0.5),
-        between("The same within 3 dB", apart, most=3),
+        between("The same within 3 dB", (known - idle).abs().max(), most=3),
         between("to {floor_off:.0f} %", off, most=0.05),
+    ]
+
+
+def _described_costs(costs: pd.DataFrame) -> Description:
+    whole = costs[costs.gone == ""].groupby("protocol")[["messages", "megabytes_back", "seconds"]].median()
+    ratio, late = whole.loc[SECURE] / whole.loc[PLAIN], costs[costs.gone == "one after that"]
+    fields = {
+        "costs": markdown(grouped(costs, ("protocol", "gone"), by_cost)), "message_ratio": ratio.messages,
+        "byte_ratio": ratio.megabytes_back, "second_ratio": ratio.seconds, "two_known": late.known.median(),
+        "two_sum": late.psnr.median(),
+    }  # fmt: skip
+    early = costs[costs.gone == "one before the keys are shared"]
+    return fields, [
         between("{message_ratio:.0f} times the messages", ratio.messages, 3.9, 4.1),
-        between("and halts", gone_early, most=0.5),
-        between("the sum of two, {two_sum:.0f} dB", gone_late.psnr.median(), most=15),
-        between("{two_known:.0f} dB where the other's update is known", gone_late.known.median(), 50),
-    ]  # fmt: skip
+        between("and halts", early.summed.max(), most=0.5),
+        between("the sum of two, {two_sum:.0f} dB", late.psnr.median(), most=15),
+        between("{two_known:.0f} dB where the other's update is known", late.known.median(), 50),
+    ]

@@ -25,15 +25,16 @@ QUICK = argparse.Namespace(quick=True)
 
 
 @pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks in the place of four: the depth is in none of the closed forms (one makes G badly conditioned)."""
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of half the width: neither is in what is tested (one block makes G badly conditioned)."""
     monkeypatch.setitem(clients.SHAPE, "depth", 2)
+    monkeypatch.setitem(clients.SHAPE, "width", 96)
 
 
 # --- The wire -----------------------------------------------------------------------------------------------------
 
 
-def test_all_that_passes_is_kept_as_it_was_sent_and_counted(shallow: None) -> None:
+def test_all_that_passes_is_kept_as_it_was_sent_and_counted(small: None) -> None:
     everyone = clients.owners("coffee", 2)
     state = clients.model_of(0).state_dict()
     wire = Wire([clients.client_app(owner) for owner in everyone], lost=lambda m: m.metadata.dst_node_id == 2)
@@ -61,12 +62,12 @@ def test_numpy_goes_on_where_it_was() -> None:
 # --- Noise --------------------------------------------------------------------------------------------------------
 
 
-def test_the_mods_noise_is_that_of_its_formula_and_goes_with_the_seed(shallow: None) -> None:
+def test_the_mods_noise_is_that_of_its_formula_and_goes_with_the_seed(small: None) -> None:
     (row,) = noise.measured(noise.Case(1e6, "coffee", 0))
     assert row.sigma == pytest.approx(4.845e-6, rel=1e-3)
     assert row.psnr == pytest.approx(row.predicted_psnr, abs=4)
     assert 35 < row.psnr < 60
-    assert row.psnr == pytest.approx(row.ours, abs=5)
+    assert row.psnr == pytest.approx(row.ours, abs=8)
     assert row.seeded > row.psnr + 40
     assert row.exact is False
     before, owner = clients.model_of(0).state_dict(), clients.owners("coffee")[0]
@@ -83,7 +84,7 @@ def test_what_its_epsilon_is_worth() -> None:
     assert noise.worth(noise.honest_up_to()) == pytest.approx(noise.honest_up_to())
 
 
-def test_rounds_are_of_one_client_and_say_more_than_one(shallow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_of_one_client_and_say_more_than_one(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "ROUNDS", (1, 3))
     one, three = noise.over_rounds(noise.Repeated(0.1, 1e5, "coffee"))
     assert (one.rounds, three.rounds) == (1, 3)
@@ -96,7 +97,7 @@ def test_rounds_are_of_one_client_and_say_more_than_one(shallow: None, monkeypat
 
 
 @pytest.mark.parametrize("where", ["client", "server"])
-def test_clipping_leaves_the_picture_to_the_server_and_to_nobody_else(where: str, shallow: None) -> None:
+def test_clipping_leaves_the_picture_to_the_server_and_to_nobody_else(where: str, small: None) -> None:
     received, published = clipping.measured(clipping.Case(f"{where}-side fixed clipping", "coffee", 0))
     assert received.exact is True
     assert received.psnr > 100
@@ -105,7 +106,7 @@ def test_clipping_leaves_the_picture_to_the_server_and_to_nobody_else(where: str
     assert published.psnr < 12
 
 
-def test_adaptive_clipping_moves_its_norm_the_wrong_way(shallow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adaptive_clipping_moves_its_norm_the_wrong_way(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clipping, "ADAPTED_ROUNDS", 2)
     first, second = clipping.adapting()
     assert (first.clipped, first.norm) == (3, 1.0)
@@ -116,17 +117,18 @@ def test_adaptive_clipping_moves_its_norm_the_wrong_way(shallow: None, monkeypat
 # --- Secure aggregation -------------------------------------------------------------------------------------------
 
 
-def test_the_sum_hides_a_picture_from_those_who_do_not_know_the_rest(shallow: None) -> None:
+def test_the_sum_hides_a_picture_from_those_who_do_not_know_the_rest(small: None) -> None:
     of_sum, known, idle = secure.measured(secure.Case(1.0, 0.1, "coffee"))
     assert of_sum.psnr < 14
     assert of_sum.labels == 3
+    assert of_sum.own > of_sum.chance
     assert of_sum.exact is False
     assert known.psnr > 60
     assert idle.psnr > 60
     assert of_sum.floor == pytest.approx(of_sum.foretold, rel=0.05)
 
 
-def test_the_strategy_gets_one_average_and_every_number_of_pictures(shallow: None) -> None:
+def test_the_strategy_gets_one_average_and_every_number_of_pictures(small: None) -> None:
     played = secure.play(clients.owners("coffee"), 0.1)
     assert [(node, pictures) for node, pictures, _ in played.strategy.given] == [(1, 1), (2, 1), (3, 1)]
     first, *others = (state for _, _, state in played.strategy.given)
@@ -136,7 +138,7 @@ def test_the_strategy_gets_one_average_and_every_number_of_pictures(shallow: Non
 
 
 @pytest.mark.parametrize(("who", "summed"), [("one after that", 2), ("one before the keys are shared", 0)])
-def test_a_client_that_is_gone(who: str, summed: int, shallow: None) -> None:
+def test_a_client_that_is_gone(who: str, summed: int, small: None) -> None:
     (cost,) = secure.timed(secure.CostCase(secure.SECURE, who, 0))
     assert cost.summed == summed
     assert (cost.known is not None) == bool(summed)
@@ -167,7 +169,7 @@ def frames() -> dict[str, pd.DataFrame]:
     ]  # fmt: skip
     adapted = [clipping.Adapted(1, 1.0, 3, 9.0), clipping.Adapted(2, 0.9, 0, 0.1), clipping.Adapted(3, 1.0, 0, 0.1)]
     secured = [
-        secure.Row(weight, rate, "a", view, 1e-6, 1e-6, 1e-3, db, db, False, "embedding", 3)
+        secure.Row(weight, rate, "a", view, 1e-6, 1e-6, 1e-3, db, db, False, "embedding", 3, 4, 0, "one image fails")
         for weight in secure.MAX_WEIGHTS for rate in secure.RATES
         for view, db in ((secure.SUM, 11.0), (secure.KNOWN, 20.0 if weight > 1 else 70.0),
                          (secure.IDLE, 20.0 if weight > 1 else 70.0))
@@ -202,7 +204,10 @@ def frames() -> dict[str, pd.DataFrame]:
         (clipping.ADAPTED_FILE, {"norm": 1.0}, "raises it where nobody is"),
         (secure.FILE, {"psnr": 50.0}, "from the sum of three"),
         (secure.FILE, {"psnr": 10.0}, "at max_weight = 1"),
+        (secure.FILE, {"exact": True}, "none is called exact"),
         (secure.FILE, {"labels": 2}, "all three labels"),
+        (secure.FILE, {"own": 1}, "are one client's own"),
+        (secure.FILE, {"chance": 3}, "of three pictures"),
         (secure.FILE, {"floor": 2e-6}, "{floor_off:.0f} %"),
         (secure.COSTS_FILE, {"messages": 6}, "times the messages"),
         (secure.COSTS_FILE, {"summed": 3}, "and halts"),
