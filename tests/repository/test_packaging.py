@@ -125,8 +125,8 @@ def test_the_studies_import_only_what_their_extra_brings() -> None:
     # In an environment of their own (studies/README.md), or asked for by name.
     other = {"breaching", "omegaconf", "flwr"}
     for path, line, top, distribution in imported("studies"):
-        needed = {"flwr"} if path.parts[1] == "protections" else set()  # the study of Flower's own
-        assert distribution in declared | (needed if top else other), f"{path}:{line} imports {distribution}"
+        brought = declared | (set(requirements("federation")) if path.parts[1] == "protections" else set())
+        assert distribution in (brought if top else brought | other), f"{path}:{line} imports {distribution}"
 
 
 def test_console_script_leads_somewhere() -> None:
