@@ -38,6 +38,7 @@ _FORESEEN = ("rank(G) = n", MARGIN, REPLAY)  # conditions whose failure the pred
 _WORTH_A_WORD = 1e-5  # of noise
 _LEVELS_SEEN = 70.0  # dB, from where whole levels of 8 bits can be told
 _CLOSE, _COARSE = 40.0, 20.0  # dB, predicted: too good for the eye; recognizable
+_GREY = 10.8  # dB, of plain grey for pixels that are anywhere in [0, 1]: 10 log₁₀ 12
 
 
 def audit(
@@ -182,7 +183,7 @@ def _trust(result: Reconstruction, preprocessing: Preprocessing) -> Trust:
         return "contradicted" if by_system else "poor"
     if result.determined:
         if predicted < _CLOSE:
-            return "coarse" if predicted >= _COARSE else "poor"
+            return "coarse" if predicted >= _COARSE else _poor(predicted)
         if miss is not None:
             return "close" if fits else "coarse"
         # Without a replay only whole levels of grey tell that the brightness is right.
@@ -191,8 +192,12 @@ def _trust(result: Reconstruction, preprocessing: Preprocessing) -> Trust:
     if fits and predicted >= _COARSE:
         return "likely"
     if misses or predicted < _COARSE:
-        return "poor"
+        return _poor(predicted)
     return "coarse" if one == "shown" and not unforeseen else "unverified"
+
+
+def _poor(predicted: float) -> Trust:
+    return "poor" if predicted > _GREY else "noise"
 
 
 def _labels(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, one: Condition) -> tuple[Labels | None, str]:

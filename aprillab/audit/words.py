@@ -6,7 +6,7 @@ from typing import Literal
 
 #: How far to trust a picture, best first: from the attack's conditions, its predicted PSNR and the
 #: replay.
-Trust = Literal["exact", "close", "likely", "coarse", "unverified", "poor", "contradicted", "mixture", "none"]
+Trust = Literal["exact", "close", "likely", "coarse", "unverified", "poor", "contradicted", "mixture", "noise", "none"]
 
 #: What an audit found, for machines: the trust of the best picture; "unclear" where pictures came
 #: out and none can be relied on, "none" where no attack applies.
@@ -29,6 +29,7 @@ TRUST_WORDS: dict[Trust, str] = {
     "picture may be right but for its brightness.",
     "mixture": "Do not take it for one photograph. More than one picture, or strong noise, is behind this update; a "
     "closed form returns their mixture, in which parts of each may be seen.",
+    "noise": "There is nothing in it to trust: by its own prediction it is no better than plain grey.",
     "none": "There is nothing to trust: the attack does not apply.",
 }
 
@@ -54,6 +55,8 @@ VERDICTS: dict[Trust, str] = {
     f"yourself. {NOT_SAFE}",
     "mixture": "The closed forms return a mixture of pictures, or noise: no photograph that could be relied on, "
     f"though parts of each may be seen. {NOT_SAFE}",
+    "noise": "Nothing but noise came out: by its own prediction the picture of each closed form is no better than plain "
+    f"grey. {NOT_SAFE}",
 }
 NOTHING_APPLIES = f"No closed form applies to this update. {NOT_SAFE}"
 
@@ -64,4 +67,5 @@ BELOW_PICTURE: dict[Trust, str] = {
     "contradicted": "does not give this update when played back",
     "unverified": "a hint: a condition is not shown",
     "poor": "large errors",
+    "noise": "no better than plain grey",
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aprillab.audit import Audit, audit
 from aprillab.audit.report import markdown, report
 from aprillab.data import load_victim
+from aprillab.defenses import clip, gaussian_noise
 from aprillab.metrics import psnr
 from aprillab.update import Round
 from aprillab.zoo import build_model
@@ -78,6 +79,14 @@ def test_noise_is_not_taken_for_a_batch() -> None:
     assert by_attack(found)["span"] in ("likely", "close")
     assert any("noise" in note for note in found.notes)
     assert psnr(found.applied[0].result.pixels[0], pixels.double()) > 35
+
+
+def test_a_picture_no_better_than_grey_is_called_noise() -> None:
+    model = vit()
+    found = audit(model, gaussian_noise(clip(update_of(model), 1.0), 1.0, seed=0))
+    assert set(by_attack(found).values()) <= {"noise", "none"}
+    assert found.verdict.startswith("Nothing but noise came out")
+    assert found.leak == "unclear"
 
 
 def test_replay_catches_an_optimistic_prediction() -> None:
