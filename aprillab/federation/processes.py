@@ -31,6 +31,7 @@ _START = 60.0  # seconds for the SuperLink, on a machine that is busy
 _HOST = "127.0.0.1"
 _TRIES = 3  # of ports
 _COMMANDS = ("flower-superlink", "flower-supernode", "flwr")
+_COLOURED = ("FORCE_COLOR", "CLICOLOR_FORCE", "CLICOLOR", "PY_COLORS")
 _RECEIVED = "Receiving: train message"  # of a SuperNode whose client has work
 
 
@@ -193,8 +194,10 @@ class _Group:
     def _environment(self) -> dict[str, str]:
         package = str(Path(__file__).resolve().parents[2])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # A Jupyter kernel asks for colours, and then Flower's JSON has them.
+        inherited = {name: value for name, value in os.environ.items() if name not in _COLOURED}
         return {
-            **os.environ,
+            **inherited,
             "FLWR_HOME": str(self.home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
