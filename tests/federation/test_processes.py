@@ -111,6 +111,19 @@ def test_all_is_ended_and_logged(commands: Callable[[str, str], None], homes: li
 
 
 @posix
+def test_colours_that_a_notebook_asks_for_do_not_reach_flower(
+    commands: Callable[[str, str], None], homes: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands(
+        "flwr",
+        "import os, sys\nred = '\\x1b[31m' if 'FORCE_COLOR' in os.environ else ''\nif sys.argv[1] == 'list':\n"
+        '    print(red + \'{"runs": [{"status": "finished:completed", "status-details": ""}]}\')',
+    )
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a Jupyter kernel has it
+    assert federated(tmp_path) < 30
+
+
+@posix
 def test_a_port_that_was_taken_meanwhile_is_another_the_next_time(
     commands: Callable[[str, str], None], homes: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
