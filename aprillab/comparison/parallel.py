@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from tqdm.auto import tqdm
 
 from .cases import CompareError
 
@@ -218,8 +219,9 @@ def _done(number: int, task: tuple[Callable[[Any], Any], Any], threads: int | No
     """In a worker: what the function makes of the item."""
     function, item = task
     with _ONE_AT_A_TIME:
-        if threads is not None:
+        if threads is not None:  # a process of ours
             torch.set_num_threads(threads)
+            tqdm.set_lock(threading.RLock())  # its own is a semaphore that a process killed leaves behind
         try:
             return number, attempt(function, item)
         except KeyboardInterrupt:
