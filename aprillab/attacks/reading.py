@@ -25,6 +25,7 @@ _MANY = 50_000  # entries that tell as well as all
 _ENOUGH = 256  # entries a tensor, to say so
 _CLEAR = 30.0  # a sum that misses by this many times the format's ε is no rounding
 _OTHER_LOSS = 0.1  # cross-entropy leaves the head's sum rounding or noise
+_KNOWN, _MORE = 0.01, 3.0  # of a column's size: its told errors at most; times these, its sum misses more
 _EXPLAINED = 0.1  # of a sum may be left when weight decay has been taken off
 
 
@@ -99,8 +100,13 @@ def _reading(update: ClientUpdate, anatomy: Anatomy, noise: float | None, decay:
 
 
 def _with_errors(update: ClientUpdate, anatomy: Anatomy) -> Reading:
-    """An update whose entries have errors of their own: its decay was told, and its noise."""
+    """An update whose entries have errors of their own: its decay was told, and its noise. Of several steps the
+    errors are a guess, and the sums tell by how much their mean is no gradient.
+    """
     errors: Mapping[str, Tensor] = update.errors or {}
+    if update.local_steps > 1 and (more := _beyond_the_told(anatomy, update.gradients, errors)):
+        errors = {name: torch.hypot(e, more * update.gradients[name].abs().to(e)) for name, e in errors.items()}
+        update = replace(update, errors=errors)
     names = [name for name in (anatomy.patch_weight, anatomy.position or "") if name in update.gradients]
     entries = {
         name: _sample(update.gradients[name]).abs().clamp_min(torch.finfo(torch.float64).tiny) for name in names
@@ -109,6 +115,31 @@ def _with_errors(update: ClientUpdate, anatomy: Anatomy) -> Reading:
     of_position = errors[anatomy.position].double().median() if anatomy.position in names else 0.0
     noise = min(max([torch.finfo(update.dtype).eps, *relative]), 1.0)
     return Reading(update, noise, float(of_position))
+
+
+def _beyond_the_told(anatomy: Anatomy, gradients: Mapping[str, Tensor], errors: Mapping[str, Tensor]) -> float:
+    """Noise relative to each entry that the sums show and the errors do not; 0 where they explain the sums.
+
+    The least of two sums, as in :func:`measured_noise`, over the columns that are known well.
+    """
+    found = []
+    bias, position = anatomy.patch_bias or "", anatomy.position or ""
+    if bias in gradients and position in gradients:
+        parts = (
+            (t[bias].double(), t[position].double().flatten(0, -2)[anatomy.position_prefix :])
+            for t in (gradients, errors)
+        )
+        found.append([torch.cat([one[None], -rows if k == 0 else rows]) for k, (one, rows) in enumerate(parts)])
+    if anatomy.head_weight in gradients:
+        found.append([t[anatomy.head_weight].double() for t in (gradients, errors)])
+    shares = []
+    for terms, told in found:
+        miss, expected, size = terms.sum(0).square(), told.square().sum(0), terms.square().sum(0)
+        known = expected < _KNOWN**2 * size
+        missed, explained = (float(t[known].sum()) for t in (miss, expected))
+        if bool(known.any()):
+            shares.append((missed / float(size[known].sum())) ** 0.5 if missed > _MORE**2 * explained else 0.0)
+    return min(shares, default=0.0)
 
 
 def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise: float, eps: float) -> float:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from tqdm.auto import tqdm
 
 from .cases import CompareError
 
@@ -49,7 +50,8 @@ class Workers:
         Processes on this machine, each with its share of PyTorch's threads; 1: this very process.
     dask : str or None
         Address of a Dask scheduler, such as ``"tcp://10.0.0.5:8786"``, whose workers compute in
-        place of this machine. It runs what it is sent: let it listen to people you trust alone.
+        place of this machine, with as many of PyTorch's threads each as they have (Dask gives them
+        one). It runs what it is sent: let it listen to people you trust alone.
 
     Raises
     ------
@@ -202,24 +204,26 @@ def _once(
 
     with pool():
         # Everything at once, so that workers that come later find something to do; one by one, so that results come
-        # as they end. A tuple, since Dask's backend would leave a large function, or item, with one worker to keep.
+        # as they end.
         parallel = joblib.Parallel(batch_size=1, pre_dispatch="all", return_as="generator_unordered")
-        results = parallel(joblib.delayed(_done)(i, (function, item), threads) for i, item in items.items())
-        try:
-            for result in results:  # noqa: UP028  # "yield from" would close joblib's generator itself
-                yield result
-        finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that results were left: they were, on purpose
-                results.close()
+    # A tuple, since Dask's backend would leave a large function, or item, with one worker to keep.
+    results = parallel(joblib.delayed(_done)(i, (function, item), threads) for i, item in items.items())
+    try:
+        for result in results:  # noqa: UP028  # "yield from" would close joblib's generator itself
+            yield result
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that results were left: they were, on purpose
+            results.close()
 
 
 def _done(number: int, task: tuple[Callable[[Any], Any], Any], threads: int | None) -> tuple[int, Any]:
     """In a worker: what the function makes of the item."""
     function, item = task
     with _ONE_AT_A_TIME:
-        if threads is not None:
+        if threads is not None:  # a process of ours
             torch.set_num_threads(threads)
+            tqdm.set_lock(threading.RLock())  # its own is a semaphore that a process killed leaves behind
         try:
             return number, attempt(function, item)
         except KeyboardInterrupt:
