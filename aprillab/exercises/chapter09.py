@@ -121,6 +121,7 @@ def check_learning_rate(function: Callable[[dict[str, Tensor], dict[str, Tensor]
                 ((trained[1] / trained[0]).mean(), "a mean of ratios lets the smallest gradients decide, where "
                  "there is only rounding"),
                 ((m / g).mean(), "a mean of ratios lets the smallest gradients decide, and counts what is frozen"),
+                (torch.tensor(2 * rate / 3), "the frozen tensor is counted as one that moved by zero. Leave it out"),
                 (torch.tensor(1 / rate), "that is one over it"),
                 (torch.tensor(-rate), "its sign is turned: moved is before − after"),
             )  # fmt: skip
@@ -145,12 +146,19 @@ def check_without_decay(function: Callable[[Tensor, Tensor, Tensor, Tensor], Ten
             dW, dE = a * W + M.T @ X, a * E + M
             answer = expect_tensor(function(*(t.clone() for t in (dW, dE, W, E))), (n, p), "X")
             rows = dE.sum(0) @ E.sum(0) / (E.sum(0) @ E.sum(0))  # over patches, not over features
+            share = (dE * E).sum() / E.square().sum()
             mistakes = {
                 "The decay is still in both: find a and take a·W and a·E off.": _solved(dE, dW),
                 "The decay is still in dE: a·E comes off as well.": _solved(dE, dW - a * W),
                 "The decay is still in dW: a·W comes off as well.": _solved(dE - a * E, dW),
                 "a·W and a·E were added: before − after has plus a times the weights in it.": _solved(
                     dE + a * E, dW + a * W
+                ),
+                "Rows of dE without their mean still have a multiple of E's own in them: find a first.": _solved(
+                    dE - dE.mean(1, keepdim=True), dW
+                ),
+                "You fitted a to all of dE, and M has a share in that. Fit it to sums in which M vanishes.": _solved(
+                    dE - share * E, dW - share * W
                 ),
                 "You summed over the patches. What vanishes is the sum over a token's features, dim 1.": _solved(
                     dE - rows * E, dW - rows * W
@@ -201,6 +209,8 @@ def check_two_steps(function: Callable[[float, float, float], tuple[float, float
                 "that is a without momentum: the decay's first step goes on in b": (0, 1 - (1 - shrunk) ** 2),
                 "the second step shrinks weights that the first has shrunk": (0, shrunk * (2 + momentum)),
                 "the decay acts in the second step as well": (0, shrunk),
+                "η stands in front of the bracket already": (1, rate * wanted[1]),
+                "after the second step nothing shrinks what it added": (2, 1 - shrunk),
             }
             for words, (which, value) in looks.items():
                 if off[which] and abs(answer[which] - value) < 1e-9:
@@ -290,6 +300,11 @@ def check_first_gradient(function: Callable[[Tensor, Tensor, float, float, float
                 "The decay is taken off the wrong weights: it is the old one that shrinks.": eps
                 * later
                 / (1 - later.abs()),
+                "The decay is counted twice: the old weight shrinks, so take (1 − ηλ) times it.": _undone(
+                    ((1 + rate * decay) * before - after) / rate, eps
+                ),
+                "AdamW's decay is no part of its gradient: take it off the weight, not off g.": _undone(raw, eps)
+                - decay * before,
                 "The learning rate is still in it: divide the step by it first.": _undone(r * rate, eps),
             }
             expect_close(answer, g, "The gradient", mistakes=mistakes, tolerance=1e-6)

@@ -70,7 +70,7 @@ class Recording:
             )
         if found:
             found.append(
-                "what you know of it besides: how={'learning-rate': 0.1, 'local-steps': 5, 'momentum': 0.9}; on the "
+                "say what you know of it, for example how={'learning-rate': 0.1, 'local-steps': 5, 'momentum': 0.9}; on the "
                 "command line --training learning-rate=0.1 --training local-steps=5 --training momentum=0.9"
             )
         return tuple(found)

@@ -28,7 +28,12 @@ MUTANTS = [
      "smallest gradients decide"),
     ("check_learning_rate", TOP, "float(torch.cat([moved[n] / gradient[n] for n in moved]).mean())",
      "counts what is frozen"),
+    ("check_learning_rate", TOP, "sum(float(moved[n] @ gradient[n] / gradient[n].square().sum()) for n in moved) / 3",
+     "frozen tensor"),
     ("check_without_decay", UNDECAYED, "torch.linalg.lstsq(dE.T, dW).solution", "still in both"),
+    ("check_without_decay", UNDECAYED, "torch.linalg.lstsq((dE - dE.mean(1, keepdim=True)).T, dW).solution",
+     "find a first"),
+    ("check_without_decay", "(left @ known) / (known @ known)", "(dE * E).sum() / (E * E).sum()", "M has a share"),
     ("check_without_decay", "(dE - a * E)", "dE", "still in dE"),
     ("check_without_decay", "(dW - a * W)", "dW", "still in dW"),
     ("check_without_decay", "a = (left", "a = -(left", "were added"),
@@ -40,6 +45,8 @@ MUTANTS = [
     ("check_two_steps", ALL, "1 - (1 - rate * decay) ** 2, c_1, 1.0", "without momentum"),
     ("check_two_steps", ALL, "rate * decay * (2 + momentum), c_1, 1.0", "that the first has shrunk"),
     ("check_two_steps", ALL, "rate * decay, c_1, 1.0", "in the second step as well"),
+    ("check_two_steps", ALL, "rate * decay * (1 + c_1), rate * c_1, rate", "in front of the bracket"),
+    ("check_two_steps", ALL, "rate * decay * (1 + c_1), c_1, 1 - rate * decay", "nothing shrinks"),
     ("check_two_steps", ALL, "rate * decay * (1 + c_1)", "Return 3 things"),
     ("check_holds_one", RELATIVE, "float((dW - dE.T @ X).norm())", "smallest learning rate"),
     ("check_holds_one", RELATIVE, "float(dW.norm())", "smallest learning rate"),
@@ -56,6 +63,9 @@ MUTANTS = [
     ("check_first_gradient", STEP, "(before - after) / rate", "still in it"),
     ("check_first_gradient", STEP, "(before - after / (1 - rate * decay)) / rate", "wrong weights"),
     ("check_first_gradient", STEP, f"rate * ({STEP})", "divide the step"),
+    ("check_first_gradient", STEP, "((1 + rate * decay) * before - after) / rate", "counted twice"),
+    ("check_first_gradient", f"r = {STEP}\n    return {BACK}",
+     f"r = (before - after) / rate\n    return {BACK} - decay * before", "no part of its gradient"),
 ]  # fmt: skip
 
 SEARCHED = """import torch
