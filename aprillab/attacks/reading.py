@@ -123,15 +123,15 @@ def _beyond_the_told(anatomy: Anatomy, gradients: Mapping[str, Tensor], errors: 
     The least of two sums, as in :func:`measured_noise`, over the columns that are known well.
     """
     found = []
-    bias, position = anatomy.patch_bias or "", anatomy.position or ""
+    bias, position, head = (name or "" for name in (anatomy.patch_bias, anatomy.position, anatomy.head_weight))
     if bias in gradients and position in gradients:
         parts = (
             (t[bias].double(), t[position].double().flatten(0, -2)[anatomy.position_prefix :])
             for t in (gradients, errors)
         )
         found.append([torch.cat([one[None], -rows if k == 0 else rows]) for k, (one, rows) in enumerate(parts)])
-    if anatomy.head_weight in gradients:
-        found.append([t[anatomy.head_weight].double() for t in (gradients, errors)])
+    if head in gradients:
+        found.append([t[head].double() for t in (gradients, errors)])
     shares = []
     for terms, told in found:
         miss, expected, size = terms.sum(0).square(), told.square().sum(0), terms.square().sum(0)

@@ -6,7 +6,9 @@ from typing import Literal
 
 #: How far to trust a picture, best first: from the attack's conditions, its predicted PSNR and the
 #: replay.
-Trust = Literal["exact", "close", "likely", "coarse", "unverified", "poor", "contradicted", "mixture", "noise", "none"]
+Trust = Literal[
+    "exact", "close", "likely", "coarse", "unverified", "poor", "contradicted", "mixture", "noise", "none"
+]  # fmt: skip
 
 #: What an audit found, for machines: the trust of the best picture; "unclear" where pictures came
 #: out and none can be relied on, "none" where no attack applies.
@@ -55,8 +57,8 @@ VERDICTS: dict[Trust, str] = {
     f"yourself. {NOT_SAFE}",
     "mixture": "The closed forms return a mixture of pictures, or noise: no photograph that could be relied on, "
     f"though parts of each may be seen. {NOT_SAFE}",
-    "noise": "Nothing but noise came out: by its own prediction the picture of each closed form is no better than plain "
-    f"grey. {NOT_SAFE}",
+    "noise": "Nothing but noise came out: by its own prediction the picture of each closed form is no better than "
+    f"plain grey. {NOT_SAFE}",
 }
 NOTHING_APPLIES = f"No closed form applies to this update. {NOT_SAFE}"
 

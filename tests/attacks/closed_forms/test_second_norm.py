@@ -46,23 +46,30 @@ def looked(model, change=lambda gradients: gradients):
     return *(float(al.psnr(anatomy.preprocessing.to_pixels(s.images)[0], pixels[0])) for s in (first, second)), second
 
 
-def test_the_second_look_gains_where_tokens_are_weak():
-    first, second, solution = looked(frozen_model())
+@pytest.fixture(scope="module")
+def found():
+    """The model, not to be changed, and what :func:`looked` says of it."""
+    model = frozen_model()
+    return model, looked(model)
+
+
+def test_the_second_look_gains_where_tokens_are_weak(found):
+    first, second, solution = found[1]
     assert second > first + 5
     assert solution.numbers["second_look"] > 0.5
 
 
-def test_the_span_attack_takes_it_and_stays_modest():
-    model = frozen_model()
+def test_the_span_attack_takes_it_and_stays_modest(found):
+    model, (_, second, _) = found
     pixels, update = updated(model)
-    found = al.span_closed_form(model, update)
-    assert float(al.psnr(found.pixels[0], pixels[0])) == pytest.approx(looked(model)[1], abs=0.1)
-    assert found.predicted_psnr < looked(model)[1]
-    assert not found.exact
+    result = al.span_closed_form(model, update)
+    assert float(al.psnr(result.pixels[0], pixels[0])) == pytest.approx(second, abs=0.1)
+    assert result.predicted_psnr < second
+    assert not result.exact
 
 
 @pytest.mark.parametrize("withheld", ["not shared", "zero"])
-def test_without_the_mlps_gradient_the_first_look_stands(withheld):
+def test_without_the_mlps_gradient_the_first_look_stands(found, withheld):
     def without(gradients):
         for name in [name for name in gradients if "mlp" in name]:
             if withheld == "zero":
@@ -71,18 +78,18 @@ def test_without_the_mlps_gradient_the_first_look_stands(withheld):
                 del gradients[name]
         return gradients
 
-    first, second, solution = looked(frozen_model(), without)
+    first, second, solution = looked(found[0], without)
     assert (second, solution.numbers["second_look"]) == (first, 0.0)
 
 
-def test_rows_that_contradict_the_attention_do_no_harm():
+def test_rows_that_contradict_the_attention_do_no_harm(found):
     def scrambled(gradients):
         for name in [name for name in gradients if "mlp" in name and gradients[name].ndim == 2]:
             order = torch.randperm(gradients[name].shape[1], generator=torch.Generator().manual_seed(0))
             gradients[name] = gradients[name][:, order]
         return gradients
 
-    first, second, _ = looked(frozen_model(), scrambled)
+    first, second, _ = looked(found[0], scrambled)
     assert second > first - 0.5
 
 
@@ -95,12 +102,12 @@ def test_an_attention_that_adds_much_does_no_harm():
     assert second > first - 0.5
 
 
-def test_a_model_that_cannot_be_run_keeps_its_first_look(monkeypatch):
+def test_a_model_that_cannot_be_run_keeps_its_first_look(found, monkeypatch):
     def broken(*_):
         raise RuntimeError("no")
 
     monkeypatch.setattr(second_norm, "_look", broken)
-    first, second, solution = looked(frozen_model())
+    first, second, solution = looked(found[0])
     assert (second, solution.numbers["second_look"]) == (first, 0.0)
 
 
