@@ -215,8 +215,8 @@ def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
     fig, axes = viz.figure(1, 3, size=(8.8, 3.4))
     _panel(axes[0, 0], of(rows, part="one picture", learning_rate=0.1), "steps", "optimizer", "one picture, η = 0.1")
     _panel(axes[0, 1], of(rows, part="Adam undone", learning_rate=1e-3), "steps", "eps", "AdamW undone, ε")
-    adam = rows[(rows.part == "rounds") & rows.optimizer.isin(("AdamW", KEPT))]
-    _panel(axes[0, 2], adam, "rounds", "optimizer", "AdamW, first steps")
+    adam = of(rows, part="rounds", optimizer="AdamW")
+    _panel(axes[0, 2], adam, "rounds", "optimizer", "first steps, ε = 1e-8")
     axes[0, 0].set_ylabel("PSNR in dB")
     return {"a_round.png": viz.to_png(fig, dpi=150)}
 
