@@ -153,9 +153,10 @@ def refuse_longer(name: str, r: Tensor, sigma: Tensor, step: FirstStep) -> None:
     if step.steps > 1:  # later steps may be a little longer
         return
     beyond = step.saturation * r.abs() > 1 + 2 * _WORST * step.saturation * sigma
-    if float(beyond.double().mean()) > _BEYOND:
+    if (share := float(beyond.double().mean())) > _BEYOND:
         raise UpdateError(
-            f"{name}: entries moved by up to {float(r.abs().max()):.3g} learning rates, and a first step moves none "
-            f"by more than {1 / step.saturation:.3g}: check 'optimizer', 'learning_rate' ({step.learning_rate:g}), "
-            f"'weight_decay' ({step.weight_decay:g}), and that this is the client's first step"
+            f"{name}: {share:.0%} of the entries moved further than a first step moves any (by up to "
+            f"{float(r.abs().max()):.6g} learning rates, not {1 / step.saturation:.3g}): check 'optimizer', "
+            f"'learning_rate' ({step.learning_rate:g}), 'weight_decay' ({step.weight_decay:g}), and that this is the "
+            "client's first step"
         )

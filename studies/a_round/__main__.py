@@ -62,7 +62,6 @@ def large_cells() -> Iterator[dict[str, float | str]]:
     yield from (cell("ViT-B/16", "SGD", rate) for rate in RATES["SGD"])
     yield cell("ViT-B/16", "SGD", 0.01, steps=5)
     yield cell("ViT-B/16", "momentum 0.9", 0.01, steps=5)
-    yield cell("ViT-B/16", "SGD", 0.1, autocast="bfloat16")
     yield from (cell("ViT-B/16", "AdamW", 1e-3, eps=eps, clip=1.0) for eps in (1e-8, 1e-6))
     yield cell("ViT-B/16", "AdamW", 1e-3, eps=1e-6, clip=1.0, steps=5)
 

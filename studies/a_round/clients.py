@@ -65,7 +65,7 @@ class Row:
 
     ``linear`` is the PSNR of the patch-embedding system as it stands, where a step of Adam was undone
     for the other; ``trust`` the audit's word, measured for the first victim and seed of each cell. The
-    losses are the client's, before and after its last round.
+    losses are the client's, before and after its last round; ``grey`` the PSNR of a grey picture.
     """
 
     part: str
@@ -88,6 +88,7 @@ class Row:
     loss_before: float | None = None
     loss_after: float | None = None
     linear: float | None = None
+    grey: float | None = None
     trust: str = ""
     used: int | None = None
     seconds: float | None = None
@@ -183,8 +184,9 @@ class Keeping:
 def attacked(case: Case, audited: Collection[tuple[str, int]] = ()) -> list[Row]:
     """The case's row; with the audit's word where its victim and seed are ``audited``."""
     model = ready(case.model, case.seed)
-    anatomy, row = al.dissect(model), Row(*case)
+    anatomy = al.dissect(model)
     truth = pictures(case.victim, case.images, anatomy.image_size[0]).double()
+    row = Row(*case, grey=grey(truth))
     try:
         rounds, after = received(case, model, anatomy)
     except al.UpdateError as error:
@@ -218,6 +220,11 @@ def _loss(model: nn.Module, state: Any, case: Case, anatomy: al.Anatomy) -> floa
     with torch.no_grad():
         logits = torch.func.functional_call(model, dict(state), (images,))
     return float(nn.functional.cross_entropy(logits, labels))
+
+
+def grey(truth: Tensor) -> float:
+    """What a picture that shows nothing has, against the nearest of ``truth``."""
+    return _nearest(torch.full_like(truth[0], 0.5), truth)
 
 
 def _nearest(picture: Tensor, truth: Tensor) -> float:

@@ -293,7 +293,7 @@ def test_what_later_steps_leave_is_no_proof_of_several_pictures(labels, said, st
 
 
 def test_a_forward_pass_in_half_precision_is_not_called_exact():
-    """bfloat16 rounds the pixels themselves, to 57 dB or so: the system shows that something is amiss, not how much."""
+    """bfloat16 rounds the pixels themselves, to 57 dB or so: that shows, how much does not."""
     model, pixels = victim(), al.load_victim("astronaut", 32)[None]
     how = LocalTraining("adamw", 1e-3, weight_decay=0.01, eps=1e-6, clip_norm=1.0, autocast="bfloat16")
     after = train_locally(model, al.HALF.to_input(pixels), torch.tensor([3]), how)
