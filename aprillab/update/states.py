@@ -143,7 +143,7 @@ def update_from_states(
         raise UpdateError("the two states are the same: nothing was shared")
     size = math.hypot(*(float(torch.linalg.vector_norm(g)) for g in gradients.values()))
     if not math.isfinite(size):
-        raise UpdateError(f"learning_rate={learning_rate} is so small that the update divided by it is not finite")
+        raise UpdateError(f"the change of the weights over learning_rate={learning_rate} is not finite: check both")
     return ClientUpdate(gradients, rounding=math.sqrt(error) / scale / size if size else None, **facts)
 
 

@@ -327,5 +327,5 @@ def test_what_the_client_froze_did_not_decay(model: nn.Module) -> None:
 
 def test_a_learning_rate_that_leaves_nothing_finite_is_named(model: nn.Module) -> None:
     before, after = sgd_steps(model, lr=0.1)
-    with pytest.raises(UpdateError, match="learning_rate=1e-320 is so small"):
+    with pytest.raises(UpdateError, match="over learning_rate=1e-320 is not finite"):
         update_from_states(before, after, learning_rate=1e-320)
