@@ -11,6 +11,7 @@ gradient is the mean of the r. One image leaves rank one. Chapter 01.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,8 @@ def _by_system(system: System, noise: float) -> Condition:
 def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
     """The head's gradient: signs of its bias, rank of its weight."""
     bias = update.gradients.get(anatomy.head_bias or "")
-    if bias is not None and len(bias) > 2 and (several := min(clear_signs(bias, noise))) > 1:
+    blurred = max(noise, _rounding_of(update, anatomy.head_bias))
+    if bias is not None and len(bias) > 2 and (several := min(clear_signs(bias, blurred))) > 1:
         words = "{several} entries of the head's bias gradient have the sign of a label: at least {several} labels"
         return _said("contradicted", words, several=several)
     if update.errors is not None:
@@ -120,7 +122,10 @@ def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
     weight = update.gradients.get(anatomy.head_weight or "")
     if weight is None or not weight.any():
         return _said("not checked", "not checked: no equation is to spare, and the head's gradient is not shared")
-    residual, limit = one_image_residual(weight), _OF_A_PRODUCT * noise
+    residual, limit = (
+        one_image_residual(weight),
+        _OF_A_PRODUCT * max(noise, _rounding_of(update, anatomy.head_weight)),
+    )
     if residual > limit:
         words = "head weight gradient misses rank one by {residual:.1e} (limit {limit:.1e})"
         if update.local_steps > 1:
@@ -138,6 +143,20 @@ def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
     if limit > _SECOND:
         return _said("not checked", words + ", which noise may hide", residual=residual, limit=limit)
     return _said("shown", words, residual=residual, limit=limit)
+
+
+def _rounding_of(update: ClientUpdate, name: str | None) -> float:
+    """What the weights' rounding leaves in one tensor, relative to it, if it left the same in all entries."""
+    tensor = update.gradients.get(name or "")
+    if not update.rounding or tensor is None or not tensor.any():
+        return 0.0
+    moved = [g for g in update.gradients.values() if g.any()]
+    entry = update.rounding * math.hypot(*map(_norm, moved)) / sum(g.numel() for g in moved) ** 0.5
+    return entry * tensor.numel() ** 0.5 / _norm(tensor)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def clear_signs(bias: Tensor, noise: float) -> tuple[int, int]:

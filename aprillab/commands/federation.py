@@ -76,12 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     need_flower()
     out = writable_folder(arguments.out)
-    recording = _federated(arguments, out)
+    model, how = _built(arguments), _training(arguments)  # before anything is started
+    recording = _federated(arguments, how, out)
     for fault in recording.faults:
         note(f"{fault.client}, round {fault.round}: {fault.words}")
     if not recording.replies:
         raise CommandError(f"no client sent anything that can be used; {out / LOG} has what the processes said")
-    model, albums = model_of(_model(arguments)), _albums(arguments)
+    albums = _albums(arguments)
     print("\nWhat the server has of each client:\n")
     print(_LINE.format("client", "round", "images", "attack", "PSNR dB", "exact", "attack s", ""))
     seen, pictures = [], []
@@ -102,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 # --- The federation -----------------------------------------------------------------------------------------------
 
 
-def _federated(arguments: argparse.Namespace, out: Path) -> Recording:
+def _federated(arguments: argparse.Namespace, how: LocalTraining, out: Path) -> Recording:
     """Run it; what an earlier run left in the folder goes."""
     folder = out / "recording"
     for old in (folder / INDEX, *folder.glob("round-*.safetensors")):
@@ -111,12 +112,14 @@ def _federated(arguments: argparse.Namespace, out: Path) -> Recording:
     if in_process and not arguments.in_process:
         note("SuperLink and SuperNodes are started on Linux and macOS alone: all runs in this process")
     where = "in this process" if in_process else "by processes of their own on 127.0.0.1"
-    count = f"{arguments.rounds} round{'s' * (arguments.rounds > 1)}"
-    print(f"A server and {arguments.clients} clients, {where}: {count}; {out / LOG} grows meanwhile …", flush=True)
+    clients, rounds = (
+        f"{number} {what}{'s' * (number > 1)}"
+        for number, what in ((arguments.clients, "client"), (arguments.rounds, "round"))
+    )
+    print(f"A server and {clients}, {where}: {rounds}; {out / LOG} grows meanwhile …", flush=True)
     nodes = [{"name": name, "victims": victims} for name, victims in _victims(arguments).items()]
     start = time.perf_counter()
     try:
-        how = _training(arguments)
         with patience("the federation runs"):
             recording = run_course(
                 folder, nodes, rounds=arguments.rounds, how=how, model=_model(arguments),
@@ -143,6 +146,14 @@ def _albums(arguments: argparse.Namespace) -> dict[str, Album]:
 def _model(arguments: argparse.Namespace) -> dict[str, int]:
     keys = ("image-size", "patch-size", "width", "depth", "heads", "classes")
     return {key: getattr(arguments, key.replace("-", "_")) for key in keys} | {"model-seed": arguments.seed}
+
+
+def _built(arguments: argparse.Namespace) -> VisionTransformer:
+    """The model that the server starts with."""
+    try:
+        return model_of(_model(arguments))
+    except ValueError as error:
+        raise CommandError(f"no such model: {error}") from error
 
 
 def _training(arguments: argparse.Namespace) -> LocalTraining:

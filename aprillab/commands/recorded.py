@@ -182,4 +182,5 @@ def write_summary(audited: Collection[Audited], recording: Recording, out: Path)
         "remarks": recording.remarks,
     }  # fmt: skip
     text = json.dumps(json_safe(summary), indent=2, ensure_ascii=False)
+    out.mkdir(parents=True, exist_ok=True)  # not yet there, if nothing could be audited
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")

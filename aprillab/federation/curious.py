@@ -7,9 +7,10 @@ aggregates; messages and replies pass through this one on their way and are writ
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _LOG = logging.getLogger("flwr")  # so that it stands among Flower's own lines
 
 @dataclass(frozen=True)
 class _Sent:
-    """A message of this round: its metadata, the file of its state, its configuration."""
+    """A message of this round: its metadata, the file of its state (empty: not kept), its configuration."""
 
     metadata: Any
     file: str
@@ -125,6 +126,9 @@ class CuriousServer(Strategy):
     ) -> Iterable[Message]:
         """What the strategy sends, kept."""
         messages = list(self._configure(server_round, arrays, config, grid))
+        # A client that comes back is another node: its name is free once the old one is gone.
+        present = set(grid.get_node_ids())
+        self._names = {node: name for node, name in self._names.items() if node in present}
         self._recorder.open_round()
         self._sent, files = [], dict[int, str]()
         for message in messages:
@@ -134,7 +138,7 @@ class CuriousServer(Strategy):
                 continue
             # Most strategies send all clients the same object.
             if id(state) not in files:
-                files[id(state)] = self._recorder.keep_sent(_arrays(state))
+                files[id(state)] = self._keep_sent(state)
             config_sent = dict(next(iter(message.content.config_records.values()), {}))
             self._sent.append(_Sent(message.metadata, files[id(state)], config_sent))
         return messages
@@ -166,6 +170,14 @@ class CuriousServer(Strategy):
     @property
     def _array_key(self) -> str:
         return str(getattr(self.strategy, "arrayrecord_key", "arrays"))
+
+    def _keep_sent(self, state: ArrayRecord) -> str:
+        """The file of a state that is sent; empty where it cannot be written."""
+        try:
+            return self._recorder.keep_sent(_arrays(state))
+        except (OSError, SafetensorError) as error:
+            _LOG.warning("curious server: what is sent cannot be kept (%s)", error)
+            return ""
 
     def _keep(self, server_round: int, replies: list[Message]) -> None:
         """Write the round. A disk that is full costs the recording, not the federation."""
@@ -202,9 +214,11 @@ class CuriousServer(Strategy):
         if sent is None or state is None:
             self._fault(node, "replied without arrays" if sent else "replied, and was not asked")
             return []
+        if not sent.file:
+            self._fault(node, "replied, and what it was sent is not kept")
+            return []
         said = {k: v for k, v in next(iter(message.content.config_records.values()), {}).items() if _plain(v)}
-        name = name_of(said.get("name")) or str(node)
-        self._names[node] = name if name not in taken else f"{name} ({node})"
+        self._names[node] = self._name(node, name_of(said.get("name")) or str(node), taken)
         metrics = dict(next(iter(message.content.metric_records.values()), {}))
         reply = Reply(
             self._recorder.round, server_round, self._names[node], str(node), sent.file,
@@ -218,6 +232,13 @@ class CuriousServer(Strategy):
         if words:
             _LOG.warning("curious server: %s: %s", reply.client, words)
         return [] if words else [reply]
+
+    def _name(self, node: int, said: str, taken: Collection[str]) -> str:
+        """What this node is called: as it says, if that is no other's name, nor taken in this round."""
+        taken = {*taken, *(name for other, name in self._names.items() if other != node)}
+        short = said[:60]  # an index has a hundred letters
+        others = chain([f"{short} ({node})"], (f"{short} ({node}, {number})" for number in count(2)))
+        return next(name for name in chain([said], others) if name not in taken)
 
     def _fault(self, node: int, words: str) -> None:
         name = self._names.get(node, str(node))

@@ -119,6 +119,8 @@ def index_of_files(folder: Path) -> dict[str, list[Any]]:
 
 def _entries(folder: Path) -> Iterator[Any]:
     for path in sorted(folder.glob("round-*.safetensors")):
+        if not path.is_file():  # whoever opens a pipe waits
+            continue
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get("reply")
@@ -166,8 +168,10 @@ def _round_number(entry: Mapping[str, Any], key: str, default: int | None = None
 
 def _file_name(entry: Mapping[str, Any], key: str) -> str:
     name = entry.get(key)
-    good = isinstance(name, str) and name.endswith(".safetensors") and not {"/", "\\", ":", "\0"} & set(name)
-    if not good:
+    good = (
+        isinstance(name, str) and name.endswith(".safetensors") and name.isprintable() and len(name) <= _LONGEST_NAME
+    )
+    if not good or {"/", "\\", ":"} & set(name):
         raise UpdateError(f"{key!r} must be the name of a safetensors file in the folder, not {name!r:.60}")
     return str(name)
 
@@ -179,7 +183,7 @@ def fault_of(entry: Any) -> Fault:
     words = entry.get("words")
     return Fault(
         number if isinstance(number, int) and not isinstance(number, bool) else 0,
-        name_of(entry.get("client")), words[:2000] if isinstance(words, str) else "",
+        name_of(entry.get("client")), _printable(words)[:2000] if isinstance(words, str) else "",
     )  # fmt: skip
 
 
@@ -191,4 +195,8 @@ def name_of(said: Any) -> str:
     """
     if not isinstance(said, str):
         return ""
-    return "".join(letter for letter in said if letter.isprintable()).strip()[:_LONGEST_NAME]
+    return _printable(said)[:_LONGEST_NAME]
+
+
+def _printable(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable()).strip()

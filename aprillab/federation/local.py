@@ -108,7 +108,7 @@ class LocalTraining:
         object.__setattr__(self, "steps", facts.local_steps)
         if self.optimizer == "adagrad" and self.betas is not None:
             raise UpdateError("'betas' are of Adam and RMSprop, and the optimizer is 'adagrad': leave them out")
-        if self.autocast is not None and self.autocast not in _AUTOCAST:
+        if self.autocast is not None and self.autocast not in tuple(_AUTOCAST):  # it may be a list
             raise UpdateError(f"'autocast' must be one of {', '.join(_AUTOCAST)}, not {self.autocast!r}")
         object.__setattr__(self, "clip_norm", _norm(self.clip_norm))
         object.__setattr__(self, "seed", _seed(self.seed))

@@ -235,10 +235,11 @@ def _unusable(recording: Recording, reply: Reply) -> str:
     except UpdateError as error:
         return f"what is said of its training makes no sense: {error}"
     for file in (reply.sent, reply.file):
+        if not (recording.folder / file).is_file():  # whoever opens a pipe waits
+            return f"{recording.folder / file} is missing"
         try:
             with safe_open(recording.folder / file, framework="pt") as opened:
                 opened.keys()
         except Exception as error:  # what safetensors raises depends on the file and on its version
-            lost = "is missing" if not (recording.folder / file).exists() else f"is cut off or foreign ({error})"
-            return f"{recording.folder / file} {lost}"
+            return f"{recording.folder / file} is cut off or foreign ({error})"
     return ""

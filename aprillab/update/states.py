@@ -20,6 +20,8 @@ from .tensors import UpdateError, as_gradient, as_tensor, count_not_finite, is_z
 
 State = Mapping[str, Any] | Sequence[Any]
 
+_STATISTICS = (".running_mean", ".running_var")  # BatchNorm's: they move, and no optimizer moves them
+
 
 def update_from_states(
     before: State,
@@ -84,8 +86,9 @@ def update_from_states(
         its α. A wrong ε leaves a factor common to all entries.
     trained : names of the trained parameters, or the model, whose parameters with ``requires_grad``
         they are
-        By default every floating-point tensor is kept, also those that did not move;
-        :func:`fitted` drops buffers and frozen parameters once the model is there.
+        By default every floating-point tensor is kept but BatchNorm's running statistics, also those
+        that did not move; :func:`fitted` drops other buffers and frozen parameters once the model is
+        there.
     names : sequence of str or mapping, for lists
         Such as ``model.state_dict()``; not needed where the other state is a mapping.
     batch_size : int, optional
@@ -131,12 +134,16 @@ def update_from_states(
     error, gradients, still = 0.0, {}, True
     for name, (old, new) in pairs.items():
         moved = _wide(old) - _wide(new)
-        if not is_zero(moved):
-            still, error = False, error + said.local_steps * _rounding(old, new) ** 2
+        if is_zero(moved):  # a buffer, or frozen: no decay moved it either
+            gradients[name] = moved
+            continue
+        still, error = False, error + said.local_steps * _rounding(old, new) ** 2
         gradients[name] = (moved - lost * _wide(old) if lost else moved) / scale
     if still:
         raise UpdateError("the two states are the same: nothing was shared")
     size = math.hypot(*(float(torch.linalg.vector_norm(g)) for g in gradients.values()))
+    if not math.isfinite(size):
+        raise UpdateError(f"the change of the weights over learning_rate={learning_rate} is not finite: check both")
     return ClientUpdate(gradients, rounding=math.sqrt(error) / scale / size if size else None, **facts)
 
 
@@ -216,7 +223,7 @@ def _trained(
             )
         chosen = {name: pairs[known[name]] for name in wanted}
     else:
-        asked = set(pairs) if trained is None else as_set(trained)
+        asked = {n for n in pairs if not n.endswith(_STATISTICS)} if trained is None else as_set(trained)
         if missing := sorted(asked - set(pairs)):
             raise UpdateError(f"trained: {', '.join(missing)} is not in the states")
         chosen = {name: pair for name, pair in pairs.items() if name in asked}
@@ -244,12 +251,20 @@ def _pairs(before: State, after: State, names: Any) -> dict[str, tuple[Tensor, T
         )
     later = {same[name]: value for name, value in second.items()}
     pairs = {name: (as_tensor(name, value), as_tensor(name, later[name])) for name, value in first.items()}
+    pairs = {name: pair for name, pair in pairs.items() if not _averaged_integers(name, *pair)}
     for name, (old, new) in pairs.items():
         if old.shape != new.shape:
             raise UpdateError(f"{name}: shape {tuple(old.shape)} before, {tuple(new.shape)} after")
         if old.is_floating_point() != new.is_floating_point():
             raise UpdateError(f"{name}: {old.dtype} before, {new.dtype} after")
     return {name: (old, new.to(old.device)) for name, (old, new) in pairs.items()}
+
+
+def _averaged_integers(name: str, old: Tensor, new: Tensor) -> bool:
+    """Whether this is a buffer of integers: FedAvg sends their mean, a float, and clients make integers of it."""
+    if not old.is_floating_point() or new.is_floating_point() or new.is_complex() or old.shape != new.shape:
+        return False
+    return name.endswith(".num_batches_tracked") or torch.allclose(old.double().cpu(), new.double().cpu(), atol=1e-6)
 
 
 def _named(which: str, state: Any, names: list[Any]) -> Mapping[str, Any]:

@@ -63,6 +63,19 @@ def test_the_evidence_says_what_it_rests_on():
     assert is_batch(anatomy, headless) == (False, nothing.text)
 
 
+@pytest.mark.parametrize("labels", [[3], [3, 3]])
+def test_what_the_weights_rounding_leaves_in_the_head_is_no_second_image(labels):
+    model = make("prenorm").float()
+    images = al.HALF.to_input(private(model, len(labels))).float()
+    gradients = al.client_update(model, images, torch.tensor(labels)).gradients
+    before = {name: p.detach() for name, p in model.named_parameters()}
+    after = {name: p - 1e-3 * gradients[name] for name, p in before.items()}
+    update = al.update_from_states(before, after, learning_rate=1e-3)
+    said = one_image(al.dissect(model), update, noise=torch.finfo(torch.float32).eps)
+    assert said.numbers["residual"] > 30 * torch.finfo(torch.float32).eps  # by the format alone it were a batch
+    assert said.state == ("shown" if len(labels) == 1 else "contradicted")
+
+
 def test_two_classes_prove_nothing():
     """With two classes r is always a multiple of (1, −1): the head's gradient has rank one for any batch."""
     model = make("prenorm", classes=2)

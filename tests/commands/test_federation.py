@@ -71,13 +71,27 @@ def test_without_flower_one_line_says_the_remedy(run: Run, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("words", "fragment"),
-    [(["--momentum", "2"], "'momentum'"), (["--optimizer", "adam", "--momentum", "0.9"], "is of SGD")],
+    [
+        (["--momentum", "2"], "'momentum'"),
+        (["--optimizer", "adam", "--momentum", "0.9"], "is of SGD"),
+        (["--patch-size", "7"], "no such model: patch_size=7 does not tile image_size=16"),
+        (["--heads", "5"], "no such model: width=48 is not a multiple of heads=5"),
+    ],
 )
-def test_training_that_makes_no_sense_is_one_line(run: Run, words: list[str], fragment: str) -> None:
+def test_what_makes_no_sense_is_one_line_before_anything_starts(run: Run, words: list[str], fragment: str) -> None:
     pytest.importorskip("flwr")
-    code, _, err = run("federation", "--out", "fed", *SMALL, *words)
-    assert code == 2
+    code, out, err = run("federation", "--out", "fed", *SMALL, *words)
+    assert (code, out) == (2, "")
     is_one_error(err, fragment)
+
+
+def test_where_no_client_moved_anything_all_is_written_still(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    code, out, err = run("federation", "--out", "fed", *SMALL, "--classes", 1, "--clients", 1, "--rounds", 1)
+    assert (code, "A server and 1 client, in this process: 1 round;" in out) == (1, True), err
+    (one,) = json.loads((tmp_path / "fed" / "federation.json").read_text(encoding="utf-8"))["seen"]
+    assert (one["attack"], "the two states are the same" in one["reason"]) == (None, True)
+    assert json.loads((tmp_path / "fed" / "audits" / "summary.json").read_text(encoding="utf-8"))["audits"] == []
 
 
 # --- aprillab audit --recording -----------------------------------------------------------------------------------

@@ -192,6 +192,23 @@ def test_a_silent_client_and_one_that_takes_anothers_name(tmp_path: Path) -> Non
     assert [fault.words for fault in late.recording.faults] == ["sent no reply before the round ended"] * 2
 
 
+class TurnsAbout(FedAvg):
+    """Sends in the other order every second round, so that replies come in the other order."""
+
+    def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        return sorted(messages, key=lambda m: m.metadata.dst_node_id, reverse=server_round % 2 == 0)
+
+
+@pytest.mark.parametrize("name", ["anna", "anna" * 40])
+def test_two_of_one_name_are_not_mixed_up_between_rounds(name: str, tmp_path: Path) -> None:
+    strategy = curious(TurnsAbout(fraction_evaluate=0.0), tmp_path)
+    federate(strategy, [{"partition-id": 0, "name": name}, {"partition-id": 1, "name": name}], rounds=3)
+    recording = strategy.recording
+    nodes = [{reply.node for reply in recording.replies_of(client)} for client in recording.clients]
+    assert sorted(nodes, key=min) == [{"1"}, {"2"}]
+
+
 def test_a_server_that_starts_again_goes_on_with_the_recording(tmp_path: Path) -> None:
     for _ in range(2):
         federate(curious(quiet(), tmp_path), two())
@@ -221,15 +238,16 @@ def _messages() -> list[Any]:
     return [Sent()]
 
 
+@pytest.mark.parametrize("what", ["keep_reply", "keep_sent"])
 def test_a_full_disk_costs_the_recording_and_not_the_federation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     strategy = curious(quiet(), tmp_path)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(strategy._recorder, "keep_reply", full)
+    monkeypatch.setattr(strategy._recorder, what, full)
     logging.getLogger("flwr").propagate = True
     try:
         watched = federate(strategy, two())
@@ -238,6 +256,7 @@ def test_a_full_disk_costs_the_recording_and_not_the_federation(
     alone = federate(quiet(), two())
     assert all(torch.equal(alone[key], watched[key]) for key in alone)
     assert "No space left on device" in caplog.text
+    assert len(strategy.recording.faults) == 4
 
 
 def test_what_is_no_strategy_of_todays_is_refused(tmp_path: Path) -> None:

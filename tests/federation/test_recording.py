@@ -156,12 +156,15 @@ def _entry(index: dict[str, Any]) -> dict[str, Any]:
         (lambda entry: entry.update(file="/etc/x.safetensors"), "name of a safetensors file in the folder"),
         (lambda entry: entry.update(sent="../x.safetensors"), "name of a safetensors file in the folder"),
         (lambda entry: entry.update(file=["a"]), "name of a safetensors file in the folder"),
+        (lambda entry: entry.update(file="\x1b[2J.safetensors"), "name of a safetensors file in the folder"),
+        (lambda entry: entry.update(file="a" * 300 + ".safetensors"), "name of a safetensors file in the folder"),
         (lambda entry: entry.update(round=-1), "'round' must be an integer"),
         (lambda entry: entry.update(round=True), "'round' must be an integer"),
         (lambda entry: entry.update(round=10**30), "'round' must be an integer"),
         (lambda entry: entry.update(config=[1]), "'config' must be an object"),
         (lambda entry: entry["config"].update({"learning-rate": -1}), "makes no sense"),
         (lambda entry: entry["said"].update({"local-steps": "many"}), "makes no sense"),
+        (lambda entry: entry["config"].update({"autocast": []}), "'autocast' must be one of"),
         (lambda entry: entry.clear(), "'round' must be an integer"),
     ],
 )
@@ -189,6 +192,17 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, text: str, words: str) 
         read_recording(tmp_path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize("index", [True, False])
+def test_nobody_waits_for_a_pipe(folder: Path, index: bool) -> None:
+    if not index:
+        (folder / "recording.json").unlink()
+    path = folder / "round-0001-reply-1.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    assert set(everything(read_recording(folder))) == {("anna", 1), ("anna", 2), ("ben", 2)}
+
+
 def test_an_empty_folder_and_none(tmp_path: Path) -> None:
     with pytest.raises(UpdateError, match=r"no recording \(recording.json is missing\)"):
         read_recording(tmp_path)
@@ -199,11 +213,11 @@ def test_an_empty_folder_and_none(tmp_path: Path) -> None:
 def test_faults_and_counts_of_strangers_are_read_with_care(folder: Path) -> None:
     path = folder / "recording.json"
     index = json.loads(path.read_text())
-    index["faults"] = [3, {"round": "x", "client": "\x1b[31mbad\n", "words": None}]
+    index["faults"] = [3, {"round": "x", "client": "\x1b[31mbad\n", "words": "\x1b[2Jno\n"}]
     _entry(index)["metrics"] = {"num-examples": 10**12}
     path.write_text(json.dumps(index))
     recording = read_recording(folder)
-    assert recording.faults == (Fault(0, "", ""), Fault(0, "[31mbad", ""))
+    assert recording.faults == (Fault(0, "", ""), Fault(0, "[31mbad", "[2Jno"))
     assert recording.of_client("ben")[0].update.batch_size is None
 
 

@@ -290,3 +290,42 @@ def test_states_that_do_not_fit_are_refused(model: nn.Module) -> None:
         update_from_states(before, {n: t for n, t in after.items() if n != "head.bias"}, learning_rate=0.1)
     with pytest.raises(UpdateError, match=r"head.bias: shape \(5,\) before, \(4,\) after"):
         update_from_states(before, after | {"head.bias": torch.zeros(4)}, learning_rate=0.1)
+
+
+class WithBuffers(nn.Module):
+    """BatchNorm's statistics and counter, and a table of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("index", torch.arange(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_buffers_of_a_model_that_was_averaged_stop_nothing(optimizer: str) -> None:
+    client = WithBuffers()
+    before = {name: t.clone().double() for name, t in client.state_dict().items()}  # integers too: FedAvg's mean
+    steps = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](client.parameters(), lr=1e-3)
+    client(torch.tensor([[9.0, 2.0, 3.0], [3.0, 4.0, 5.0]])).pow(3).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in client.named_parameters() if p.grad is not None}
+    steps.step()
+    found = update_from_states(before, client.state_dict(), learning_rate=1e-3, optimizer=optimizer)
+    assert found.gradients.keys() == wanted.keys()
+    if optimizer == "sgd":
+        assert all(torch.allclose(found.gradients[n].float(), g, atol=1e-3) for n, g in wanted.items())
+
+
+def test_what_the_client_froze_did_not_decay(model: nn.Module) -> None:
+    before, after = sgd_steps(model, lr=0.1)
+    after |= {"head.bias": before["head.bias"]}
+    found = update_from_states(before, after, learning_rate=0.1, weight_decay=0.1)
+    assert not found.gradients["head.bias"].any()
+
+
+def test_a_learning_rate_that_leaves_nothing_finite_is_named(model: nn.Module) -> None:
+    before, after = sgd_steps(model, lr=0.1)
+    with pytest.raises(UpdateError, match="over learning_rate=1e-320 is not finite"):
+        update_from_states(before, after, learning_rate=1e-320)

@@ -66,7 +66,8 @@ class SpanRound:
         if self.rounding <= eps:
             return None
         entry = self.rounding * D.norm() / len(D) ** 0.5  # of a row: the same for all, large or small
-        return (entry / D.norm(dim=1).clamp_min(torch.finfo(D.dtype).tiny) / eps).clamp_min(1.0)
+        lengths = D.norm(dim=1)
+        return torch.where(lengths > 0, entry / lengths / eps, 1.0).clamp_min(1.0)  # of no length: says nothing
 
     @property
     def D(self) -> Tensor:
