@@ -171,7 +171,7 @@ def _file_name(entry: Mapping[str, Any], key: str) -> str:
     good = (
         isinstance(name, str) and name.endswith(".safetensors") and name.isprintable() and len(name) <= _LONGEST_NAME
     )
-    if not good or {"/", "\\", ":"} & set(name):
+    if not isinstance(name, str) or not good or {"/", "\\", ":"} & set(name):
         raise UpdateError(f"{key!r} must be the name of a safetensors file in the folder, not {name!r:.60}")
     return str(name)
 
