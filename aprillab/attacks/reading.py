@@ -122,23 +122,21 @@ def _beyond_the_told(anatomy: Anatomy, gradients: Mapping[str, Tensor], errors: 
 
     The least of two sums, as in :func:`measured_noise`, over the columns that are known well.
     """
-    found = []
     bias, position, head = (name or "" for name in (anatomy.patch_bias, anatomy.position, anatomy.head_weight))
+    sums: list[list[Tensor]] = []  # the terms of one, and their errors
     if bias in gradients and position in gradients:
-        parts = (
-            (t[bias].double(), t[position].double().flatten(0, -2)[anatomy.position_prefix :])
-            for t in (gradients, errors)
-        )
-        found.append([torch.cat([one[None], -rows if k == 0 else rows]) for k, (one, rows) in enumerate(parts)])
+        rows = [t[position].double().flatten(0, -2)[anatomy.position_prefix :] for t in (gradients, errors)]
+        sums.append([torch.cat([t[bias].double()[None], -r]) for t, r in zip((gradients, errors), rows, strict=True)])
     if head in gradients:
-        found.append([t[head].double() for t in (gradients, errors)])
+        sums.append([gradients[head].double(), errors[head].double()])
     shares = []
-    for terms, told in found:
-        miss, expected, size = terms.sum(0).square(), told.square().sum(0), terms.square().sum(0)
-        known = expected < _KNOWN**2 * size
-        missed, explained = (float(t[known].sum()) for t in (miss, expected))
+    for terms, told in sums:
+        explained, size = told.square().sum(0), terms.square().sum(0)
+        known = explained < _KNOWN**2 * size
         if bool(known.any()):
-            shares.append((missed / float(size[known].sum())) ** 0.5 if missed > _MORE**2 * explained else 0.0)
+            missed = terms.sum(0)[known].square().sum()
+            more = missed > _MORE**2 * explained[known].sum()
+            shares.append(float(missed / size[known].sum()) ** 0.5 if more else 0.0)
     return min(shares, default=0.0)
 
 
