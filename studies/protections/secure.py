@@ -321,8 +321,8 @@ def _described_sums(rows: pd.DataFrame) -> Description:
     own = of_view[SUM][of_view[SUM].rate >= RATES[1]].own
     fields = {
         "secure": markdown(grouped(texts, ("max_weight", "rate"), by_quantization)), "sum_highest": most,
-        "several": several.sum(), "sums": len(several), "known_default": at_default, "known_fine": at_finest, "floor_off": 100 * off, "own_least": own.min(),
-        "own_most": own.max(), "chance_most": chance,
+        "several": several.sum(), "sums": len(several), "known_default": at_default, "known_fine": at_finest,
+        "floor_off": 100 * off, "own_least": own.min(), "own_most": own.max(), "chance_most": chance,
     }  # fmt: skip
     return fields, [
         between("at most {sum_highest:.0f} dB from the sum of three", most, most=14),
