@@ -168,10 +168,8 @@ def _round_number(entry: Mapping[str, Any], key: str, default: int | None = None
 
 def _file_name(entry: Mapping[str, Any], key: str) -> str:
     name = entry.get(key)
-    good = (
-        isinstance(name, str) and name.endswith(".safetensors") and name.isprintable() and len(name) <= _LONGEST_NAME
-    )
-    if not isinstance(name, str) or not good or {"/", "\\", ":"} & set(name):
+    good = isinstance(name, str) and name.endswith(".safetensors") and not {"/", "\\", ":"} & set(name)
+    if not (good and str(name).isprintable() and len(str(name)) <= _LONGEST_NAME):
         raise UpdateError(f"{key!r} must be the name of a safetensors file in the folder, not {name!r:.60}")
     return str(name)
 
