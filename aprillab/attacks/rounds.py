@@ -7,7 +7,7 @@ Chapter 10 counts them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +18,12 @@ from ..anatomy import Anatomy, tensors_of
 from ..update import ClientUpdate, Round, UpdateError, Updates, listed, state_of_round
 from .evidence import limit_of
 from .reading import Reading, read_update
-from .result import AttackNotApplicable, Condition
+from .result import AttackNotApplicable, Condition, Reconstruction, Replay
 
 #: The condition that rounds are of one picture.
 ONE_PICTURE = "one picture in all rounds"
+#: The condition that all of a client's steps read the weights that it was sent.
+SENT_WEIGHTS = "steps at the weights that were sent"
 _MARKED, _SAME = 64, 3e-8  # entries of each tensor that tell an update from another; by so much
 _WORST = 12  # rounds, of which one is left out in search of those that agree
 _MOVED = 4.0  # times the format's ε, of a tensor's norm: a copy in another precision moves by less
@@ -354,3 +356,17 @@ def _notes(rounds: Sequence[RoundRead], kept: Sequence[RoundRead]) -> tuple[dict
     return tuple(
         {"number": r.number, "used": r in kept, "noise": r.reading.noise, "precision": _precision(r)} for r in rounds
     )
+
+
+def shown_by_replay(found: Reconstruction, replays: Iterable[Replay]) -> Reconstruction:
+    """What no system could check, replays of all rounds have: this picture gives every update."""
+    if any(replay.state != "shown" for replay in replays):
+        return found
+    words = "played back, the picture gives every update"
+    conditions = [
+        replace(c, state="shown", words=words)
+        if c.state == "not checked" and c.name in (ONE_PICTURE, SENT_WEIGHTS)
+        else c
+        for c in found.conditions
+    ]
+    return replace(found, conditions=tuple(conditions))

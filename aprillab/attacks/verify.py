@@ -26,8 +26,8 @@ from .known_entries import replay_of_known
 from .pixels import normalization
 from .reading import Reading
 from .replay import Loss
-from .result import REPLAY, Condition, Reconstruction, Replay, State, verdict
-from .rounds import ONE_PICTURE, RoundRead
+from .result import REPLAY, Reconstruction, Replay, State, verdict
+from .rounds import RoundRead, shown_by_replay
 
 EMBEDDING = "embedding_closed_form"
 # How far a picture with this predicted error may miss its update: data/results/fuzz.md.
@@ -77,6 +77,7 @@ def verified(
         return _with_replay(found, replay, preprocessing)
     if len(rounds) == 1:
         found, replay = _one_round(found, model, rounds[0], anatomy, preprocessing, loss)
+        found = shown_by_replay(found, [replay])
     else:
         found, replay = _several(found, model, rounds, anatomy, preprocessing, loss)
     return _with_replay(found, replace(replay, seconds=time.perf_counter() - start), preprocessing)
@@ -118,16 +119,9 @@ def _several(
     played: dict[int, Replay] = {}
     for read in with_weights[::step]:
         found, played[read.number] = _one_round(found, model, read, anatomy, preprocessing, loss)
-    if len(played) == len(rounds) and all(replay.state == "shown" for replay in played.values()):
-        found = replace(found, conditions=tuple(map(_one_picture_shown, found.conditions)))
+    if len(played) == len(rounds):
+        found = shown_by_replay(found, played.values())
     return found, _of_all(played)
-
-
-def _one_picture_shown(condition: Condition) -> Condition:
-    """What no system could check, the replays have: this picture gives the update of every round."""
-    if condition.name != ONE_PICTURE or condition.state != "not checked":
-        return condition
-    return replace(condition, state="shown", words="played back, the picture gives the update of every round")
 
 
 def _of_all(played: Mapping[int, Replay]) -> Replay:

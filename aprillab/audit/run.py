@@ -24,6 +24,7 @@ from ..attacks.pixels import normalization
 from ..attacks.reading import fit_update, measured_noise
 from ..attacks.replay import Loss
 from ..attacks.result import MARGIN, REPLAY, AttackNotApplicable, Condition, Reconstruction
+from ..attacks.rounds import SENT_WEIGHTS
 from ..attacks.verify import EMBEDDING
 from ..preprocessing import Preprocessing
 from ..sharing import leak_map
@@ -193,7 +194,9 @@ def _trust(result: Reconstruction, preprocessing: Preprocessing) -> Trust:
         return "likely"
     if misses or predicted < _COARSE:
         return _poor(predicted)
-    return "coarse" if one == "shown" and not unforeseen else "unverified"
+    # Nor does the prediction know how far the weights moved between a client's steps.
+    moved = states.get(SENT_WEIGHTS, "shown") != "shown"
+    return "coarse" if one == "shown" and not unforeseen and not moved else "unverified"
 
 
 def _poor(predicted: float) -> Trust:

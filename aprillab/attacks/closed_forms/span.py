@@ -32,7 +32,7 @@ from ..labels import check_known, check_told, labels_or_none
 from ..reading import Reading
 from ..replay import Loss
 from ..result import Condition, Reconstruction, State, margin, predicted_psnr, report, shown_if
-from ..rounds import RoundRead, read_rounds
+from ..rounds import SENT_WEIGHTS, RoundRead, read_rounds
 from ..verify import verified
 from .inputs import pixel_variance
 from .linear_algebra import numerical_rank
@@ -153,6 +153,7 @@ def span_closed_form(
         solution.images,
         conditions=(
             *_conditions(solution, reading, anatomy, predicted, remark),
+            *_later_steps(agreed.kept),
             *agreed.conditions,
             *_as_read(model, agreed.kept[0], anatomy, solution),
         ),
@@ -179,6 +180,15 @@ def _as_read(model: nn.Module, read: RoundRead, anatomy: Anatomy, solution: Span
     if not set(solution.rows_of) & set(anatomy.adapters):
         return (tokens,)
     return tokens, adapters_as_read(client, anatomy, read.weights)
+
+
+def _later_steps(kept: Sequence[RoundRead]) -> tuple[Condition, ...]:
+    """Where a client took several steps: all but the first read weights that had moved, and the equations do not."""
+    steps = max(one.reading.update.local_steps for one in kept)
+    if steps == 1:
+        return ()
+    words = "not checked: of {steps} local steps all but the first read other weights: the error may be larger"
+    return (Condition(SENT_WEIGHTS, "not checked", {"steps": steps}, words),)
 
 
 def _conditions(
