@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+CHAPTERS = $(if $(NOTEBOOKS), --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -25,8 +26,8 @@ demo: $(VENV)/.installed-base  ## get a private photograph back from gradients; 
 # Two workers, a file each at a time, one thread each: on two cores nearly twice as fast as one after the other.
 # The long files, the chapters, come first, and not those of many tests: so neither worker waits for the other at the end.
 test: lint  ## run the linters, the tests, the examples in docstrings and every notebook
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-	    $(if $(NOTEBOOKS),--nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks) tests aprillab
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest$(CHAPTERS) tests aprillab \
+	    -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test  ## check style, formatting and types
 	$(BIN)/ruff check .
