@@ -12,9 +12,12 @@ processes are asked for; the extra ``cluster`` brings both.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import socket
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -222,12 +225,25 @@ def _done(number: int, task: tuple[Callable[[Any], Any], Any], threads: int | No
     function, item = task
     with _ONE_AT_A_TIME:
         if threads is not None:  # a process of ours
+            _end_with(os.getppid())
             torch.set_num_threads(threads)
             tqdm.set_lock(threading.RLock())  # its own is a semaphore that a process killed leaves behind
         try:
             return number, attempt(function, item)
         except KeyboardInterrupt:
             return number, KeyboardInterrupt()
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """End this process, too, when the one that asks is killed: nobody would take what it finds."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _in_words(error: BaseException) -> str:

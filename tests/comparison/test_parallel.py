@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import signal
@@ -56,7 +57,7 @@ def is_the_same(path: Path, alone: Path) -> None:
         assert all(one.equal(other) for one, other in zip(ours, theirs, strict=True))
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 200.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it takes too long"
@@ -137,13 +138,32 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(path: Path, alone: Path
         os.killpg(running.pid, signal.SIGINT)
         assert "KeyboardInterrupt" in running.communicate(timeout=60)[1]
         assert running.returncode == -signal.SIGINT
+        wait_for(lambda: not processes_of(running.pid), 20)
     finally:
-        running.kill()
-    wait_for(lambda: not processes_of(running.pid))
+        with contextlib.suppress(ProcessLookupError):  # nobody is left
+            os.killpg(running.pid, signal.SIGKILL)
     assert [row.case for row in read_rows(path)] == spans
     run(CASES, path=path, **QUICK)
     here, there = (lines_of(file, "max_evaluations") for file in (path, alone))
     assert sorted(map(str, here)) == sorted(map(str, there))
+
+
+def test_a_job_ends_with_the_process_that_asks() -> None:
+    job = (
+        f"import os, sys, time\nsys.path[:0] = {sys.path!r}\nfrom aprillab.comparison.parallel import _end_with\n"
+        "_end_with(os.getppid())\nprint('watching', flush=True)\ntime.sleep(100)"
+    )
+    asks = [sys.executable, "-c", f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {job!r}])"]
+    running = subprocess.Popen(asks, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    try:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "watching\n"
+        running.kill()
+        assert running.communicate(timeout=60)[0] == ""  # until the job has closed it, too
+        wait_for(lambda: not processes_of(running.pid), 20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
 
 
 def processes_of(session: int) -> list[int]:
