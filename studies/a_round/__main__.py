@@ -82,7 +82,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     audited = partial(attacked, audited={(VICTIMS[0], SEEDS[0])})
-    fill(folder / FILE, Row, cases(options.quick), audited, key=Case._fields)
+    fill(folder / FILE, Row, cases(options.quick), audited, key=Case._fields, workers=options.workers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

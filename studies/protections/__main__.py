@@ -41,7 +41,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("protections", __doc__)
+    parser = study_parser("protections", __doc__, alone="seconds are among what it measures")
     parser.add_argument("--processes", action="store_true", help="time SecAgg+ by real processes, too: some minutes")
     options = parser.parse_args(argv)
     run_study("protections", options, measure=measure, describe=describe, draw=pictures.draw)
