@@ -40,8 +40,8 @@ from .natural_pictures import NaturalPictures
 from .stacked_patches import Equations
 
 _LEAST = 1e-3  # of σ²: γ where noise is all there is
-_CHANCE = 2.0  # deviations of a column's energy that noise may have by chance
-_PASSES, _STEPS, _SETTLED = 2, 40, 1e-3
+_CHANCE = 0.5  # deviations of a column's energy that noise may have by chance
+_PASSES, _STEPS, _SETTLED = 2, 60, 1e-4
 
 
 @dataclass(frozen=True)
@@ -127,22 +127,19 @@ def most_natural(
     seed : int
         Of the draws that the prediction is made of.
     """
-    G, n = torch.cat([r.G for r in rounds], 1), len(rounds[0].G)
-    x0, by_bias = prior.modes(grey[None])[0], all(r.by_bias for r in rounds)
-    B = torch.cat([prior.modes(r.dW) for r in rounds]) - torch.outer(G.sum(0), x0)
-    (U, s, Vt), generator = thin_svd(G.T), torch.Generator().manual_seed(seed)
-    right, error, steps = U.T @ B / scale, prior.draw(generator), 0
+    G, x0 = torch.cat([r.G for r in rounds], 1), prior.modes(grey[None])[0]
+    U, s, Vt = thin_svd(G.T)
+    generator = torch.Generator().manual_seed(seed)
+    right = U.T @ (torch.cat([prior.modes(r.dW) for r in rounds]) - torch.outer(G.sum(0), x0)) / scale
+    error, steps = prior.draw(generator), 0
     Y = torch.zeros_like(error)
-    for step in range(_PASSES):
-        prior = prior.fitted(Y, error) if step else prior
-        noise = (_carried(x0 + scale * Y, scale * error, by_bias=by_bias) / scale**2).sqrt()
+    for _ in range(_PASSES):
+        noise = (_carried(x0 + scale * Y, scale * error, by_bias=all(r.by_bias for r in rounds)) / scale**2).sqrt()
         system = _Seen(s, Vt, noise, prior)
-        Y, taken = system.most_probable(right)
-        drawn = prior.draw(generator)  # another picture, seen as this one is: how far is its estimate from it?
-        e = torch.randn(right.shape, generator=generator, dtype=torch.float64).to(right)
-        estimate, more = system.most_probable(s[:, None] * (Vt @ drawn) + noise * e)
-        error, steps = drawn - estimate, steps + taken + more
-    return MostNatural(prior.pixels(Y), float(error.square().sum()) / (n * len(x0)), steps)
+        Y, of_it = system.most_probable(right)
+        error, of_another = system.error_of_another(generator)
+        steps += of_it + of_another
+    return MostNatural(prior.pixels(Y), float(error.square().mean()), steps)
 
 
 # --- For the attack --------------------------------------------------------------------------------
@@ -265,6 +262,13 @@ class _Seen:
             V @ (s * seen / noise**2), covered(T),
         )  # fmt: skip
         return Y, steps + more
+
+    def error_of_another(self, generator: torch.Generator) -> tuple[Tensor, int]:
+        """How far a picture of the prior, seen as this one is, is from its estimate; and the steps."""
+        drawn = self.prior.draw(generator)
+        e = torch.randn(drawn.shape, generator=generator, dtype=torch.float64).to(drawn)[: len(self.s)]
+        estimate, steps = self.most_probable(self.s * (self.V.T @ drawn) + self.noise * e)
+        return drawn - estimate, steps
 
     def _approximate(self, each: Tensor, shared: Mapping[tuple[int, int], Tensor], T: Tensor) -> Tensor:
         out, T = (each * T).unflatten(1, self.shape), T.unflatten(1, self.shape)

@@ -14,18 +14,16 @@ attacked one is one of sixteen.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...models import patchify, unpatchify
 
-_SCALE, _CORNER, _POWER = 0.002, 0.7, 1.35  # s, f₀ and γ
+_SCALE, _CORNER, _POWER = 0.0012, 2.0, 1.25  # s, f₀ and γ
 _OF_MEAN = 0.03  # variance of a picture's mean around grey
 _TOGETHER = 0.93  # ρ
-_OF_LEVEL, _OF_SLOPE = 0.8, 0.2  # deviations of a picture's own log S from (11.1), and by octave
-_SEEN, _ENOUGH = 0.3, 30  # the part of an octave's variance that must be seen, in so many frequencies, to tell
 _LOW = 3  # modes of a patch with i + j below this: what neighbours share
 
 
@@ -111,38 +109,6 @@ class NaturalPictures:
         e = torch.randn((len(self.colours), *self._size), generator=generator, dtype=torch.float64).to(self.spectrum)
         L = torch.linalg.cholesky(self.colours)
         return self.of_frequencies(torch.einsum("ab,bij->aij", L, e) * self.spectrum.sqrt())
-
-    def fitted(self, modes: Tensor, error: Tensor) -> NaturalPictures:
-        """The prior with the level and the slope of this picture, as far as its octaves are seen.
-
-        An estimate ``modes`` (n, p) has in each octave as much less variance than the picture as a
-        draw ``error`` (n, p) of its error has; the rest is compared with the prior's.
-        """
-        whiten = torch.linalg.inv(torch.linalg.cholesky(self.colours))
-        y, e = (
-            torch.einsum("ab,bij->aij", whiten, self.frequencies(m)).square().mean(0) / self.spectrum
-            for m in (modes, error)
-        )
-        octave = self._octaves()
-        count = torch.bincount(octave.flatten()).to(y)
-        y, e = (torch.zeros_like(count).index_add(0, octave.flatten(), m.flatten()) / count for m in (y, e))
-        seen = (1 - e).clamp(0, 1)
-        seen[0] = 0  # the mean
-        tells = (seen > _SEEN) & (count >= _ENOUGH)
-        at = torch.arange(len(count)).to(y)
-        z, A = (y / seen)[tells].clamp_min(1e-6).log(), torch.stack([torch.ones_like(at), at], 1)
-        A_seen, weight = A[tells], seen[tells][:, None]
-        ridge = torch.tensor([_OF_LEVEL**-2, _OF_SLOPE**-2]).to(y).diag()
-        line = torch.linalg.solve(A_seen.T @ (weight * A_seen) + ridge, A_seen.T @ (weight[:, 0] * z))
-        factor = (A @ line).exp()
-        factor[0] = 1.0
-        return replace(self, spectrum=self.spectrum * factor[octave])
-
-    def _octaves(self) -> Tensor:
-        """Of each frequency (H, W): 0 for the mean, then 1 from half a cycle on."""
-        side = self.spectrum.numel() ** 0.5
-        f_y, f_x = (torch.arange(n).to(self.spectrum) * side / n for n in self._size)
-        return (f_y[:, None] ** 2 + f_x**2).sqrt().add(1).log2().ceil().long()
 
     def of_a_patch(self) -> Tensor:
         """Variance (h, w) of a patch's modes, mean over the patches."""

@@ -42,6 +42,7 @@ _TINY = torch.finfo(torch.float64).tiny
 # 75 dB, the worst has 4.5 dB less.
 _MARGIN_DB = 5.0
 _LEAST_PIXELS = 0.01  # of their variance: what a nearly flat grey picture has in model-input space
+_SHARP_DB = 60.0  # beyond this, known noise and a prior add nothing to least squares
 _SEEN, _FEW = 0.3, 4  # the part of a direction that noise may take; directions enough to judge others by
 
 
@@ -282,9 +283,10 @@ def embedding_closed_form(
     found, relative, measured = _solve(kept, _prior(anatomy, preprocessing, kept[0]))
     if noise is not None:
         refuse_noise(NAME, noise if anatomy.resampling else None, "the position embedding was interpolated")
-        biases = [r.reading.update.gradients.get(anatomy.patch_bias or "") for r in agreed.kept]
-        X, mse = natural_patches(kept, biases, noise, anatomy, preprocessing)
-        found = replace(found, X=X, mse=mse)
+        if predicted_psnr(found.mse, preprocessing) < _SHARP_DB:
+            biases = [r.reading.update.gradients.get(anatomy.patch_bias or "") for r in agreed.kept]
+            X, mse = natural_patches(kept, biases, noise, anatomy, preprocessing)
+            found = replace(found, X=X, mse=mse)
     elif found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
         return smaller
     read, over = agreed.kept[0].reading, f" over {len(kept)} rounds" if len(kept) > 1 else ""
