@@ -264,7 +264,7 @@ class _Seen:
         return Y, steps + more
 
     def error_of_another(self, generator: torch.Generator) -> tuple[Tensor, int]:
-        """How far a picture of the prior, seen as this one is, is from its estimate; and the steps."""
+        """How far another picture, seen as this one is, is from its estimate; and the steps."""
         drawn = self.prior.draw(generator)
         e = torch.randn(drawn.shape, generator=generator, dtype=torch.float64).to(drawn)[: len(self.s)]
         estimate, steps = self.most_probable(self.s * (self.V.T @ drawn) + self.noise * e)

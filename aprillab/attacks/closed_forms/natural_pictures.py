@@ -22,6 +22,7 @@ from torch import Tensor
 from ...models import patchify, unpatchify
 
 _SCALE, _CORNER, _POWER = 0.0012, 2.0, 1.25  # s, f₀ and γ
+_COARSE = 0.005  # of the first cycles, more than the power says
 _OF_MEAN = 0.03  # variance of a picture's mean around grey
 _TOGETHER = 0.93  # ρ
 _LOW = 3  # modes of a patch with i + j below this: what neighbours share
@@ -50,6 +51,9 @@ class NaturalPictures:
     rows, columns : Tensor (H, H) and (W, W)
         From the modes of the patches in a line to the frequencies of the picture.
     spectrum : Tensor (H, W), S
+    drawn : Tensor (H, W)
+        That of the pictures by which an estimate is judged: with more in the first cycles, where (11.1)
+        has what most pictures have, and some have ten times as much.
     colours : Tensor (C, C)
         Their correlations.
     """
@@ -58,6 +62,7 @@ class NaturalPictures:
     rows: Tensor
     columns: Tensor
     spectrum: Tensor
+    drawn: Tensor
     colours: Tensor
 
     @classmethod
@@ -67,14 +72,16 @@ class NaturalPictures:
         """For pictures (C, H, W) cut into patches (h, w)."""
         side = (size[0] * size[1]) ** 0.5
         f_y, f_x = (torch.arange(n, dtype=torch.float64) / 2 * side / n for n in size)
-        spectrum = side**2 * _SCALE / (f_y[:, None] ** 2 + f_x**2 + _CORNER**2) ** _POWER
-        spectrum[0, 0] = side**2 * _OF_MEAN
+        f2 = f_y[:, None] ** 2 + f_x**2
+        spectrum = side**2 * _SCALE / (f2 + _CORNER**2) ** _POWER
+        drawn = spectrum + side**2 * _COARSE / (f2 + 1) ** 3
+        spectrum[0, 0] = drawn[0, 0] = side**2 * _OF_MEAN
         rows, columns = (
             cosines(n) @ torch.kron(torch.eye(n // m, dtype=torch.float64), cosines(m).T.contiguous())
             for n, m in zip(size, patch, strict=True)
         )
         colours = torch.full((channels, channels), _TOGETHER, dtype=torch.float64).fill_diagonal_(1.0)
-        return cls(patch, *(t.to(device) for t in (rows, columns, spectrum, colours)))
+        return cls(patch, *(t.to(device) for t in (rows, columns, spectrum, drawn, colours)))
 
     def modes(self, patches: Tensor) -> Tensor:
         """Cosine modes of patches (m, p) in the order (channel, y, x); their own inverse is :meth:`pixels`."""
@@ -105,10 +112,10 @@ class NaturalPictures:
         return self.of_frequencies(torch.einsum("ab,bij->aij", torch.linalg.inv(self.colours), f))
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Modes (n, p) of a picture of the prior."""
-        e = torch.randn((len(self.colours), *self._size), generator=generator, dtype=torch.float64).to(self.spectrum)
+        """Modes (n, p) of a picture to judge an estimate by."""
+        e = torch.randn((len(self.colours), *self._size), generator=generator, dtype=torch.float64).to(self.drawn)
         L = torch.linalg.cholesky(self.colours)
-        return self.of_frequencies(torch.einsum("ab,bij->aij", L, e) * self.spectrum.sqrt())
+        return self.of_frequencies(torch.einsum("ab,bij->aij", L, e) * self.drawn.sqrt())
 
     def of_a_patch(self) -> Tensor:
         """Variance (h, w) of a patch's modes, mean over the patches."""
