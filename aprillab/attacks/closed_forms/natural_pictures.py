@@ -22,7 +22,7 @@ from torch import Tensor
 from ...models import patchify, unpatchify
 
 _SCALE, _CORNER, _POWER = 0.0012, 2.0, 1.25  # s, f₀ and γ
-_COARSE = 0.005  # of the first cycles, more than the power says
+_COARSE = 0.01  # of the first cycles, more than the power says
 _OF_MEAN = 0.03  # variance of a picture's mean around grey
 _TOGETHER = 0.93  # ρ
 _LOW = 3  # modes of a patch with i + j below this: what neighbours share
