@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..result import Condition, Reconstruction, margin, predicted_psnr, report, 
 from ..rounds import Left, RoundRead, agreeing, known, read_rounds
 from ..verify import verified
 from .inputs import grey_patches, pixel_variance, refuse_rows, refuse_zero, shared_gradients
+from .known_noise import check_noise, natural_patches, refuse_noise
 from .linear_algebra import condition_number, thin_svd
 from .stacked_patches import ROUNDING, Equations, most_probable_of, noise_of_entries, residuals_of, stacked
 from .weighted_patches import weighted_closed_form
@@ -41,6 +42,7 @@ _TINY = torch.finfo(torch.float64).tiny
 # 75 dB, the worst has 4.5 dB less.
 _MARGIN_DB = 5.0
 _LEAST_PIXELS = 0.01  # of their variance: what a nearly flat grey picture has in model-input space
+_SHARP_DB = 60.0  # beyond this, known noise and a prior add nothing to least squares
 _SEEN, _FEW = 0.3, 4  # the part of a direction that noise may take; directions enough to judge others by
 
 
@@ -203,6 +205,7 @@ def embedding_closed_form(
     loss: Loss | None = None,
     verify: bool = True,
     device: torch.device | str | None = None,
+    noise: float | None = None,
 ) -> Reconstruction:
     """Solve ``∂l/∂W_e = Gᵀ X`` for the patches of one private image, in one round or several.
 
@@ -227,6 +230,12 @@ def embedding_closed_form(
     loss, verify
         As in :func:`~aprillab.attacks.verify.verified`.
     device : where to solve; default is where the update lies
+    noise : float, optional
+        Standard deviation of the noise in each entry of the update, in its own units, as a protocol tells
+        it: ``sigma`` of :func:`~aprillab.defenses.gaussian_noise`, or z·C. Then errors in G are
+        reckoned with, and pictures are expected to be natural ones:
+        :mod:`~aprillab.attacks.closed_forms.known_noise`. Seconds more at 224×224. What is shown to
+        be exact, and how, does not depend on it.
 
     Returns
     -------
@@ -243,7 +252,10 @@ def embedding_closed_form(
         are of different pictures.
     UpdateError
         If the update does not belong to the model, or a tensor that is read is not finite.
+    ValueError
+        If ``noise`` is not positive and finite.
     """
+    check_noise(noise)
     start = time.perf_counter()
     check_told(anatomy, preprocessing, loss)
     anatomy = anatomy or dissect(model)
@@ -258,6 +270,7 @@ def embedding_closed_form(
         "device": device,
     }
     if any(r.reading.update.errors is not None for r in rounds):
+        refuse_noise(NAME, noise, "the update's entries have errors of their own")
         return weighted_closed_form(NAME, model, rounds, anatomy, needs=NEEDS, strict=strict, **options)
     systems = {r.number: _equations(r, anatomy, device, several=len(rounds) > 1) for r in rounds}
     rounds = tuple(r for r in rounds if systems[r.number].G.any()) or refuse_zero(NAME)
@@ -267,12 +280,18 @@ def embedding_closed_form(
     (d, p), n, of = kept[0].dW.shape, len(kept[0].G), (len(kept[0].dW) - anatomy.ignores_mean) * len(kept)
     if strict and n > len(kept) * d:
         refuse_rows(NAME, n, d, len(kept), equations=len(kept[0].dW) - anatomy.ignores_mean)
-    found, relative, noise = _solve(kept, _prior(anatomy, preprocessing, kept[0]))
-    if found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
+    found, relative, measured = _solve(kept, _prior(anatomy, preprocessing, kept[0]))
+    if noise is not None:
+        refuse_noise(NAME, noise if anatomy.resampling else None, "the position embedding was interpolated")
+        if predicted_psnr(found.mse, preprocessing) < _SHARP_DB:
+            biases = [r.reading.update.gradients.get(anatomy.patch_bias or "") for r in agreed.kept]
+            X, mse = natural_patches(kept, biases, noise, anatomy, preprocessing)
+            found = replace(found, X=X, mse=mse)
+    elif found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
         return smaller
     read, over = agreed.kept[0].reading, f" over {len(kept)} rounds" if len(kept) > 1 else ""
     one = one_image(
-        anatomy, read.update, noise=noise,
+        anatomy, read.update, noise=measured,
         system=System(f"∂W_e = GᵀX{over}", relative, max(of - n, 0), of, found.gain),
     )  # fmt: skip
     result = report(
@@ -291,7 +310,7 @@ def embedding_closed_form(
         labels=labels_or_none(model, read.update, anatomy, labels, one=one),
         numbers={
             "patches": n, "width": d, "pixels_per_patch": p, "rank": found.rank, "missing": n - found.rank,
-            "condition": condition_number(found.s), "residual": relative, "noise": noise, "decay": read.decay,
+            "condition": condition_number(found.s), "residual": relative, "noise": measured, "decay": read.decay,
             **agreed.numbers,
         },
         dtype=read.update.dtype,

@@ -1,0 +1,297 @@
+"""The patch-embedding system for an attacker who knows the noise: σ of every entry, as a protocol tells it.
+
+    G̃ = G + N₁,   ∂W̃ = GᵀX + N₂,   b̃ = Gᵀ1 + N₃,      entries of N of deviation σ          (11.2)
+
+Least squares of G̃ draw the picture to grey and let noise in where G is weak. Three things help.
+
+**Errors in G.** Turned by the left singular vectors of ∂W̃, noise stays what it is, while the signal
+gathers in few columns: a column g of G then has an energy of its own, nγ = ‖g̃‖² − nσ², and what is
+expected of it, given g̃ and b̃, is
+
+    ĝ = ((1 + σ²/γ) I + 1 1ᵀ)⁻¹ (g̃ + 1 b̃),                                                (11.3)
+
+which is unbiased where g̃ is not (regression calibration; Carroll et al., Measurement Error in
+Nonlinear Models, 2006).
+
+**Errors that the pixels carry.** What is left of ∂W̃ − ĜᵀX has, in mode m of the pixels, the variance
+σ²(1 + Σ_i x_im² − (Σ_i x_im)²/(n + 1)): much in the low frequencies of a patch, little in the high
+ones. It is computed for the picture as it becomes known.
+
+**A prior on pictures**, (11.1), in which neighbouring patches go together. The most probable picture is
+a linear system of n·p unknowns, solved by conjugate gradients; a second right side, of noise and a
+picture drawn from the prior, gives one of its errors: the predicted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...anatomy import Anatomy
+from ...models import unpatchify
+from ...preprocessing import Preprocessing
+from ..result import AttackNotApplicable
+from .inputs import grey_patches
+from .linear_algebra import thin_svd
+from .natural_pictures import NaturalPictures
+from .stacked_patches import Equations
+
+_LEAST = 1e-3  # of σ²: γ where noise is all there is
+_CHANCE = 0.5  # deviations of a column's energy that noise may have by chance
+_PASSES, _STEPS, _SETTLED = 2, 60, 1e-4
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """One round's system, turned and divided by σ.
+
+    Attributes
+    ----------
+    G : Tensor (n, k)
+        What is expected of G.
+    dW : Tensor (k, p)
+        With noise of deviation 1.
+    by_bias : bool
+        Whether b̃ was known.
+    """
+
+    G: Tensor
+    dW: Tensor
+    by_bias: bool
+
+
+def calibrated(dW: Tensor, G: Tensor, bias: Tensor | None, sigma: float, *, centred: bool) -> Calibrated:
+    """What is expected of G (n, d), (11.3), beside dW (d, p), for entries with noise of deviation ``sigma``.
+
+    Parameters
+    ----------
+    dW, G : Tensor (d, p) and (n, d), float64
+    bias : Tensor (d,) or None
+        ∂l/∂b_e.
+    sigma : float
+    centred : bool
+        Whether G's rows sum to zero without noise, as in architecture B: their means are noise.
+
+    Examples
+    --------
+    >>> G, X = torch.eye(2, 3).double(), torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double()
+    >>> found = calibrated(G.T @ X, G, G.sum(0), 1e-6, centred=False)
+    >>> torch.allclose(found.G.T @ X, found.dW)
+    True
+    """
+    b = dW.new_zeros(len(dW)) if bias is None else bias
+    if centred:
+        dW, G, b = dW - dW.mean(0), G - G.mean(1, keepdim=True), b - b.mean()
+    U = thin_svd(dW)[0]
+    dW, G, b, n = U.T @ dW / sigma, G @ U / sigma, b @ U / sigma, len(G)
+    ridge = 1 + 1 / (G.square().mean(0) - 1 - _CHANCE * (2 / n) ** 0.5).clamp_min(_LEAST)
+    if bias is None:
+        return Calibrated(G / ridge, dW, False)
+    seen = G + b
+    return Calibrated((seen - seen.sum(0) / (ridge + n)) / ridge, dW, True)
+
+
+@dataclass(frozen=True)
+class MostNatural:
+    """The most probable picture of the update and the prior.
+
+    Attributes
+    ----------
+    patches : Tensor (n, p)
+        Pixels less ½, in the order (channel, y, x).
+    mse : float
+        Expected, of a pixel.
+    steps : int
+        Of conjugate gradients, all together.
+    """
+
+    patches: Tensor
+    mse: float
+    steps: int
+
+
+def most_natural(
+    rounds: Sequence[Calibrated], prior: NaturalPictures, grey: Tensor, scale: Tensor, *, seed: int = 0
+) -> MostNatural:
+    """The picture that the rounds and the prior make most probable.
+
+    Parameters
+    ----------
+    rounds : sequence of Calibrated, of one picture
+    prior : NaturalPictures
+    grey, scale : Tensor (p,)
+        Model input of a patch is grey + scale · (pixels − ½); ``scale`` is one number a channel.
+    seed : int
+        Of the draws that the prediction is made of.
+    """
+    G, x0 = torch.cat([r.G for r in rounds], 1), prior.modes(grey[None])[0]
+    U, s, Vt = thin_svd(G.T)
+    generator = torch.Generator().manual_seed(seed)
+    right = U.T @ (torch.cat([prior.modes(r.dW) for r in rounds]) - torch.outer(G.sum(0), x0)) / scale
+    error, steps = prior.draw(generator), 0
+    Y = torch.zeros_like(error)
+    for _ in range(_PASSES):
+        noise = (_carried(x0 + scale * Y, scale * error, by_bias=all(r.by_bias for r in rounds)) / scale**2).sqrt()
+        system = _Seen(s, Vt, noise, prior)
+        Y, of_it = system.most_probable(right)
+        error, of_another = system.error_of_another(generator)
+        steps += of_it + of_another
+    return MostNatural(prior.pixels(Y), float(error.square().mean()), steps)
+
+
+# --- For the attack --------------------------------------------------------------------------------
+
+
+def natural_patches(
+    rounds: Sequence[Equations],
+    biases: Sequence[Tensor | None],
+    sigma: float,
+    anatomy: Anatomy,
+    preprocessing: Preprocessing,
+) -> tuple[Tensor, float]:
+    """The patches (n, p) in model-input space, and their expected mean square error there.
+
+    Parameters
+    ----------
+    rounds : sequence of Equations, of one picture
+    biases : sequence of Tensor or None
+        ∂l/∂b_e of each round, if shared.
+    sigma : float
+        Deviation of the noise in every entry of each round.
+    anatomy, preprocessing
+    """
+    tiling, (n, _), p = anatomy.tiling, rounds[0].G.shape, rounds[0].dW.shape[1]
+    channels = tiling.boxes(rounds[0].dW[None, :1]).shape[2]
+    prior = NaturalPictures.of(channels, tiling.image_size, tiling.patch_size, rounds[0].G.device)
+
+    def ordered(patches: Tensor) -> Tensor:
+        return tiling.boxes(patches[None]).flatten(2)[0].to(rounds[0].G)
+
+    dark, grey, light = (grey_patches(tiling, preprocessing, (n, p), level)[0, None] for level in (0.0, 0.5, 1.0))
+    systems = [
+        calibrated(ordered(r.dW), r.G, None if b is None else b.to(r.G), sigma, centred=anatomy.ignores_mean)
+        for r, b in zip(rounds, biases, strict=True)
+    ]
+    found = most_natural(systems, prior, ordered(grey)[0], ordered(light - dark)[0])
+    pixels = unpatchify(found.patches[None] + 0.5, tiling.patch_size, tiling.image_size)
+    of_pixels = sum(std**2 for std in preprocessing.std) / len(preprocessing.std)
+    return tiling.patches(preprocessing.to_input(pixels))[0], found.mse / of_pixels
+
+
+def check_noise(noise: float | None) -> None:
+    """Refuse a deviation that is none.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive and finite.
+    """
+    if noise is not None and not (not isinstance(noise, bool) and 0 < noise < float("inf")):
+        raise ValueError(
+            f"noise={noise!r} is the standard deviation of the noise in each entry of the update, positive and "
+            "finite: sigma of al.defenses.gaussian_noise, or noise multiplier times clipping norm. None: not known"
+        )
+
+
+def refuse_noise(attack: str, noise: float | None, why: str) -> None:
+    """Refuse known noise where the entries that are read do not have it.
+
+    Raises
+    ------
+    AttackNotApplicable
+        Unless ``noise`` is None.
+    """
+    if noise is not None:
+        raise AttackNotApplicable(attack, f"{why}: noise={noise:g} is not what its tokens' rows have. Leave it out")
+
+
+def _carried(X: Tensor, error: Tensor, *, by_bias: bool) -> Tensor:
+    """Variance (p,) of what is left of an equation, in each mode, in units of σ²."""
+    n = len(X)
+    squares = X.square().sum(0) + error.square().sum(0)
+    if not by_bias:
+        return 1 + squares
+    return 1 + squares - (X.sum(0).square() + error.sum(0).square()) / (n + 1)
+
+
+class _Seen:
+    """s Vᵀ Y + noise, for a picture Y of the prior: with L = s Vᵀ/noise, the most probable Y solves
+    either of two systems.
+
+        (I + L K Lᵀ) T = seen/noise,  Y = K Lᵀ T           near the identity where little is seen
+        (LᵀL + K⁻¹) Y = Lᵀ seen/noise                      nearly diagonal where much is seen
+
+    Conjugate gradients solve the first for a start, and the second from there. The approximate inverses
+    are those of a prior whose modes do not mix, and of which patches share the lowest.
+    """
+
+    def __init__(self, s: Tensor, Vt: Tensor, noise: Tensor, prior: NaturalPictures) -> None:
+        self.s, self.V, self.noise, self.prior = s[:, None], Vt.T, noise, prior
+        self.shape = (len(prior.colours), *prior.patch)
+        variance = (prior.colours.diagonal()[:, None, None] * prior.of_a_patch()).flatten()
+        self.known = 1 + self.s**2 * variance / noise**2
+        self.variance = variance
+        one, weight = torch.eye(len(s)).to(s), (1 / noise**2).reshape(self.shape)
+        self.first, self.second = {}, {}
+        for mode, K in prior.shared_modes().items():
+            turned = Vt @ K @ Vt.T
+            inverse = torch.linalg.inv(torch.stack([one + w[mode] * s[:, None] * turned * s for w in weight]))
+            self.first[mode] = inverse
+            # (Λ + K⁻¹)⁻¹ = K − K L (I + L K L)⁻¹ L K, with Λ = L² of these modes
+            along = turned * s
+            self.second[mode] = turned - weight[(slice(None), *mode)][:, None, None] * (along @ inverse @ along.T)
+
+    def most_probable(self, seen: Tensor) -> tuple[Tensor, int]:
+        """Y (n, p) of ``seen`` (n, p), and the steps that it took."""
+        s, V, prior, noise = self.s, self.V, self.prior, self.noise
+
+        def covered(T: Tensor) -> Tensor:
+            return prior.covariance(V @ (s * T / noise))
+
+        T, steps = _by_gradients(
+            lambda T: T + s * (V.T @ covered(T)) / noise,
+            lambda T: self._approximate(1 / self.known, self.first, T),
+            seen / noise, torch.zeros_like(seen),
+        )  # fmt: skip
+        Y, more = _by_gradients(
+            lambda Y: V @ (s**2 * (V.T @ Y)) / noise**2 + prior.precision(Y),
+            lambda Y: V @ self._approximate(self.variance / self.known, self.second, V.T @ Y),
+            V @ (s * seen / noise**2), covered(T),
+        )  # fmt: skip
+        return Y, steps + more
+
+    def error_of_another(self, generator: torch.Generator) -> tuple[Tensor, int]:
+        """How far another picture, seen as this one is, is from its estimate; and the steps."""
+        drawn = self.prior.draw(generator)
+        e = torch.randn(drawn.shape, generator=generator, dtype=torch.float64).to(drawn)[: len(self.s)]
+        estimate, steps = self.most_probable(self.s * (self.V.T @ drawn) + self.noise * e)
+        return drawn - estimate, steps
+
+    def _approximate(self, each: Tensor, shared: Mapping[tuple[int, int], Tensor], T: Tensor) -> Tensor:
+        out, T = (each * T).unflatten(1, self.shape), T.unflatten(1, self.shape)
+        for (i, j), inverse in shared.items():
+            out[:, :, i, j] = torch.einsum("cnm,mc->nc", inverse, T[:, :, i, j])
+        return out.flatten(1)
+
+
+def _by_gradients(
+    system: Callable[[Tensor], Tensor], near: Callable[[Tensor], Tensor], right: Tensor, start: Tensor
+) -> tuple[Tensor, int]:
+    """system(X) = right by conjugate gradients, ``near`` being roughly its inverse; and how many steps."""
+    X, left, z = start, right - system(start), near(right)
+    enough = _SETTLED**2 * float((right * z).sum())
+    z = near(left)
+    way, size = z, float((left * z).sum())
+    for step in range(_STEPS):
+        if size <= enough:
+            return X, step
+        image = system(way)
+        share = size / float((way * image).sum())
+        X, left = X + share * way, left - share * image
+        z = near(left)
+        before, size = size, float((left * z).sum())
+        way = z + size / before * way
+    return X, _STEPS
