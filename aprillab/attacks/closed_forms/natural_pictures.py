@@ -7,8 +7,8 @@ picture of H × W pixels in [0, 1], grey taken off, a coefficient has the varian
     S(f) = H W s / (f² + f₀²)^γ                                                       (11.1)
 
 and that of the mean has a spread of its own; colours go together with a correlation ρ. No picture is
-needed for it: s, f₀, γ and ρ are round numbers near the mean of the course's victims, in which the
-attacked one is one of sixteen.
+needed for it: s, f₀, γ and ρ are round numbers near the mean of the course's victims, chosen by hand
+on a few of them, so that what the prior gains on these is flattered; on others it was not measured.
 """
 
 from __future__ import annotations
