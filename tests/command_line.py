@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 #: ``run(*arguments)`` to exit code, stdout, stderr.
@@ -9,6 +10,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 #: A model that is attacked in a tenth of a second.
 SMALL = ["--model", "prenorm", "--image-size", "32"]
+
+
+def mind_interruption() -> None:
+    """A ``preexec_fn``: where the tests run in a shell's background, their children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def is_one_error(err: str, *fragments: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from command_line import is_one_error
+from command_line import is_one_error, mind_interruption
 
 import aprillab
 
@@ -33,10 +32,6 @@ from aprillab.commands import cli
 cli._main = lambda argv: print("words") or 0
 sys.exit(cli.main())
 """
-
-
-def mind_interruption() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(*arguments: str, path: Path = ROOT, **options: object) -> subprocess.Popen[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import in_workers
 import pytest
+from command_line import mind_interruption
 from compared import QUICK, TINY
 
 from aprillab.comparison import parallel
@@ -132,7 +133,9 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(path: Path, alone: Path
         f"run({[endless, *spans]!r}, path={str(path)!r}, max_evaluations=10**9, workers=Workers(jobs=2))"
     )
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{script}"]
-    running = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=mind_interruption
+    )
     try:
         wait_for(lambda: path.is_file() and len(read_rows(path)) == len(spans))
         os.killpg(running.pid, signal.SIGINT)

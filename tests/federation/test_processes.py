@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from command_line import mind_interruption
 
 from aprillab.federation import FlowerMissing, flower, processes, read_recording
 from aprillab.federation.ending import end_all
@@ -219,6 +220,7 @@ def test_a_client_dies_mid_round_and_then_comes_ctrl_c(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "aprillab", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=mind_interruption,
     )  # fmt: skip
     try:
         wait_for(lambda: log.exists() and "client-2   | INFO :      Receiving: train" in log.read_text(), 120)
@@ -231,7 +233,8 @@ def test_a_client_dies_mid_round_and_then_comes_ctrl_c(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         shown, _ = process.communicate(timeout=30)
     finally:
-        process.kill()
+        process.terminate()  # which ends all that it started
+        process.wait(30)
     assert process.returncode == 130, shown
     assert "aprillab: error: interrupted" in shown
     assert f"what the server had until then is in {out / 'recording'}" in shown
