@@ -93,15 +93,7 @@ def _logged_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def write_app(app: Path, config: Mapping[str, Any]) -> None:
-    """The folder that ``flwr run`` takes: a project file, and two modules that name ours."""
-    lines = [f"{key} = {as_toml(value)}" for key, value in config.items()]
-    (app / "pyproject.toml").write_text(_PROJECT + "\n".join(lines) + "\n", encoding="utf-8")
-    for side in ("server", "client"):
-        text = f"from aprillab.federation import {side}\n\napp = {side}.app\n"
-        (app / f"{side}_app.py").write_text(text, encoding="utf-8")
-
-
+_SIDE = "from aprillab.federation import {0}\n\napp = {0}.app\n"
 _PROJECT = """\
 [build-system]
 requires = ["hatchling"]
@@ -123,3 +115,17 @@ clientapp = "client_app:app"
 
 [tool.flwr.app.config]
 """
+
+
+def write_app(
+    app: Path,
+    config: Mapping[str, Any],
+    *,
+    server: str = _SIDE.format("server"),
+    client: str = _SIDE.format("client"),
+) -> None:
+    """The folder that ``flwr run`` takes: a project file, and a module for each side, which name ours."""
+    lines = [f"{key} = {as_toml(value)}" for key, value in config.items()]
+    (app / "pyproject.toml").write_text(_PROJECT + "\n".join(lines) + "\n", encoding="utf-8")
+    (app / "server_app.py").write_text(server, encoding="utf-8")
+    (app / "client_app.py").write_text(client, encoding="utf-8")

@@ -21,6 +21,7 @@ from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
 from flwr.serverapp import Grid, ServerApp
 
 from aprillab.federation.processes import run_federation
+from aprillab.federation.running import write_app
 
 from .._rows import fill, made, read
 from .._runner import Description
@@ -85,40 +86,15 @@ def client_app(*, secure: bool) -> ClientApp:
     return ClientApp(client_fn=client, mods=[secaggplus_mod] if secure else [])
 
 
-_PROJECT = """\
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "one-round"
-version = "1.0.0"
-license = "MIT"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "aprillab"
-
-[tool.flwr.app.components]
-serverapp = "server_side:app"
-clientapp = "client_side:app"
-
-[tool.flwr.app.config]
-protocol = ""
-seconds = ""
-"""
-
-
 def measured(case: Case) -> Iterator[Row]:
     """One run."""
     secure = case.protocol == SECURE
     with tempfile.TemporaryDirectory() as folder:
         app, kept = Path(folder, "app"), Path(folder, "seconds.json")
         app.mkdir()
-        (app / "pyproject.toml").write_text(_PROJECT, encoding="utf-8")
-        here = "from studies.protections import processes\n\n"
-        (app / "server_side.py").write_text(f"{here}app = processes.server_app()\n", encoding="utf-8")
-        (app / "client_side.py").write_text(f"{here}app = processes.client_app(secure={secure})\n", encoding="utf-8")
+        here = "from studies.protections import processes\n\napp = processes."
+        sides = {"server": f"{here}server_app()\n", "client": f"{here}client_app(secure={secure})\n"}
+        write_app(app, {"protocol": "", "seconds": ""}, **sides)
         whole = run_federation(
             app, [{"number": k} for k in range(CLIENTS)], log=Path(folder, "log.txt"), timeout=TIMEOUT,
             run_config={"protocol": case.protocol, "seconds": str(kept)},
