@@ -9,6 +9,6 @@ like. A check never raises: a notebook with unsolved exercises runs from top to 
     >>> ex.check_outer_product(my_function)        # doctest: +SKIP
 """
 
-from .feedback import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_number, expect_tensor, expect_whole, run, stop
 
-__all__ = ["Feedback", "expect_close", "expect_tensor", "run", "stop"]
+__all__ = ["Feedback", "expect_close", "expect_number", "expect_tensor", "expect_whole", "run", "stop"]

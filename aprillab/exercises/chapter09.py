@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .feedback import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_number, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 Mail = list[tuple[Tensor, Tensor]]  # ΔW_e (d, p) and ΔE (n, d) of each client
@@ -20,30 +20,6 @@ Mail = list[tuple[Tensor, Tensor]]  # ΔW_e (d, p) and ΔE (n, d) of each client
 
 def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def _number(answer: Any, what: str) -> float:
-    """The answer as a float, or a message that says what it is instead."""
-    if answer is None or answer is ...:
-        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
-    if isinstance(answer, Tensor) and answer.numel() == 1:
-        answer = answer.item()
-    if isinstance(answer, bool) or not isinstance(answer, int | float):
-        stop(f"{what} should be a number, not a {type(answer).__name__}.")
-    if answer != answer or abs(answer) == float("inf"):
-        stop(f"{what} is {answer}: was something divided by zero?")
-    return float(answer)
-
-
-def _whole(answer: Any, what: str) -> int:
-    """The answer as an int, or a message that says what it is instead."""
-    if isinstance(answer, Tensor) and answer.numel() == 1 and not answer.is_floating_point():
-        answer = answer.item()
-    if answer is None or answer is ...:
-        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
-    if isinstance(answer, bool) or not isinstance(answer, int):
-        stop(f"{what} should be an int, not a {type(answer).__name__}.")
-    return answer
 
 
 def _several(answer: Any, what: Sequence[str]) -> Sequence[Any]:
@@ -79,7 +55,7 @@ def check_patches_and_label(function: Callable[[Tensor, Tensor, Tensor], tuple[T
                 "There is a learning rate in it, on one side: it cancels if you leave it alone.": X / rate,
             }
             expect_close(expect_tensor(answer[0], (n, p), "X"), X, "X", mistakes=mistakes, tolerance=1e-6)
-            said = _whole(answer[1], "The label")
+            said = expect_whole(answer[1], "The label")
             if said == int(changes[2].argmin()):
                 stop(
                     f"The label is {label}, not {said}: you took the most negative entry, as of a gradient. A step "
@@ -105,7 +81,7 @@ def check_learning_rate(function: Callable[[dict[str, Tensor], dict[str, Tensor]
             noise = {name: 1e-5 * rate * _random(40, seed=30 + 10 * seed + k) for k, name in enumerate(gradient)}
             moved = {name: rate * g + noise[name] for name, g in gradient.items()}
             moved["frozen"] = torch.zeros(40, dtype=F64)
-            answer = _number(
+            answer = expect_number(
                 function(
                     {name: t.float() for name, t in moved.items()}, {name: t.float() for name, t in gradient.items()}
                 ),
@@ -194,7 +170,7 @@ def check_two_steps(function: Callable[[float, float, float], tuple[float, float
         for rate, momentum, decay in ((0.1, 0.9, 0.0), (0.1, 0.0, 0.5), (0.2, 0.9, 0.3), (1.0, 0.5, 0.1)):
             names = ("a", "c_1", "c_2")
             given = _several(function(rate, momentum, decay), names)
-            answer = [_number(x, name) for x, name in zip(given, names, strict=True)]
+            answer = [expect_number(x, name) for x, name in zip(given, names, strict=True)]
             wanted = _by_torch(rate, momentum, decay)
             off = [abs(x - y) > 1e-9 for x, y in zip(answer, wanted, strict=True)]
             if not any(off):
@@ -252,7 +228,7 @@ def check_holds_one(function: Callable[[Mail], int]) -> Feedback:
         for seed, order in enumerate(((0, 1, 2, 4, 5), (3, 5, 4, 1, 0, 2), (4, 2, 3, 0))):
             mail = _mail(order, seed)
             wanted, one = order.index(2), "The number of the client"
-            answer = _whole(function([(dW.clone(), dE.clone()) for dW, dE in mail]), one)
+            answer = expect_whole(function([(dW.clone(), dE.clone()) for dW, dE in mail]), one)
             if answer == wanted:
                 continue
             if not 0 <= answer < len(mail):

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..attacks import AttackNotApplicable, invert
 from ..models import VisionTransformer
 from ..update import ClientUpdate, client_update
-from .feedback import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 System = tuple[Tensor, Tensor]  # G (n, d) and ∂W_e (d, p) of one round
@@ -26,15 +26,6 @@ System = tuple[Tensor, Tensor]  # G (n, d) and ∂W_e (d, p) of one round
 
 def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def _whole(answer: Any, what: str) -> int:
-    """The answer as an int, or a message that says what it is instead."""
-    if answer is None or answer is ...:
-        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
-    if isinstance(answer, bool) or not isinstance(answer, int):
-        stop(f"{what} should be an int, not a {type(answer).__name__}.")
-    return answer
 
 
 def _collection(answer: Any, what: str) -> list[Any]:
@@ -80,7 +71,7 @@ def check_patch_sizes(function: Callable[[int, int, int], Collection[int]]) -> F
         for size, width, prefix in cases:
             case = f"Images of {size}×{size}, d = {width}, {prefix} before the patches"
             answer = sorted(
-                _whole(side, "A patch size") for side in _collection(function(size, width, prefix), "They")
+                expect_whole(side, "A patch size") for side in _collection(function(size, width, prefix), "They")
             )
             wanted, *wrong = (_sizes(size, width, prefix, count) for count in _WIDTHS.values())
             if answer == wanted:
@@ -231,7 +222,7 @@ def check_rounds(function: Callable[[int, int, int, int, int], int]) -> Feedback
         for n, prefix, rank, factors, pictures in cases:
             tokens, rows = pictures * n, rank * factors
             wanted = 1 + math.ceil(tokens / rows)
-            answer = _whole(function(n, prefix, rank, factors, pictures), "The number of rounds")
+            answer = expect_whole(function(n, prefix, rank, factors, pictures), "The number of rounds")
             if answer == wanted:
                 continue
             looks = (
@@ -289,7 +280,7 @@ def check_odd_round(function: Callable[[list[System]], int]) -> Feedback:
         for seed, odd, scale in ((1, 4, 2.0), (2, 0, 1.0), (3, 3, 6.0), (4, 5, 1.0)):
             case = _six_rounds(seed, odd, scale=scale)
             given = [(G.clone(), dW.clone()) for G, dW in case.systems]
-            answer = _whole(function(given), "The round")
+            answer = expect_whole(function(given), "The round")
             if answer == odd:
                 continue
             if not 0 <= answer < 6:

@@ -140,3 +140,27 @@ def _wrong_number(what: str, got: float, wanted: float, tolerance: float) -> str
     if (relative := abs(got - wanted) / max(abs(wanted), 1e-300)) < 1e-3:
         return f"{what} is {got:.6g}, close to the value it should be, but off by {relative:.1e} of it."
     return f"{what} is {got:.6g}, not the value it should be."
+
+
+def expect_number(answer: Any, what: str) -> float:
+    """The answer as a float, or a message that says what it is instead."""
+    if answer is None or answer is ...:
+        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
+    if isinstance(answer, Tensor) and answer.numel() == 1:
+        answer = answer.item()
+    if isinstance(answer, bool) or not isinstance(answer, int | float):
+        stop(f"{what} should be a number, not a {type(answer).__name__}.")
+    if answer != answer or abs(answer) == float("inf"):
+        stop(f"{what} is {answer}: was something divided by zero?")
+    return float(answer)
+
+
+def expect_whole(answer: Any, what: str) -> int:
+    """The answer as an int, or a message that says what it is instead."""
+    if isinstance(answer, Tensor) and answer.numel() == 1 and not answer.is_floating_point():
+        answer = answer.item()
+    if answer is None or answer is ...:
+        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
+    if isinstance(answer, bool) or not isinstance(answer, int):
+        stop(f"{what} should be an int, not a {type(answer).__name__}.")
+    return answer
