@@ -1,0 +1,299 @@
+"""Checks for chapter 11: clipping, noise and what both are worth.
+
+References are the package's own accountant and drawn matrices; nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..privacy import epsilon as epsilon_of
+from ..privacy import noise_multiplier as noise_multiplier_of
+from .feedback import Feedback, expect_close, expect_number, expect_tensor, run, stop
+
+F64 = torch.float64
+Offer = Mapping[str, Any]
+Rounds = list[tuple[Tensor, Tensor]]  # ∂W̃ (d, p) and G̃ (n, d) of each round
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def _near(answer: float, wanted: float, tolerance: float = 1e-3) -> bool:
+    return abs(answer - wanted) <= tolerance * abs(wanted)
+
+
+# --- 11.1: clip each image's gradient -------------------------------------------------------------------------------
+
+
+def check_clipped_sum(function: Callable[[Tensor, float], Tensor]) -> Feedback:
+    """Exercise 11.1: ``function(gradients, C)`` is the sum of the rows, each clipped to C."""
+
+    def check() -> str:
+        for seed, (images, entries, C) in enumerate(((5, 8, 1.0), (3, 20, 0.5))):
+            rows = _random(images, entries, seed=seed)
+            rows *= (C * torch.linspace(0.2, 3.0, images, dtype=F64) / rows.norm(dim=1))[:, None]
+            rows[1] = 0.0  # a picture that the model is sure of
+            answer = expect_tensor(function(rows.clone(), C), (entries,), "The sum")
+            norms = rows.norm(dim=1, keepdim=True)
+            clipped = rows * (C / norms.clamp_min(C))
+            mistakes = {
+                "That is the sum of the gradients as they are: none was clipped.": rows.sum(0),
+                "You clipped the sum. Then one image can turn all of it: clip each row before you add.": rows.sum(0)
+                * (C / rows.sum(0).norm().clamp_min(C)),
+                "You clipped the mean of the images. Clip each row, and add.": rows.mean(0)
+                * (C / rows.mean(0).norm().clamp_min(C)),
+                "Short gradients were made longer: only those with a norm above C are scaled.": (
+                    rows * (C / norms.clamp_min(1e-12))
+                ).sum(0),
+                "You clipped each entry to [−C, C]. It is the norm of the whole row that counts.": rows.clamp(
+                    -C, C
+                ).sum(0),
+                "That is the mean. The noise is measured against the sum.": clipped.mean(0),
+            }
+            expect_close(answer, clipped.sum(0), "The sum", mistakes=mistakes, tolerance=1e-9)
+        return "Right: whatever one image is, it moves this sum by C at most."
+
+    return run(check)
+
+
+# --- 11.2: ε of T rounds --------------------------------------------------------------------------------------------
+
+
+def check_spent(function: Callable[[float, int, float], float]) -> Feedback:
+    """Exercise 11.2: ``function(sigma, rounds, delta)`` is ε of T rounds of noise."""
+
+    def check() -> str:
+        for sigma, rounds, delta in ((2.0, 1, 1e-5), (5.0, 40, 1e-5), (30.0, 1000, 1e-6)):
+            answer = expect_number(function(sigma, rounds, delta), "ε")
+            wanted = epsilon_of(sigma, rounds=rounds, delta=delta)
+            if _near(answer, wanted):
+                continue
+            one = epsilon_of(sigma, delta=delta)
+            looks = {
+                "that is ε of a single round": one,
+                "ε of one round times T. That bound is true, and far too large: noise of rounds adds up more slowly "
+                "than what they show": rounds * one,
+                "ε of one round times √T. It is μ that grows with the root, and ε is not proportional to μ": (
+                    math.sqrt(rounds) * one
+                ),
+                "T rounds make the noise smaller, not larger: μ = √T/σ": epsilon_of(
+                    sigma * math.sqrt(rounds), delta=delta
+                ),
+                "μ = √T/σ, with the root": epsilon_of(sigma / rounds, delta=delta),
+                "that is the textbook's sufficient σ turned round, √(2 ln(1.25/δ))/σ: an upper bound, proved for "
+                "ε ≤ 1 only": math.sqrt(2 * math.log(1.25 / delta) * rounds) / sigma,
+                "with one image more or less the sum moves by C. 2C is what replacing one takes": epsilon_of(
+                    sigma / 2, rounds=rounds, delta=delta
+                ),
+                "both signs in front of ε/μ are equal now: it is Φ(μ/2 − ε/μ) and Φ(−μ/2 − ε/μ)": _one_sign(
+                    math.sqrt(rounds) / sigma, delta
+                ),
+            }
+            hint = next((f": {words}" for words, value in looks.items() if _near(answer, value)), "")
+            stop(f"For σ = {sigma:g}, T = {rounds} and δ = {delta:g}, ε is {wanted:.4g}, not {answer:.4g}{hint}.")
+        return "Right: rounds enter through μ = √T/σ alone, and (11.5) does the rest."
+
+    return run(check)
+
+
+def _one_sign(mu: float, delta: float) -> float:
+    """The root of Φ(μ/2 − ε/μ) = δ: what is left where the second term is forgotten."""
+    return mu * (mu / 2 - float(torch.special.ndtri(torch.tensor(delta, dtype=F64))))
+
+
+# --- 11.3: σ for a person with several photographs ------------------------------------------------------------------
+
+
+def check_noise_for(function: Callable[[float, int, int, float], float]) -> Feedback:
+    """Exercise 11.3: ``function(epsilon, rounds, photographs, delta)`` is the σ that a person's ε needs."""
+
+    def check() -> str:
+        for wanted_epsilon, rounds, photographs, delta in ((3.0, 1, 1, 1e-5), (3.0, 100, 4, 1e-5), (8.0, 1, 9, 1e-6)):
+            answer = expect_number(function(wanted_epsilon, rounds, photographs, delta), "σ")
+            one = noise_multiplier_of(wanted_epsilon, delta=delta)
+            wanted = one * math.sqrt(rounds) * photographs
+            if _near(answer, wanted):
+                continue
+            looks = {
+                "the rounds are missing": one * photographs,
+                f"the photographs are missing: with all of them gone the sum moves by up to {photographs}·C": one
+                * math.sqrt(rounds),
+                "photographs do not add up like noise. They may all point one way: k·C, not √k·C": one
+                * math.sqrt(rounds * photographs),
+                "rounds add up with their root": one * rounds * photographs,
+                "more photographs need more noise, not less": one * math.sqrt(rounds) / photographs,
+                "ε of a person is no k-th part of it for each photograph: with δ that is not so, and for large ε it "
+                "asks too much": noise_multiplier_of(wanted_epsilon / photographs, rounds=rounds, delta=delta),
+            }
+            hint = next((f": {words}" for words, value in looks.items() if _near(answer, value)), "")
+            stop(
+                f"For ε = {wanted_epsilon:g}, T = {rounds}, {photographs} photograph(s) and δ = {delta:g}, σ is "
+                f"{wanted:.4g}, not {answer:.4g}{hint}."
+            )
+        return "Right: a person with k photographs is k images at once, and the noise has to hide all of them."
+
+    return run(check)
+
+
+# --- 11.4: average noisy rounds -------------------------------------------------------------------------------------
+
+
+def _noisy_rounds(count: int, sigma: float, seed: int, n: int = 6, d: int = 60, p: int = 10) -> tuple[Tensor, Rounds]:
+    X, G = _random(n, p, seed=seed), _random(n, d, seed=seed + 1)
+    draws = [(_random(d, p, seed=seed + 10 + 2 * t), _random(n, d, seed=seed + 11 + 2 * t)) for t in range(count)]
+    return X, [(G.T @ X + sigma * a, G + sigma * b) for a, b in draws]
+
+
+def _corrected(dW: Tensor, G: Tensor, noise: float) -> Tensor:
+    """(Ḡ Ḡᵀ − noise I)⁻¹ Ḡ ∂W̄."""
+    return torch.linalg.solve(G @ G.T - noise * torch.eye(len(G), dtype=F64), G @ dW)
+
+
+def check_averaged(function: Callable[[Rounds, float], Tensor]) -> Feedback:
+    """Exercise 11.4: ``function(rounds, sigma)`` is X from T noisy rounds at the same weights."""
+
+    def check() -> str:
+        for seed, (count, sigma) in enumerate(((4, 0.8), (9, 1.0))):
+            _, rounds = _noisy_rounds(count, sigma, 100 * seed)
+            answer = expect_tensor(function([(a.clone(), b.clone()) for a, b in rounds], sigma), (6, 10), "X")
+            dW, G = (torch.stack(parts).mean(0) for parts in zip(*rounds, strict=True))
+            (n, d), noise = G.shape, sigma**2 / count
+            mistakes = {
+                "The noise in Ḡ is still in Ḡ Ḡᵀ and draws the picture to zero: take d σ²/T off its diagonal.": (
+                    _corrected(dW, G, 0.0)
+                ),
+                "You took d σ² off the diagonal. The mean of T rounds has less noise: σ²/T.": _corrected(
+                    dW, G, d * sigma**2
+                ),
+                "Deviations fall with √T, variances with T: take off d σ²/T.": _corrected(
+                    dW, G, d * sigma**2 / count**0.5
+                ),
+                "Each diagonal entry of Ḡ Ḡᵀ sums the noise of d entries, not of n.": _corrected(dW, G, n * noise),
+                "Each diagonal entry sums the noise of d entries: d σ²/T, not σ²/T.": _corrected(dW, G, noise),
+                "d σ²/T comes off. You added it, as a ridge does.": _corrected(dW, G, -d * noise),
+                "You used the first round alone.": _corrected(*rounds[0], d * sigma**2),
+                "You solved each round and averaged the pictures. The noise is averaged so, the pull to zero is "
+                "not: average first.": torch.stack([_corrected(a, b, 0.0) for a, b in rounds]).mean(0),
+                "You solved each round and averaged the pictures. Average ∂W and G first.": torch.stack(
+                    [_corrected(a, b, d * sigma**2) for a, b in rounds]
+                ).mean(0),
+            }
+            expect_close(answer, _corrected(dW, G, d * noise), "X", mistakes=mistakes, tolerance=1e-6)
+        return "Right: the noise falls with √T, and its square, which averaging does not remove, is taken off."
+
+    return run(check)
+
+
+# --- 11.5: break top-k pruning --------------------------------------------------------------------------------------
+
+
+def _pruned(seed: int, n: int = 5, d: int = 60, p: int = 12, keep: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
+    """X, and ∂W of which only the largest entries are left, with all of G."""
+    X, G = torch.nn.functional.normalize(_random(n, p, seed=seed), dim=0), _random(n, d, seed=seed + 1)
+    dW = G.T @ X
+    least = dW.abs().flatten().kthvalue(round((1 - keep) * dW.numel())).values
+    return X, torch.where(dW.abs() > least, dW, 0.0), G
+
+
+def check_unpruned(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
+    """Exercise 11.5: ``function(dW, G)`` is X, where dW's small entries were set to zero."""
+
+    def check() -> str:
+        for seed in (0, 1):
+            X, dW, G = _pruned(100 * seed)
+            answer = expect_tensor(function(dW.clone(), G.clone()), tuple(X.shape), "X")
+            kept, whole = dW != 0, (dW != 0).all(1)
+            most = kept.sum(1).argsort(descending=True)[: len(G)]
+            mistakes = {
+                "The zeros are taken at their word: an entry that was pruned says nothing, so drop its equation.": (
+                    torch.linalg.lstsq(G.T, dW).solution
+                ),
+                "You kept the same rows for all pixels. Each column of ∂W was pruned at places of its own.": (
+                    torch.linalg.lstsq(G.T[most], dW[most]).solution
+                ),
+            }
+            if int(whole.sum()) >= len(G):  # never with these sizes, unless somebody changes them
+                raise RuntimeError("too many rows were left whole")
+            expect_close(answer, X, "X", mistakes=mistakes, tolerance=1e-6)
+        return "Right: of 60 equations a pixel some 24 are left, 5 would do, and what is left is exact."
+
+    return run(check)
+
+
+# --- 11.6: the figure, read for a hospital --------------------------------------------------------------------------
+
+#: What vendors offer a hospital. "noise_multiplier" None: nothing is promised.
+OFFERS: tuple[Offer, ...] = (
+    {"name": "pruning", "noise_multiplier": None, "rounds": 100, "accuracy": 97.0, "half": 0.5, "attack_db": 8.0},
+    {"name": "mild", "noise_multiplier": 2.0, "rounds": 100, "accuracy": 95.0, "half": 0.4, "attack_db": 9.0},
+    {"name": "uneven", "noise_multiplier": 19.0, "rounds": 100, "accuracy": 91.0, "half": 4.0, "attack_db": 9.0},
+    {"name": "even", "noise_multiplier": 16.0, "rounds": 100, "accuracy": 90.0, "half": 0.6, "attack_db": 9.0},
+    {"name": "strong", "noise_multiplier": 60.0, "rounds": 100, "accuracy": 80.0, "half": 1.0, "attack_db": 9.0},
+)
+
+
+def check_choose(function: Callable[[Sequence[Offer], float, float], str | None]) -> Feedback:
+    """Exercise 11.6: ``function(offers, least_accuracy, most_epsilon)`` is the offer's name, or None."""
+
+    def check() -> str:
+        for least, most in ((88.0, 4.0), (75.0, 1.0), (93.0, 4.0), (75.0, 0.1)):
+            answer = function([dict(offer) for offer in OFFERS], least, most)
+            if answer is ...:
+                stop("Nothing was returned yet. Is there a return at the end?")
+            if answer is not None and not isinstance(answer, str):
+                stop(f"Return an offer's name or None, not a {type(answer).__name__}.")
+            names = [offer["name"] for offer in OFFERS]
+            if answer is not None and answer not in names:
+                stop(f"{answer!r} is none of the offers: {', '.join(names)}.")
+            _check_choice(answer, least, most)
+        return "Right: first the promise, then what it costs. What an attack reached has no say in it."
+
+    return run(check)
+
+
+def _fits(offer: Offer, least: float, most: float) -> bool:
+    z = offer["noise_multiplier"]
+    return (
+        z is not None and epsilon_of(z, rounds=offer["rounds"]) <= most and offer["accuracy"] - offer["half"] >= least
+    )
+
+
+def _check_choice(answer: str | None, least: float, most: float) -> None:
+    """Compare with the offer of the greatest assured accuracy among those that fit."""
+    fitting = [offer for offer in OFFERS if _fits(offer, least, most)]
+    best = max(fitting, key=lambda o: o["accuracy"] - o["half"], default=None)
+    case = f"With at least {least:g} % and ε ≤ {most:g}"
+    if answer == (best and best["name"]):
+        return
+    if answer is None:
+        assert best is not None
+        stop(
+            f"{case} there is an offer: {best['name']}, ε = {epsilon_of(best['noise_multiplier'], rounds=100):.2f} "
+            f"after its 100 rounds, and {best['accuracy'] - best['half']:.1f} % at the lower end."
+        )
+    offer = next(o for o in OFFERS if o["name"] == answer)
+    z = offer["noise_multiplier"]
+    if z is None:
+        stop(f"{case}: {answer} promises nothing. That today's attack stops at 8 dB is no ε.")
+    spent, alone = (epsilon_of(z, rounds=rounds) for rounds in (offer["rounds"], 1))
+    if spent > most:
+        hint = f" One round has {alone:.2f}: were the rounds counted?" if alone <= most else ""
+        stop(f"{case}: {answer} has ε = {spent:.2f} after its {offer['rounds']} rounds.{hint}")
+    lower = offer["accuracy"] - offer["half"]
+    if lower < least:
+        stop(
+            f"{case}: {answer} has {offer['accuracy']:g} ± {offer['half']:g} %, so {lower:g} % at the lower end. "
+            "Ask that of the lower end, not of the mean."
+        )
+    assert best is not None
+    stop(
+        f"{case}: {answer} fits, and {best['name']} does, too, with more accuracy at the lower end "
+        f"({best['accuracy'] - best['half']:g} % against {lower:g} %)."
+    )
