@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..privacy import epsilon as epsilon_of
 from ..privacy import noise_multiplier as noise_multiplier_of
-from .feedback import Feedback, expect_close, expect_number, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_number, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 Offer = Mapping[str, Any]
-Rounds = list[tuple[Tensor, Tensor]]  # ∂W̃ (d, p) and G̃ (n, d) of each round
+Rounds = list[tuple[Tensor, Tensor]]  # what arrived (P,), and each candidate's gradient (M, P)
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -142,51 +142,67 @@ def check_noise_for(function: Callable[[float, int, int, float], float]) -> Feed
     return run(check)
 
 
-# --- 11.4: average noisy rounds -------------------------------------------------------------------------------------
+# --- 11.4: who was it, from T noisy rounds --------------------------------------------------------------------------
+
+_CANDIDATES, _ENTRIES, _ROUNDS = 24, 40, 30
+_SEEDS_OF_WHO = (0, 29, 6)
 
 
-def _noisy_rounds(count: int, sigma: float, seed: int, n: int = 6, d: int = 60, p: int = 10) -> tuple[Tensor, Rounds]:
-    X, G = _random(n, p, seed=seed), _random(n, d, seed=seed + 1)
-    draws = [(_random(d, p, seed=seed + 10 + 2 * t), _random(n, d, seed=seed + 11 + 2 * t)) for t in range(count)]
-    return X, [(G.T @ X + sigma * a, G + sigma * b) for a, b in draws]
+def _watched(seed: int, sigma: float = 0.45) -> tuple[int, Rounds]:
+    """The right candidate, and T rounds: what arrived, and every candidate's clipped gradient at those weights.
+
+    One other, its twin, has nearly the same direction in every round, and is longer.
+    """
+    rounds, wanted = [], (7 * seed + 3) % _CANDIDATES
+    twin = (wanted + 4) % _CANDIDATES
+    common = _random(_CANDIDATES, _ENTRIES, seed=seed)
+    for t in range(_ROUNDS):
+        rows = _random(_CANDIDATES, _ENTRIES, seed=1000 * seed + 2 * t + 50) + 0.1 * common
+        rows[twin] = rows[wanted] + 0.1 * rows[twin]
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        rows[torch.arange(_CANDIDATES) % 3 == wanted % 3] *= 0.5
+        rounds.append((rows[wanted] + sigma * _random(_ENTRIES, seed=1000 * seed + 2 * t + 51), rows))
+    return wanted, rounds
 
 
-def _corrected(dW: Tensor, G: Tensor, noise: float) -> Tensor:
-    """(Ḡ Ḡᵀ − noise I)⁻¹ Ḡ ∂W̄."""
-    return torch.linalg.solve(G @ G.T - noise * torch.eye(len(G), dtype=F64), G @ dW)
+def _answers(rounds: Rounds) -> dict[str, int]:
+    """What mistakes would name."""
+    scores = torch.stack([rows @ y for y, rows in rounds])  # (T, M)
+    squares = torch.stack([rows.square().sum(1) for _, rows in rounds])
+    each = scores - squares / 2
+    mean = torch.stack([y for y, _ in rounds]).mean(0)
+    return {
+        "you named the candidate that is farthest away": int(each.sum(0).argmin()),
+        "you used a single round. Noise hides it there: add up what all rounds say": int(each[-1].argmax()),
+        "you used the first round alone. Noise hides it there: add up what all rounds say": int(each[0].argmax()),
+        "you took inner products alone, and those favour long gradients. Compare distances": int(
+            scores.sum(0).argmax()
+        ),
+        "you let every round vote. Votes forget how sure a round was: add up squared distances": int(
+            each.argmax(1).bincount(minlength=each.shape[1]).argmax()
+        ),
+        "you averaged what arrived and compared it with one round's candidates. The weights moved, and the "
+        "candidates' gradients with them": int((rounds[0][1] - mean).norm(dim=1).argmin()),
+        "you compared directions alone. A short gradient says who it is by its length, too": int(
+            (scores / squares.sqrt()).sum(0).argmax()
+        ),
+    }
 
 
-def check_averaged(function: Callable[[Rounds, float], Tensor]) -> Feedback:
-    """Exercise 11.4: ``function(rounds, sigma)`` is X from T noisy rounds at the same weights."""
+def check_who(function: Callable[[Rounds], int]) -> Feedback:
+    """Exercise 11.4: ``function(rounds)`` is the number of the candidate whose picture all rounds were of."""
 
     def check() -> str:
-        for seed, (count, sigma) in enumerate(((4, 0.8), (9, 1.0))):
-            _, rounds = _noisy_rounds(count, sigma, 100 * seed)
-            answer = expect_tensor(function([(a.clone(), b.clone()) for a, b in rounds], sigma), (6, 10), "X")
-            dW, G = (torch.stack(parts).mean(0) for parts in zip(*rounds, strict=True))
-            (n, d), noise = G.shape, sigma**2 / count
-            mistakes = {
-                "The noise in Ḡ is still in Ḡ Ḡᵀ and draws the picture to zero: take d σ²/T off its diagonal.": (
-                    _corrected(dW, G, 0.0)
-                ),
-                "You took d σ² off the diagonal. The mean of T rounds has less noise: σ²/T.": _corrected(
-                    dW, G, d * sigma**2
-                ),
-                "Deviations fall with √T, variances with T: take off d σ²/T.": _corrected(
-                    dW, G, d * sigma**2 / count**0.5
-                ),
-                "Each diagonal entry of Ḡ Ḡᵀ sums the noise of d entries, not of n.": _corrected(dW, G, n * noise),
-                "Each diagonal entry sums the noise of d entries: d σ²/T, not σ²/T.": _corrected(dW, G, noise),
-                "d σ²/T comes off. You added it, as a ridge does.": _corrected(dW, G, -d * noise),
-                "You used the first round alone.": _corrected(*rounds[0], d * sigma**2),
-                "You solved each round and averaged the pictures. The noise is averaged so, the pull to zero is "
-                "not: average first.": torch.stack([_corrected(a, b, 0.0) for a, b in rounds]).mean(0),
-                "You solved each round and averaged the pictures. Average ∂W and G first.": torch.stack(
-                    [_corrected(a, b, d * sigma**2) for a, b in rounds]
-                ).mean(0),
-            }
-            expect_close(answer, _corrected(dW, G, d * noise), "X", mistakes=mistakes, tolerance=1e-6)
-        return "Right: the noise falls with √T, and its square, which averaging does not remove, is taken off."
+        for seed in _SEEDS_OF_WHO:
+            wanted, rounds = _watched(seed)
+            answer = expect_whole(function([(y.clone(), rows.clone()) for y, rows in rounds]), "The candidate")
+            if answer == wanted:
+                continue
+            if not 0 <= answer < _CANDIDATES:
+                stop(f"There are candidates 0 to {_CANDIDATES - 1}, and no {answer}.")
+            hint = next((f": {words}" for words, named in _answers(rounds).items() if named == answer), "")
+            stop(f"It was candidate {wanted}, not {answer}{hint}.")
+        return "Right: squared distances add up over rounds as log-likelihoods do, and noise averages away."
 
     return run(check)
 
