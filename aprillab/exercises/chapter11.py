@@ -193,15 +193,18 @@ def check_who(function: Callable[[Rounds], int]) -> Feedback:
     """Exercise 11.4: ``function(rounds)`` is the number of the candidate whose picture all rounds were of."""
 
     def check() -> str:
-        for seed in _SEEDS_OF_WHO:
-            wanted, rounds = _watched(seed)
-            answer = expect_whole(function([(y.clone(), rows.clone()) for y, rows in rounds]), "The candidate")
-            if answer == wanted:
-                continue
+        cases = [_watched(seed) for seed in _SEEDS_OF_WHO]
+        answers = [
+            expect_whole(function([(y.clone(), rows.clone()) for y, rows in rounds]), "The candidate")
+            for _, rounds in cases
+        ]
+        mistakes = [_answers(rounds) for _, rounds in cases]
+        hints = [words for words in mistakes[0] if answers == [named[words] for named in mistakes]]
+        for answer, (wanted, _) in zip(answers, cases, strict=True):
             if not 0 <= answer < _CANDIDATES:
                 stop(f"There are candidates 0 to {_CANDIDATES - 1}, and no {answer}.")
-            hint = next((f": {words}" for words, named in _answers(rounds).items() if named == answer), "")
-            stop(f"It was candidate {wanted}, not {answer}{hint}.")
+            if answer != wanted:
+                stop(f"It was candidate {wanted}, not {answer}{''.join(f': {words}' for words in hints[:1])}.")
         return "Right: squared distances add up over rounds as log-likelihoods do, and noise averages away."
 
     return run(check)
@@ -259,7 +262,7 @@ def check_choose(function: Callable[[Sequence[Offer], float, float], str | None]
     """Exercise 11.6: ``function(offers, least_accuracy, most_epsilon)`` is the offer's name, or None."""
 
     def check() -> str:
-        for least, most in ((88.0, 4.0), (75.0, 1.0), (93.0, 4.0), (75.0, 0.1)):
+        for least, most in ((88.0, 4.0), (75.0, 4.0), (75.0, 1.0), (93.0, 4.0), (75.0, 0.1)):
             answer = function([dict(offer) for offer in OFFERS], least, most)
             if answer is ...:
                 stop("Nothing was returned yet. Is there a return at the end?")
