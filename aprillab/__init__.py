@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         span_closed_form,
         span_then_match,
         span_then_round,
+        told_errors,
     )
     from .attacks.invert import invert
     from .data import load_victim, load_victims, mnist5k, read_picture, torchvision_dataset, victim_info, victims
@@ -121,6 +122,7 @@ __all__ = [
     "span_then_round",
     "ssim",
     "tensors_of",
+    "told_errors",
     "torchvision_dataset",
     "training",
     "unpatchify",

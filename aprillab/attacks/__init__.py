@@ -15,6 +15,7 @@ from .searches.coordinates import Coordinates
 from .searches.match import match_gradients
 from .searches.recipes import LBFGS, RECIPES, Adam, PositionTerm, Priors, Recipe
 from .searches.span_then_match import span_then_match
+from .told_errors import told_errors
 
 __all__ = [
     "ATTACKS",
@@ -47,5 +48,6 @@ __all__ = [
     "span_closed_form",
     "span_then_match",
     "span_then_round",
+    "told_errors",
     "verdict",
 ]

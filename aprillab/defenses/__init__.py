@@ -11,7 +11,7 @@ Chapter 06 measures them against attacks that do not know about them, chapter 07
 does; a defence holds when it has held against the second kind.
 """
 
-from .client import clip, gaussian_noise, prune, quantize, to_precision, update_norm, withhold
+from .client import clip, gaussian_noise, prune, quantize, sign, to_precision, update_norm, withhold
 from .server import freeze_position, no_position, use_sinusoidal
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "no_position",
     "prune",
     "quantize",
+    "sign",
     "to_precision",
     "update_norm",
     "use_sinusoidal",

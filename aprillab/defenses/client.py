@@ -219,7 +219,8 @@ def quantize(
     Raises
     ------
     ValueError
-        If ``bits`` is outside its range, or randomness is given without use or missing.
+        If ``bits`` is outside its range (:func:`sign` is one bit), or randomness is given without use or
+        missing.
 
     Examples
     --------
@@ -231,7 +232,7 @@ def quantize(
     tensor([2.6667, 4.0000])
     """
     if not 2 <= bits <= 24:
-        raise ValueError(f"bits={bits} must be from 2 (levels −1, 0, 1) to 24")
+        raise ValueError(f"bits={bits} must be from 2 (levels −1, 0, 1) to 24; one bit is al.defenses.sign")
     if not stochastic and (seed is not None or generator is not None):
         raise ValueError("seed and generator belong to stochastic=True; rounding to nearest draws nothing")
     source = _generator(seed, generator) if stochastic else None
@@ -246,6 +247,32 @@ def quantize(
         return (x * step).to(g.dtype)
 
     return _map(update, rounded)
+
+
+def sign(update: ClientUpdate) -> ClientUpdate:
+    """One bit an entry: its sign, times the mean magnitude of its tensor (signSGD with a scale;
+    Bernstein et al., ICML 2018; Karimireddy et al., ICML 2019).
+
+    *Does not protect against* an attacker who counts: a linear system of more equations than unknowns
+    averages what the signs leave out, and the label is the one sign of the head's bias that differs.
+
+    Parameters
+    ----------
+    update : ClientUpdate
+
+    Returns
+    -------
+    ClientUpdate
+        In the dtype it came in. Zeros stay zero.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.tensor([3.0, -1.0, 2.0])})
+    >>> al.defenses.sign(update).gradients["weight"]
+    tensor([ 2., -2.,  2.])
+    """
+    return _map(update, lambda g: (g.sign().double() * g.double().abs().mean()).to(g.dtype) if g.numel() else g)
 
 
 def to_precision(update: ClientUpdate, dtype: torch.dtype) -> ClientUpdate:

@@ -53,6 +53,7 @@ ALL = {
     "prune": lambda u: defenses.prune(u, 0.3),
     "quantize": lambda u: defenses.quantize(u, 6),
     "stochastic": lambda u: defenses.quantize(u, 6, stochastic=True, seed=0),
+    "sign": lambda u: defenses.sign(u),
     "precision": lambda u: defenses.to_precision(u, torch.bfloat16),
 }
 
@@ -314,6 +315,17 @@ def test_pruning_stops_the_solve_and_not_the_label() -> None:
     assert not al.invert(model, sparse, attack="embedding").exact
     assert int(sparse.gradients["head.bias"].argmin()) == 3
     assert quality(model, defenses.prune(update, 0.9999), "embedding", pixels) > 40
+
+
+def test_signs_keep_one_bit_of_an_entry_and_the_label() -> None:
+    model = vit(torch.float32)
+    update, _ = play(model)
+    shared = defenses.sign(update)
+    for name, g in update.gradients.items():
+        one = shared.gradients[name]
+        assert torch.equal(one.sign(), g.sign())
+        assert torch.allclose(one.abs()[g != 0], g.double().abs().mean().float())
+    assert int(shared.gradients["head.bias"].argmin()) == 3
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8, 16])
