@@ -1,15 +1,17 @@
 """What an attacker makes of an update whose defence it knows, and how it chooses among its own attempts.
 
-It tries each system that applies, and keeps the picture whose own update, defended in the same way, comes
-nearest to what it saw: a replay. It never sees the picture. The best of all, by the picture, is kept beside
-it as the oracle's.
+It tries each system that applies, and plays the client with each picture that came out, under the same
+defence: a replay. If one explains half of the update's energy or more, noise apart, it keeps the one that
+explains most; otherwise no replay tells them apart, and it trusts the attack that knows the defence. It never
+sees the picture. The best of all, by the picture, is kept beside it as the oracle's.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .clients import ADAM, PLAYED, TOGETHER, WITHHELD, Cell, Shared, adam_step, 
 from .victims import Scene
 
 PLAIN, KNOWN, TOLD, SPAN = "plain", "noise known", "errors told", "span"
+_ENOUGH = 0.5  # explained by a replay that is to decide
 _FAINT = 1e-2  # noise multiplier above which the span is below the noise
 
 
@@ -31,8 +34,7 @@ class Attempt:
     attack: str
     pixels: Tensor
     predicted: float
-    exact: bool
-    misfit: float = 0.0
+    explained: float = math.nan  # share of the update's energy that a replay explains
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,25 @@ def attacked(stage: Scene, cell: Cell, shared: Shared, label: Tensor) -> Attacke
             refusals.append(f"{attack}: {refusal}")
             continue
         pixels = result.pixels[0].double().nan_to_num(0.5).clamp(0, 1)
-        found.append(Attempt(attack, pixels, float(result.predicted_psnr), bool(result.determined)))
+        found.append(Attempt(attack, pixels, float(result.predicted_psnr)))
     if not found:
         raise NothingFound("; ".join(refusals))
-    if len(found) > 1:
+    if cell.defence not in TOGETHER:  # the others' pictures are not known
         found = [_replayed(stage, cell, shared, label, one) for one in found]
-    chosen = min(found, key=lambda one: one.misfit)
-    return Attacked(chosen, tuple(found), time.perf_counter() - start)
+    return Attacked(kept(found), tuple(found), time.perf_counter() - start)
+
+
+def kept(found: Sequence[Attempt]) -> Attempt:
+    """The attempt that the attacker keeps.
+
+    >>> some = [Attempt(PLAIN, torch.zeros(1, 2, 2), 20.0, 0.3), Attempt(TOLD, torch.ones(1, 2, 2), 15.0)]
+    >>> kept(some).attack
+    'errors told'
+    """
+    best = max(found, key=lambda one: one.explained if one.explained == one.explained else -math.inf)
+    if best.explained >= _ENOUGH:
+        return best
+    return next((one for one in found if one.attack in (KNOWN, TOLD)), found[0])
 
 
 def _attempts(cell: Cell, shared: Shared) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -103,6 +117,6 @@ def _replayed(stage: Scene, cell: Cell, shared: Shared, label: Tensor, one: Atte
         again = defended(own, cell, None, clip=shared.clip) if cell.defence in PLAYED or shared.clip else own
     seen = shared.update.gradients
     off = sum(float((again.gradients[name].double() - seen[name].double()).square().sum()) for name in seen)
-    return Attempt(one.attack, one.pixels, one.predicted, one.exact, off)
-
-
+    noise = shared.deviation**2 * sum(gradient.numel() for gradient in seen.values())
+    energy = al.defenses.update_norm(shared.update) ** 2 - noise if shared.clip is None else shared.clip**2
+    return replace(one, explained=1 - (off - noise) / max(energy, 1e-300))

@@ -45,7 +45,7 @@ class Row:
 
     ``epsilon`` is that of one round at δ = 1e-5, one picture more or less; ``norm`` the gradient's before
     anything is done to it. ``psnr``, ``ssim`` and ``predicted`` are of the picture that the attacker kept, by a
-    replay; ``determined`` is its word that every condition but the replay holds. ``oracle`` is the best PSNR of
+    replay that explains the share ``explained`` of the update, or as the one that knows. ``oracle`` is the best PSNR of
     all that it tried. ``nearest`` is the PSNR against that picture of a batch which comes nearest, ``blind`` that
     of the mean of the gallery's other pictures. The ranks are the victim's among the gallery, from 1.
     """
@@ -62,7 +62,7 @@ class Row:
     psnr: float | None = None
     ssim: float | None = None
     predicted: float | None = None
-    determined: bool | None = None
+    explained: float | None = None
     oracle: float | None = None
     oracle_attack: str = ""
     nearest: float | None = None
@@ -115,7 +115,7 @@ def scored(row: Row, stage: Scene, cell: Cell, shared: Shared, victim: int) -> R
     behind = torch.cat([truth[None], stage.others[: cell.images - 1].double()])
     return replace(
         row, attack=found.chosen.attack, psnr=float(scores.psnr), ssim=float(scores.ssim),
-        predicted=found.chosen.predicted, determined=found.chosen.exact,
+        predicted=found.chosen.predicted, explained=found.chosen.explained,
         oracle=float(al.psnr(best.pixels, truth)), oracle_attack=best.attack,
         nearest=max(float(al.psnr(pixels, one)) for one in behind), seconds=found.seconds,
         rank_picture=by_picture(pixels, stage.pixels, victim) if len(stage.pixels) >= GALLERY else None,

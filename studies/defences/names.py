@@ -16,7 +16,6 @@ import aprillab as al
 from .clients import ADAM, CLIPPING, PLAYED, STOCHASTIC, TOGETHER, Cell, Shared, adam_step, defended, flat
 from .victims import Scene
 
-_RIDGE = 1e-3  # of the mean square of a gradient, where pictures are told apart together
 
 
 def rank_of(scores: Tensor, right: int) -> float:
@@ -74,10 +73,10 @@ def by_gradients(stage: Scene, cell: Cell, shared: Sequence[Shared]) -> list[flo
 
     A defence without randomness is played, and the least distance taken. Of noise the nearest clipped
     gradient is the most probable; of stochastic rounding the nearest, each tensor in its own steps; of
-    several pictures in one update the largest share in the best combination of all candidates.
+    several pictures in one update whom it takes for one of them: :func:`_by_share`.
     """
     if cell.defence in TOGETHER:
-        return [_by_share(stage, one, k) for k, one in enumerate(shared)]
+        return [_by_share(stage, one, cell.images, k) for k, one in enumerate(shared)]
     if cell.defence in PLAYED and cell.defence != CLIPPING and not cell.multiplier:
         return _by_playing(stage, cell, shared)
     return [_by_distance(stage, cell, one, k) for k, one in enumerate(shared)]
@@ -131,10 +130,22 @@ def _played(stage: Scene, cell: Cell):  # type: ignore[no-untyped-def]
         yield defended(al.ClientUpdate(own), cell, None)
 
 
-def _by_share(stage: Scene, one: Shared, right: int) -> float:
-    """By each candidate's part in the update, all candidates fitted together."""
+def _by_share(stage: Scene, one: Shared, number: int, right: int) -> float:
+    """By the likelihood of each candidate's having its share 1/B in the update, against having none.
+
+    The other B − 1 pictures are unknown, and their gradients are taken for normal with the second moments of
+    the gallery's; what lies outside its span is of that size in every direction.
+    """
     rows, products = gradients_of(stage)
-    along = (rows @ flat(one.update, names_of(stage))).double()
-    lengths = products.diagonal().sqrt()  # each as long as any other, or small ones would be anything
-    system = products / lengths[:, None] / lengths + _RIDGE * torch.eye(len(rows), dtype=torch.float64)
-    return rank_of(torch.linalg.solve(system, along / lengths), right)
+    seen = flat(one.update, names_of(stage))
+    seen = seen / (1 if one.update.batch_size else number)  # a sum, of as many clients as the server knows
+    along = (rows @ seen).double()
+    variance = (number - 1) / (len(rows) * number**2)
+    outside = float(seen.double().square().sum()) - float(along @ torch.linalg.lstsq(products, along[:, None])
+                                                          .solution[:, 0])  # fmt: skip
+    floor = max(outside, 1e-9 * float(seen.square().sum())) / rows.shape[1]
+    system = floor * torch.eye(len(rows), dtype=torch.float64) + variance * products
+    Q, R = (torch.linalg.solve(system, right_side) for right_side in (along, products))
+    without = (1 - variance * R.diagonal()).clamp_min(1e-9)  # each candidate is not among its own others
+    r = R.diagonal() / without
+    return rank_of(Q / without / number - r / (2 * number**2), right)
