@@ -143,7 +143,9 @@ def train_federated(
     return evaluate(model, *test)
 
 
-def _adamw(model: nn.Module, rising: int, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _adamw(
+    model: nn.Module, rising: int, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with decay on matrices alone; its rate rises in a line, then falls along half a cosine to zero."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed: Sequence[nn.Parameter] = [p for p in trained if p.ndim >= 2]
