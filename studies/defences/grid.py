@@ -16,7 +16,7 @@ import aprillab as al
 
 from .._rows import fill
 from .attackers import NothingFound, attacked
-from .clients import Cell, Shared, cells, seed_of, shared_by
+from .clients import SIGN, Cell, Shared, cells, seed_of, shared_by
 from .names import by_features, by_gradients, by_picture
 from .victims import DIGITS, EPOCHS, GALLERY, LARGE, PHOTOGRAPHS, TRAINED, UNTRAINED, Scene, World, scene
 
@@ -90,7 +90,7 @@ def measured(checkpoints: Path | None, gallery: int, epochs: int, victims: int, 
     world, cell = World(*case[:3]), Cell(*case[3:])
     stage = scene(world, checkpoints, gallery, epochs)
     updates = [shared_by(stage, cell, k, seed_of(world, cell, k)) for k in range(min(victims, stage.victims))]
-    features = stage.features()
+    features = stage.features().sign() if cell.defence == SIGN else stage.features()
     matched = by_gradients(stage, cell, updates) if world.world != LARGE else [math.nan] * len(updates)
     for k, (shared, rank) in enumerate(zip(updates, matched, strict=True)):
         row = Row(

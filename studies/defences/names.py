@@ -44,7 +44,7 @@ def by_features(update: al.ClientUpdate, stage: Scene, features: Tensor, right: 
     """By the cosine between what the head's gradient says that it read, and each picture's features (M, d).
 
     ∂W = δ hᵀ and ∂b = δ for one picture: h is the first right singular vector of both side by side. The
-    greatest entry of δ is the label's, and negative.
+    greatest entry of δ is the label's, and negative. Of signs give the features' signs.
     """
     weight = update.gradients[stage.anatomy.head_weight or ""].double()
     bias = update.gradients[stage.anatomy.head_bias or ""].double()
