@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import aprillab as al
@@ -77,6 +76,7 @@ def attacked(stage: Scene, cell: Cell, shared: Shared, label: Tensor) -> Attacke
 def kept(found: Sequence[Attempt]) -> Attempt:
     """The attempt that the attacker keeps.
 
+    >>> import torch
     >>> some = [Attempt(PLAIN, torch.zeros(1, 2, 2), 20.0, 0.3), Attempt(TOLD, torch.ones(1, 2, 2), 15.0)]
     >>> kept(some).attack
     'errors told'

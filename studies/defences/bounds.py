@@ -98,5 +98,3 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     common = {"key": World._fields, "workers": options.workers}
     fill(folder / INFORMATION_FILE, Information, small, of_victims, settings=settings | {"probes": _PROBES}, **common)
     fill(folder / MATCHING_FILE, Matching, small, of_sigmas, settings=settings | {"samples": samples}, **common)
-
-

@@ -125,7 +125,9 @@ def accuracy_figure(found: list[Point], blind: float) -> Figure:
         left.plot(point.median, point.accuracy, **look)
         right.plot(point.named, point.accuracy, **look)
         if point.promised is not None:
-            right.plot(point.promised, point.accuracy, **look | {"fillstyle": "none", "markeredgecolor": look["color"]})
+            right.plot(
+                point.promised, point.accuracy, **look | {"fillstyle": "none", "markeredgecolor": look["color"]}
+            )
             right.plot([point.named, point.promised], [point.accuracy] * 2, color=look["color"], linewidth=0.8,
                        linestyle=":")  # fmt: skip
         _write(left, point, point.median)
@@ -191,8 +193,8 @@ def _title(cell: Cell) -> str:
 def pictures_figure(options: argparse.Namespace) -> Figure:
     """One victim a line, a defence a column: what the attacker keeps, with its PSNR."""
     epochs = 1 if options.quick else EPOCHS
-    fig, axes = viz.figure(len(_LINES), len(_SHOWN) + 1, size=(15.0, 3.9))
-    for line, (world, victim) in zip(axes, _LINES, strict=True):
+    fig, axes = viz.figure(len(_LINES), len(_SHOWN) + 1, size=(15.0, 4.1))
+    for number, (line, (world, victim)) in enumerate(zip(axes, _LINES, strict=True)):
         stage = scene(world, options.checkpoints, GALLERY, epochs)
         truth = stage.pixels[victim].double()
         viz.draw(line[0], truth.float(), "the picture")
@@ -202,7 +204,7 @@ def pictures_figure(options: argparse.Namespace) -> Figure:
                 found: Tensor | None = attacked(stage, cell, shared, stage.labels[victim : victim + 1]).chosen.pixels
             except NothingFound:
                 found = None
-            words = f"{_title(cell)}\n" if line is axes[0] else ""
+            words = "" if number else f"{_title(cell)}\n"
             psnr = "none" if found is None else f"{float(al.psnr(found, truth)):.0f} dB"
             viz.draw(ax, truth.new_ones(truth.shape).float() if found is None else found.float(), words + psnr)
         for ax in line:

@@ -17,7 +17,6 @@ from .clients import ADAM, CLIPPING, PLAYED, STOCHASTIC, TOGETHER, Cell, Shared,
 from .victims import Scene
 
 
-
 def rank_of(scores: Tensor, right: int) -> float:
     """Of the right one by its score (M,), the greatest first.
 
@@ -112,7 +111,9 @@ def _steps(gradient: Tensor) -> Tensor:
 def _by_playing(stage: Scene, cell: Cell, shared: Sequence[Shared]) -> list[float]:
     names = [*shared[0].update.gradients]
     seen = torch.stack([flat(one.update, names) for one in shared])
-    distances = torch.stack([(flat(played, names) - seen).double().square().sum(1) for played in _played(stage, cell)])
+    distances = torch.stack(
+        [(flat(played, names) - seen).double().square().sum(1) for played in _played(stage, cell)]
+    )
     return [rank_of(-distances[:, k], k) for k in range(len(shared))]
 
 

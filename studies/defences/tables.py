@@ -147,7 +147,9 @@ def _bound(sigma: float, information: pd.DataFrame, matching: pd.DataFrame, nois
         "ε": _short(noisy.epsilon.iloc[0]),
         "reached: median (most) dB": f"{noisy.shown.median():.1f} ({noisy.shown.max():.1f})",
         "chosen model dB": line(information.chosen.median()),
-        "this model, whole dB": line(information.cramer_rao.median()) if information.cramer_rao.notna().any() else None,
+        "this model, whole dB": line(information.cramer_rao.median())
+        if information.cramer_rao.notna().any()
+        else None,
         "this model, mean dB": line(information.mean_bound.median()),
         "any model dB": f"{decibels(hcr):.1f}" if hcr else "∞",
         "named in the grid %": f"{100 * named(noisy, 'rank_gradients'):.0f}",
