@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import erfcx, ndtr
+from torch import Tensor
 
 #: Grid points that the PRV accountant may take: 2²² are some 0.6 GB and 5 s. (σ = 0.3 in a thousand rounds
 #: without sampling would ask for 10⁸.)
@@ -329,6 +330,20 @@ def opacus(module: str) -> Any:
             "Opacus is not installed. It counts ε under sampling and trains with DP-SGD: "
             "pip install 'aprillab[privacy]'"
         ) from error
+
+
+def check_single_images(images: Tensor) -> None:
+    """Refuse stacks of batches: a gradient of several images can only be clipped as a whole."""
+    if images.ndim == 4:
+        return
+    shape = tuple(images.shape)
+    if images.ndim == 5:
+        raise ValueError(
+            f"images of shape {shape}: each row is {shape[1]} images, and their gradient together. To clip "
+            f"that bounds none of them: one may turn the whole of it around, by 2C and not by 2C/{shape[1]}. "
+            "Clip image by image: images.flatten(0, 1), with a label for each"
+        )
+    raise ValueError(f"images of shape {shape}: (number, channels, height, width) is wanted, also for one image")
 
 
 def check_counts(sample_rate: float, rounds: int, delta: float) -> None:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..training import evaluate
 from ..update import logits_of
-from .accounting import Guarantee, guarantee, noise_multiplier, opacus
+from .accounting import Guarantee, check_single_images, guarantee, noise_multiplier, opacus
 
 
 class ModelRefused(ValueError):
@@ -96,7 +96,8 @@ def train_privately(
     Raises
     ------
     ValueError
-        If an argument makes no sense, or the loss stops being finite.
+        If an argument makes no sense, a row of ``images`` is several of them, or the loss stops being
+        finite.
     ModelRefused
         If Opacus cannot compute the gradient of each image for this model.
     OpacusMissing
@@ -264,6 +265,7 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 def _check(
     images: Tensor, labels: Tensor, epsilon: float, delta: float, counts: dict[str, int], clip: float, lr: float
 ) -> None:
+    check_single_images(images)
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: as many of one as of the other, and some")
     if not epsilon > 0:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..update import UpdateError, logits_of
+from .accounting import check_single_images
 
 
 def clipped_gradients(
@@ -45,7 +46,8 @@ def clipped_gradients(
     Raises
     ------
     ValueError
-        If ``clip`` is not positive and finite, or images and labels do not go together.
+        If ``clip`` is not positive and finite, images and labels do not go together, or a row of
+        ``images`` is several: clipping their gradient as a whole bounds none of them.
     UpdateError
         If no parameter is trained, or a gradient is not finite.
 
@@ -59,6 +61,7 @@ def clipped_gradients(
     """
     if not 0 < clip < math.inf:
         raise ValueError(f"clip={clip} must be positive and finite")
+    check_single_images(images)
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: as many of one as of the other, and some")
     trained = [p for p in model.parameters() if p.requires_grad]

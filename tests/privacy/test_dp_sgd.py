@@ -197,6 +197,7 @@ def test_without_opacus_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ({"lr": math.inf}, "lr=inf"),
         ({"optimizer": "lion"}, "'adam' or 'sgd'"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "8 images and 3 labels"),
+        ({"images": torch.zeros(4, 2, 1, 8, 8)}, "each row is 2 images"),
     ],
 )
 def test_arguments_without_sense_are_refused(options: dict, words: str) -> None:

@@ -102,6 +102,10 @@ def test_what_makes_no_sense_is_refused() -> None:
         clipped_gradients(model, images, labels, 0.0)
     with pytest.raises(ValueError, match="2 images and 1 labels"):
         clipped_gradients(model, images, labels[:1], 1.0)
+    with pytest.raises(ValueError, match=r"each row is 2 images.*Clip image by image: images.flatten\(0, 1\)"):
+        clipped_gradients(model, images[None], labels[None], 1.0)
+    with pytest.raises(ValueError, match="also for one image"):
+        clipped_gradients(model, images[0], labels[:1], 1.0)
     with pytest.raises(UpdateError, match="no parameter"):
         clipped_gradients(nn.Sequential(nn.Flatten()), images, labels, 1.0)
     with pytest.raises(UpdateError, match="image 1 is not finite"):

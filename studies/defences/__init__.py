@@ -1,0 +1,1 @@
+"""Defences that hold, and what they cost: accuracy, reconstruction, identification."""
