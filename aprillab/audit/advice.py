@@ -122,12 +122,12 @@ def introduction(found: Audit) -> str:
             "The update carries noise, which is what these attacks met with. Whether it holds against others, too, "
             "is said by its ε, and by no attack that failed."
         )
+    if best is not None and best.trust == "noise":
+        return "What came out is no better than plain grey. Below is what keeps it so, and what does not."
     if kind == "unclear":
         return "A picture came out that cannot be relied on, and a better one may: this is what a change has to end."
     if this is not None and this.attack is not None:
-        return (
-            f"No closed form read this update. By the count the {this.title} has it from {this.when} of one picture."
-        )
+        return f"No closed form read this update. By the count the {this.title} needs {this.when}, of the same image."
     return "No closed form read this update. Below is what keeps it so, and what to do about attacks that need none."
 
 
@@ -137,6 +137,8 @@ def reading(found: Audit) -> tuple[str, ...]:
     measured = ["a_round", "protections"] * bool(chapters)
     if found.anatomy.adapters or found.rounds > 1:
         chapters, measured = [*chapters, LESS], [*measured, "sharing_less"]
+    if found.anatomy.position not in found.update.gradients:
+        measured = [*measured, "effect", "rounding"]
     chapters += sorted({one.chapter for one in advice(found)} - set(chapters))
     return (*(f"notebooks/{name}.ipynb" for name in chapters), *(f"data/results/{name}.md" for name in measured))
 
@@ -147,7 +149,7 @@ def reading(found: Audit) -> tuple[str, ...]:
 def _zero_head(found: Audit) -> Iterator[Advice]:
     if found.sharing is not None and found.sharing.facts.zero_head:
         yield Advice(
-            "count on the head's zeros", "no", "none", LESS,
+            "count on the head's zeros", "no", "none", FEDERATION,
             "The model's head is zero, and passes no gradient down: this says nothing of other rounds. After the "
             "first step the head is zero no more. Audit that round; what to keep back can be counted then, too.",
         )  # fmt: skip
@@ -234,29 +236,29 @@ def _rows(found: Audit) -> dict[str, LeakRow]:
 
 
 def _by_count(found: Audit) -> bool:
-    """Whether no closed form is left of what is shared now, and none read it."""
+    """Whether no closed form is left of what is shared now, and none read it; rounding alone does not count."""
     this = _rows(found).get(THIS)
-    return this is not None and this.attack is None and situation(found) != "picture"
+    return this is not None and this.attack is None and situation(found) != "picture" and not _by_rounding(this)
+
+
+def _by_rounding(row: LeakRow) -> bool:
+    """Whether there are equations enough, and only float32 has too few digits for them."""
+    return any("in float32" in count.obstacle and count.rounds is not None for count in row.counts)
 
 
 def _keeping(found: Audit) -> Iterator[Advice]:
     """Where the counts leave nothing of what is shared now: leave it at that."""
-    if not _by_count(found) or found.sharing is None:
+    this = _rows(found).get(THIS)
+    if this is None or this.attack is not None or situation(found) == "picture" or found.sharing is None:
         return
-    this = _rows(found)[THIS]
     opened = [row for row in found.sharing.rows if row.kind == "combination" and row.attack is not None]
     more = "; ".join(f"{row.shared} ({row.title}, {row.when})" for row in opened[:2])
     words = f"What this update shares leaves no closed form: {this.why}."
     words += f" There would be one if more were shared: {more}." if more else ""
-    if by_rounding := "in float32" in this.why:
-        words += (
-            " It is rounding that stops the span attack here, and no lack of equations: from float64, and by a "
-            "search from its picture on, small pictures came out (chapter 07)."
-        )
-    yield Advice(
-        "go on sharing no more than this", "in part" if by_rounding else "yes", "none",
-        BROKEN if by_rounding else LESS, words + _what_is_left(this), by="count",
-    )  # fmt: skip
+    ends: Ends = "in part" if _by_rounding(this) else "yes"
+    chapter = BROKEN if _by_rounding(this) else LESS
+    words += _what_is_left(this)
+    yield Advice("go on sharing no more than this", ends, "none", chapter, words, by="count")
 
 
 def _withholding(found: Audit) -> Iterator[Advice]:
@@ -278,7 +280,9 @@ def _withholding(found: Audit) -> Iterator[Advice]:
         kept = tuple(name for name in rows[THIS].tensors if name not in row.tensors)
         cost = _share_of(found.update, kept)
         if choice == WITHOUT_POSITION:
-            cost = "−6.4 to +4.6 points on MNIST-5k, by the scale of the frozen values (chapter 06)"
+            cost = "accuracy: −6.4 to +4.6 points on MNIST-5k, by the scale of the frozen values (chapter 06)"
+        elif choice == WITHOUT_ATTENTION and found.anatomy.adapters:
+            change = f"{change}'s adapters"
         yield Advice(change, ends, cost, chapter, _of_row(row, ends, kept), by="count", tensors=kept)
         if ends == "yes":
             return
@@ -288,7 +292,9 @@ def _ends(found: Audit, row: LeakRow, this: LeakRow) -> Ends:
     """By the count: "in part" where it asks for more rounds than there are."""
     if row.rounds is None:
         # A picture came out where the counts see none, as from sinusoids in float64: this count is worth nothing.
-        return "no" if this.attack is None and row.why == this.why else "yes"
+        if this.attack is None and row.why == this.why and situation(found) == "picture":
+            return "no"
+        return "in part" if _by_rounding(row) else "yes"
     return "no" if row.rounds + row.silent_rounds <= found.rounds else "in part"
 
 
@@ -297,15 +303,22 @@ def _of_row(row: LeakRow, ends: Ends, kept: tuple[str, ...]) -> str:
     names = ", ".join(f"`{name}`" for name in kept[:6]) + (f", … ({len(kept)} in all)" if len(kept) > 6 else "")
     tensors = f"Tensors: {names}. " if names else ""
     if row.attack is None:
-        end = _what_is_left(row) if ends == "yes" else " And yet a picture came out."
+        end = " And yet a picture came out." if ends == "no" else _what_is_left(row)
         return f"{tensors}The count: {row.why}.{end}"
     title = row.title if row.attack == "april" else f"The {row.title}"
     rounds = "" if row.when == "one round" else f", and takes {row.when} with the same picture"
     return f"{tensors}{title} is left{rounds}: {row.why}."
 
 
+_ROUNDING = (
+    " It is rounding that stops the span attack here, and no lack of equations: from float64, and by a search "
+    "from its picture on, small pictures came out (chapter 07)."
+)
+
+
 def _what_is_left(row: LeakRow) -> str:
-    return f" An attacker is still given: {'; '.join(row.also)}." if row.also else ""
+    left = f" An attacker is still given: {'; '.join(row.also)}." if row.also else ""
+    return _ROUNDING * _by_rounding(row) + left
 
 
 def _share_of(update: ClientUpdate, names: tuple[str, ...]) -> str:

@@ -19,8 +19,8 @@ def noise_words(found: Audit) -> list[str]:
     bounds = " and ".join(f"{100 * success_bound(1 / _CANDIDATES, sigma):.0f} %" for sigma in sigmas)
     return [
         "Differential privacy: each client scales every image's own gradient down to a norm of at most C, adds them "
-        "up, and gives each entry normal noise of deviation σC, before anything leaves it. For one image more or less, "
-        f"δ = 1e-5 and one round: {_for_each(sigmas)}.",
+        "up, and gives each entry normal noise of deviation σC, before anything leaves it. For one image more or "
+        f"less, δ = 1e-5 and one round: {_for_each(sigmas)}.",
         *_over_rounds(found, sigmas),
         *_of_norm(found, sigmas),
         *_of_noise(found),
