@@ -97,7 +97,6 @@ def advice(found: Audit) -> tuple[Advice, ...]:
     no       more local steps, momentum, weight decay
     in part  more images in each step
     no       freeze or withhold the position embedding alone
-    no       freeze or withhold the first attention
     yes      freeze or withhold both embeddings
     in part  secure aggregation, under an honest server
     yes      freeze all but the head and LoRA of rank 8 on q, v
@@ -273,12 +272,12 @@ def _withholding(found: Audit) -> Iterator[Advice]:
         )  # fmt: skip
     if THIS not in rows or _by_count(found):
         return
-    for choice, (change, chapter) in _CHOICES.items():
-        if (row := rows.get(choice)) is None:
-            continue
+    kept_by = {choice: _kept(rows[THIS], rows[choice]) for choice in _CHOICES if choice in rows}
+    for choice, kept in sorted(kept_by.items(), key=lambda one: _share_of(found.update, one[1])):
+        change, chapter = _CHOICES[choice]
+        row = rows[choice]
         ends = _ends(found, row, rows[THIS])
-        kept = tuple(name for name in rows[THIS].tensors if name not in row.tensors)
-        cost = _share_of(found.update, kept)
+        cost = f"{_share_of(found.update, kept):.2g} % of the numbers are not trained together; accuracy not measured"
         if choice == WITHOUT_POSITION:
             cost = "accuracy: −6.4 to +4.6 points on MNIST-5k, by the scale of the frozen values (chapter 06)"
         elif choice == WITHOUT_ATTENTION and found.anatomy.adapters:
@@ -292,9 +291,10 @@ def _ends(found: Audit, row: LeakRow, this: LeakRow) -> Ends:
     """By the count: "in part" where it asks for more rounds than there are."""
     if row.rounds is None:
         # A picture came out where the counts see none, as from sinusoids in float64: this count is worth nothing.
-        if this.attack is None and row.why == this.why and situation(found) == "picture":
+        rounded = _by_rounding(row)
+        if this.attack is None and situation(found) == "picture" and (rounded or row.why == this.why):
             return "no"
-        return "in part" if _by_rounding(row) else "yes"
+        return "in part" if rounded else "yes"
     return "no" if row.rounds + row.silent_rounds <= found.rounds else "in part"
 
 
@@ -321,11 +321,15 @@ def _what_is_left(row: LeakRow) -> str:
     return _ROUNDING * _by_rounding(row) + left
 
 
-def _share_of(update: ClientUpdate, names: tuple[str, ...]) -> str:
-    """What is not trained together any more, as a share of the numbers in the update."""
+def _kept(this: LeakRow, row: LeakRow) -> tuple[str, ...]:
+    """The tensors that one choice leaves out of another."""
+    return tuple(name for name in this.tensors if name not in row.tensors)
+
+
+def _share_of(update: ClientUpdate, names: tuple[str, ...]) -> float:
+    """What is not trained together any more, in percent of the numbers in the update."""
     every = sum(g.numel() for g in update.gradients.values())
-    part = sum(update.gradients[name].numel() for name in names if name in update.gradients)
-    return f"{100 * part / every:.2g} % of the numbers are not trained together; accuracy not measured"
+    return 100 * sum(update.gradients[name].numel() for name in names) / every
 
 
 def _adapters(found: Audit) -> Iterator[Advice]:
@@ -344,13 +348,12 @@ def _head(found: Audit) -> Iterator[Advice]:
     rows = _rows(found)
     if (row := rows.get(HEAD_ALONE)) is None or row.attack is not None:
         return
-    kept = tuple(name for name in rows[THIS].tensors if name not in row.tensors)
     yield Advice(
         "share the head alone", "yes", "nothing below the head is trained", LESS,
         f"{row.why[0].upper()}{row.why[1:]}.{_what_is_left(row)} By the features of one image whoever had candidates "
         "told the right one of sixteen photographs, each time. A server that prepares the layers below has pictures "
         "from them, too (chapter 10).",
-        by="count", tensors=kept,
+        by="count", tensors=_kept(rows[THIS], row),
     )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def _run_recording(arguments: argparse.Namespace, out: Path) -> int:
     write_summary(audited, recording, out)
     worst = min(audited, key=lambda one: LEAKS.index(one.found.leak))
     if not arguments.quiet:
-        _print_advice(worst.found, f"the worst of them ({worst.client}, {worst.words})")
+        _print_advice(worst.found, f"the worst of them ({worst.client} in {worst.words})")
         print(f"\nwrote {out / 'summary.json'}, and a report for each line above\n\n{RESPONSIBLE_USE}")
     return _exit_code(worst.found, arguments.fail_on)
 

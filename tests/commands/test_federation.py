@@ -112,7 +112,7 @@ def test_every_client_in_every_round(run: Run, recording: Path, tmp_path: Path) 
         *(f"batch, round {i}: unclear" for i in (1, 2, 3)), "batch, rounds together: unclear",
         *(f"{name}, round {i}: exact" for name in ("momentum", "one-step") for i in (1, 2, 3)),
     ]  # fmt: skip
-    assert "what to do about the worst of them (momentum, round 1), by its cost" in out
+    assert "what to do about the worst of them (momentum in round 1), by its cost" in out
     assert "Adam, of two local steps or more in a round (chapter 09)" in out
     page = (tmp_path / "report/momentum/round-1/report.md").read_text(encoding="utf-8")
     section = page.partition("## What to do about it")[2]
