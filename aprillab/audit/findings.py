@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from ..anatomy import Anatomy
 from ..attacks.catalogue import Attack
 from ..attacks.labels import Labels
@@ -15,6 +17,8 @@ from ..preprocessing import Preprocessing
 from ..sharing import LeakMap
 from ..update import ClientUpdate
 from .words import NOTHING_APPLIES, VERDICTS, Leak, Trust
+
+_WORTH_A_WORD = 1e-5  # of noise
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,14 @@ class Finding:
     trust: Trust
 
 
+def noise_of(update: ClientUpdate, findings: Sequence[Finding]) -> float:
+    """By how much of what is summed those sums miss that must vanish; 0 where no attack measured it, or
+    where it is no more than the file's precision leaves.
+    """
+    noise = next((f.result.diagnostics["noise"] for f in findings if f.result is not None), 0.0)
+    return noise if noise > max(_WORTH_A_WORD, torch.finfo(update.dtype).eps) else 0.0
+
+
 @dataclass(frozen=True)
 class Audit:
     """Everything an audit found.
@@ -86,10 +98,16 @@ class Audit:
     pixels : Condition or None
         Whether the best picture fits the normalization that was assumed; None without a picture.
     sharing : LeakMap or None
-        What the model would give away if other tensors were shared, by counting.
+        What the model would give away if other tensors were shared, by counting; what could be left out
+        of this very update is asked of it too (``kind`` "asked").
     findings : tuple of Finding
     notes : tuple of str
         What limits the audit itself: half precision, several local steps, dropout.
+    rounds : int
+        Of this client, as far as the server is known to have them: those read together, or all of a
+        recording's.
+    recording : bool
+        Whether it is of what a federation's server recorded.
     """
 
     model: str
@@ -104,6 +122,8 @@ class Audit:
     notes: tuple[str, ...] = field(default=())
     pixels: Condition | None = None
     sharing: LeakMap | None = None
+    rounds: int = 1
+    recording: bool = False
 
     @property
     def applied(self) -> tuple[Finding, ...]:
@@ -123,6 +143,11 @@ class Audit:
     def best(self) -> Finding | None:
         """That of this audit."""
         return self.best_of(self.findings)
+
+    @property
+    def noise(self) -> float:
+        """That of the update, as :func:`noise_of` has it."""
+        return noise_of(self.update, self.findings)
 
     @property
     def batch_evidence(self) -> str:

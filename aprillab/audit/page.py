@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from ..attacks.result import Reconstruction
 from ..update import ClientUpdate
 from ..version import __version__
+from .advice import UNWRITTEN, Advice, advice, introduction, reading
 from .findings import Audit, Finding, Part
 from .words import NOT_SAFE, TRUST_WORDS
 
@@ -66,7 +67,7 @@ def markdown(found: Audit, source: Source | None = None) -> str:
         *notes,
         *_sharing_lines(found),
         "",
-        *_WHAT_TO_DO,
+        *_advice_lines(found),
         "",
         *_HOW_TO_READ,
         "",
@@ -76,26 +77,34 @@ def markdown(found: Audit, source: Source | None = None) -> str:
     return "\n".join(lines)
 
 
-_WHAT_TO_DO = (
-    "## What you can do",
+_AFTER_ADVICE = (
+    "*A guarantee* holds against every attacker, under its assumptions and with its number. *No closed form* says "
+    "that the attacks of this course have no equations left, for this model and one image: searches need none, "
+    "candidates can be told apart by what is left, and a server that prepares the model has other ways "
+    f"({UNWRITTEN}).",
     "",
-    "- **Do not rely on withholding or fixing the position embedding alone.** It stops the patch-embedding system "
-    "and APRIL's closed form. The span attack reads the first attention's gradients, with the patch embedding's "
-    "where they are shared, and the server knows the position embedding's values. Sinusoids resist it in float32, "
-    "until a search goes on from there.",
-    "- **Larger batches** turn what the closed forms return into mixtures. Searches have taken small batches of "
-    "small pictures apart: harder is not safe.",
-    "- **Secure aggregation** shows the server nothing but a sum over clients, a large batch in effect. It does not "
-    "help a client that is alone in a round, nor against a server that chooses the clients or changes the model.",
-    "- **Noise with clipping (differential privacy)** is the defence with a proof. It costs accuracy, and how much "
-    "noise is enough is told by its ε, not by an attack that fails.",
-    "- **Audit again** after each change, with several updates: a rare picture, a batch of one or the first round "
-    "may give away what others do not.",
-    "",
-    "In aprillab's repository, `notebooks/06_fixed_position_embedding.ipynb` and "
-    "`notebooks/07_breaking_the_defence.ipynb` derive this, and `data/results/effect.md` and "
-    "`data/results/rounding.md` have the measurements.",
+    "**Audit again** after each change, with several updates: a rare picture, a batch of one or the first round may "
+    "give away what others do not.",
 )
+
+
+def _advice_lines(found: Audit) -> list[str]:
+    """The section on what to do: a table in order of cost, then why."""
+    given = advice(found)
+    files = ", ".join(f"`{name}`" for name in reading(found))
+    return [
+        "## What to do about it", "", f"{introduction(found)} What costs least comes first.", "",
+        "| change | does it end it? | cost | chapter |", "|---|---|---|---|",
+        *(f"| {one.change} | {ends_words(one)} | {one.cost} | {one.chapter[:2]} |" for one in given), "",
+        *(line for one in given for line in _reasons(one)), "",
+        *_AFTER_ADVICE, "", f"In aprillab's repository: {files}.",
+    ]  # fmt: skip
+
+
+def _reasons(one: Advice) -> list[str]:
+    first, *more = one.words.splitlines()
+    return [f"- **{one.change[0].upper()}{one.change[1:]}.** {first}", *(f"  - {line}" for line in more)]
+
 
 _HOW_TO_READ = (
     "## How to read it",
@@ -237,6 +246,13 @@ def reason_words(finding: Finding) -> str:
         return finding.reason
     failed = [f"{c.name} fails ({c.text})" for c in finding.result.conditions if c.state == "contradicted"]
     return "; ".join(failed) or finding.reason.replace("; predicted PSNR inf dB", "")
+
+
+def ends_words(one: Advice) -> str:
+    """Whether a change ends what was found, and by what."""
+    if one.ends != "yes":
+        return one.ends
+    return {"guarantee": "yes, a guarantee", "count": "no closed form is left", "measurement": "yes"}[one.by]
 
 
 def state_words(found: Audit, part: Part) -> str:

@@ -20,6 +20,7 @@ from ..attacks.catalogue import CLOSED_FORMS
 from ..attacks.result import Reconstruction
 from ..sharing import LeakMap
 from ..version import __version__
+from .advice import advice
 from .findings import Audit, Finding
 from .page import Source, believed, dtype_name, markdown, picture_name, predicted_psnr, reason_words, state_words
 from .words import BELOW_PICTURE, TRUST_WORDS
@@ -52,6 +53,8 @@ def report(found: Audit, source: Source | None = None) -> dict[str, Any]:
             if found.pixels is None
             else {"state": found.pixels.state, "evidence": found.pixels.text, "numbers": found.pixels.numbers},
             "attacks": {finding.attack.name: _finding(finding) for finding in found.findings},
+            "what_to_do": [vars(one) for one in advice(found)],
+            "rounds": found.rounds,
             "if_less_were_shared": None if found.sharing is None else _sharing(found.sharing),
             "notes": found.notes,
         }

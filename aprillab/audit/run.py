@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..anatomy import Anatomy, Rows, dissect
 from ..attacks.catalogue import CLOSED_FORMS, Attack
@@ -29,14 +28,15 @@ from ..attacks.verify import EMBEDDING
 from ..preprocessing import Preprocessing
 from ..sharing import leak_map
 from ..update import ClientUpdate, Round, Updates, listed
-from .findings import Audit, Finding, Part
+from .choices import choices_of
+from .findings import Audit, Finding, Part, noise_of
+from .progress import Progress, steps
 from .words import Trust
 
 # Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to
 # 0.08 at 18 to 31 dB, above 0.15 below 16 dB. An unrelated picture misses by about the whole norm.
 _GOOD_REPLAY, _BAD_REPLAY = 0.01, 0.1
 _FORESEEN = ("rank(G) = n", MARGIN, REPLAY)  # conditions whose failure the predicted error allows for
-_WORTH_A_WORD = 1e-5  # of noise
 _LEVELS_SEEN = 70.0  # dB, from where whole levels of 8 bits can be told
 _CLOSE, _COARSE = 40.0, 20.0  # dB, predicted: too good for the eye; recognizable
 _GREY = 10.8  # dB, of plain grey for pixels that are anywhere in [0, 1]: 10 log₁₀ 12
@@ -52,6 +52,7 @@ def audit(
     loss: Loss | None = None,
     verify: bool = True,
     labels: Tensor | None = None,
+    progress: Progress = None,
 ) -> Audit:
     """Try every closed form on an update and say how much of what it shows is to be believed.
 
@@ -78,6 +79,9 @@ def audit(
         exact.
     labels : int64 Tensor of shape (1,), optional
         Where they are known and the head's gradient is not shared.
+    progress : bool, callable or None
+        True shows a bar with the step at hand, False shows nothing, None the bar on a terminal alone.
+        A function is given each step in words, as it begins.
 
     Returns
     -------
@@ -100,22 +104,29 @@ def audit(
     'This update gives the private picture away, exactly: patch-embedding system.'
     """
     check_told(anatomy, preprocessing, loss)
-    anatomy = anatomy or dissect(model)
-    preprocessing = preprocessing or anatomy.preprocessing
-    rounds = listed(update)
-    first = rounds[0].update if isinstance(rounds[0], Round) else rounds[0]
-    given, update = update, fit_update(model, first, anatomy)
-    options = {"preprocessing": preprocessing, "strict": strict, "loss": loss, "verify": verify, "labels": labels}
-    findings = []
-    progress = tqdm(CLOSED_FORMS.values(), desc="attacks", disable=None, leave=False)
-    for attack in progress:
-        progress.set_postfix_str(attack.name)
-        result, reason = _attempt(attack, model, given if len(rounds) > 1 else update, anatomy, options)
-        findings.append(
-            Finding(
-                attack, result, reason, _replayed(result), "none" if result is None else _trust(result, preprocessing)
-            )
-        )
+    with steps(progress, 2 + len(CLOSED_FORMS)) as step:
+        step("reading the update")
+        anatomy = anatomy or dissect(model)
+        preprocessing = preprocessing or anatomy.preprocessing
+        rounds = listed(update)
+        first = rounds[0].update if isinstance(rounds[0], Round) else rounds[0]
+        read = fit_update(model, first, anatomy)
+        options = {"preprocessing": preprocessing, "strict": strict, "loss": loss, "verify": verify, "labels": labels}
+        findings = []
+        for attack in CLOSED_FORMS.values():
+            step(attack.title + (", and a replay of the client with its picture" if verify else ""))
+            result, reason = _attempt(attack, model, update if len(rounds) > 1 else read, anatomy, options)
+            trust = "none" if result is None else _trust(result, preprocessing)
+            findings.append(Finding(attack, result, reason, _replayed(result), trust))
+        step("labels, and what other tensors would give away")
+        return _concluded(model, read, anatomy, preprocessing, findings, len(rounds))
+
+
+def _concluded(
+    model: nn.Module, update: ClientUpdate, anatomy: Anatomy, preprocessing: Preprocessing,
+    findings: Sequence[Finding], rounds: int,
+) -> Audit:  # fmt: skip
+    """The audit, once every attack was tried."""
     best = Audit.best_of(findings)
     one = one_image(anatomy, update)
     if best is not None and best.result is not None:
@@ -131,9 +142,10 @@ def audit(
         labels_reason=labels_reason,
         one_image=one,
         findings=tuple(findings),
-        notes=tuple(dict.fromkeys([*_of_rounds(len(rounds), findings), *_notes(model, update, anatomy, findings)])),
+        notes=tuple(dict.fromkeys([*_of_rounds(rounds, findings), *_notes(model, update, anatomy, findings)])),
         pixels=_pixels(best, preprocessing),
-        sharing=leak_map(model, anatomy=anatomy),
+        sharing=leak_map(model, anatomy=anatomy, shared=choices_of(model, anatomy, update)),
+        rounds=rounds,
     )
 
 
@@ -275,8 +287,7 @@ def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, findings: S
             f"The gradients came in {str(update.dtype).removeprefix('torch.')}, some three decimal digits: rounding "
             "alone limits what a closed form can show. A client that shares more digits shares more of its picture."
         )
-    noise = next((f.result.diagnostics["noise"] for f in findings if f.result is not None), 0.0)
-    if noise > _WORTH_A_WORD and torch.finfo(update.dtype).eps < noise:
+    if noise := noise_of(update, findings):
         notes.append(
             f"The update carries noise: sums that must vanish miss by {noise:.0e} of what is summed, as if it had "
             f"{max(-math.log2(noise), 0):.0f} bits. That, and not the file's precision, limits the pictures."

@@ -7,7 +7,8 @@ import hashlib
 import re
 import shlex
 import textwrap
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from torch import nn
 from ..anatomy import Anatomy, tensors_of
 from ..attacks.replay import Loss
 from ..attacks.result import Condition
+from ..audit.advice import advice
 from ..audit.findings import Audit, Finding
+from ..audit.noise_words import short_noise
 from ..audit.page import (
     Source,
     believed,
     dtype_name,
+    ends_words,
     images_words,
     normalization_words,
     picture_name,
@@ -71,25 +75,35 @@ def run(arguments: argparse.Namespace) -> int:
         preprocessing = _preprocessing(arguments.preprocessing, anatomy)
         loss = _loss(arguments, model, anatomy)
         _say_what(arguments, model, anatomy, preprocessing)
-        with nullcontext() if arguments.quiet else patience("still at it"):
+        with _steps(arguments) as step:
             try:
                 found = audit(
                     model, rounds, anatomy=anatomy, preprocessing=preprocessing, loss=loss, verify=arguments.verify,
-                    strict=arguments.strict,
+                    strict=arguments.strict, progress=step,
                 )  # fmt: skip
             except UpdateError as error:
                 raise _with_options(error) from error
-    found = _with_head_unnamed(found)
-    code = _exit_code(found, arguments.fail_on)
-    replaced = " (replaced)" if (folder / "report.json").exists() else ""
-    try:
-        write_audit(found, folder, source=_source(arguments, code))
-    except OSError as error:
-        raise CommandError(f"{folder}: cannot be written ({error.strerror or error})") from error
+            found = _with_head_unnamed(found)
+            code = _exit_code(found, arguments.fail_on)
+            replaced = " (replaced)" if (folder / "report.json").exists() else ""
+            step("drawing the report")
+            _write(found, folder, _source(arguments, code))
     print(textwrap.fill(found.verdict, 110))
     if not arguments.quiet:
         _print_audit(found, folder, replaced)
     return code
+
+
+def _steps(arguments: argparse.Namespace) -> AbstractContextManager[Callable[[str], None]]:
+    """What says on stderr which step it is at."""
+    return nullcontext(lambda _: None) if arguments.quiet else patience("still at it")
+
+
+def _write(found: Audit, folder: Path, source: Source) -> None:
+    try:
+        write_audit(found, folder, source=source)
+    except OSError as error:
+        raise CommandError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 def _run_recording(arguments: argparse.Namespace, out: Path) -> int:
@@ -113,18 +127,21 @@ def _run_recording(arguments: argparse.Namespace, out: Path) -> int:
         _say_what(arguments, model, anatomy, preprocessing)
         source = Source(command=shlex.join(arguments.words), model=arguments.model, loss=str(arguments.loss or ""))
         audited = []
-        for one in audit_replies(
-            recording, model, out, clients=arguments.client, rounds=arguments.round, options=options, source=source
-        ):
-            audited.append(one)
-            _print_shortened(f"{one.client}, {one.words}: {one.found.leak}. {one.found.verdict}", 0)
+        with _steps(arguments) as step:
+            for one in audit_replies(
+                recording, model, out, clients=arguments.client, rounds=arguments.round, options=options,
+                source=source, progress=step,
+            ):  # fmt: skip
+                audited.append(one)
+                _print_shortened(f"{one.client}, {one.words}: {one.found.leak}. {one.found.verdict}", 0)
     if not audited:
         raise CommandError(f"{arguments.recording}: no reply can be audited")
     write_summary(audited, recording, out)
-    worst = min((one.found for one in audited), key=lambda found: LEAKS.index(found.leak))
+    worst = min(audited, key=lambda one: LEAKS.index(one.found.leak))
     if not arguments.quiet:
+        _print_advice(worst.found, f"the worst of them ({worst.client} in {worst.words})")
         print(f"\nwrote {out / 'summary.json'}, and a report for each line above\n\n{RESPONSIBLE_USE}")
-    return _exit_code(worst, arguments.fail_on)
+    return _exit_code(worst.found, arguments.fail_on)
 
 
 # --- What is audited ----------------------------------------------------------------------------------------------
@@ -250,9 +267,10 @@ def _print_audit(found: Audit, folder: Path, replaced: str) -> None:
         _print_finding(finding, folder)
     if _HEAD_UNNAMED in found.notes:
         print(f"\n  {_HEAD_UNNAMED}")
+    _print_advice(found)
     count = len(found.notes)
     notes = f", {count} note{'s' * (count > 1)} on what limits this audit" if count else ""
-    print(f"\nwrote {folder / 'report.md'}{replaced}: reasons with their numbers{notes}, and what you can do;")
+    print(f"\nwrote {folder / 'report.md'}{replaced}: reasons with their numbers{notes};")
     print("report.json" + (" and overview.png" if found.applied else "") + f" beside it\n\n{RESPONSIBLE_USE}")
 
 
@@ -266,6 +284,15 @@ def _print_finding(finding: Finding, folder: Path) -> None:
     sure = "" if predicted is None or not believed(finding) else f", predicted {predicted:.1f} dB"
     print(f"\n  {title}: {finding.trust}{sure}, {folder / str(picture_name(finding))}")
     _print_shortened(f"{TRUST_WORDS[finding.trust].partition('. ')[0]}: {reason_words(finding)}", 4)
+
+
+def _print_advice(found: Audit, of: str = "it") -> None:
+    """A line for each change: whether it ends the finding, and its chapter."""
+    print(f"\n  what to do about {of}, by its cost; does a change end it?")
+    for one in advice(found):
+        print(f"    {ends_words(one):<23} {one.change} (chapter {one.chapter[:2]})")
+        if one.by == "guarantee":
+            print(f"    {'':<23} {short_noise()}, one round, δ = 1e-5")
 
 
 def _print_shortened(text: str, indent: int = 2) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_CODES = "Exit codes: 0 fine, 1 no attack applies, 2 bad input or usage, 130 interrupted."
@@ -32,23 +33,32 @@ def fail(message: str, code: int) -> int:
 
 
 @contextmanager
-def patience(words: str, every: float = 10.0) -> Iterator[None]:
-    """While something takes long, say so on stderr every so many seconds, unless that is a terminal,
-    where a bar does.
+def patience(words: str, every: float = 10.0) -> Iterator[Callable[[str], None]]:
+    """While something takes long, say so on stderr every so many seconds, unless that is a terminal.
+
+    Yields a function to be told each step as it begins: a terminal gets a line for it, and elsewhere it
+    is named with the seconds.
     """
-    done = threading.Event()
+    done, terminal, start = threading.Event(), sys.stderr.isatty(), time.monotonic()
+    at = ""
 
     def say() -> None:
         seconds = 0.0
         while not done.wait(every):
             seconds += every
-            note(f"{words}, {seconds:.0f} s")
+            note(f"{words}, {seconds:.0f} s{at}")
+
+    def step(name: str) -> None:
+        nonlocal at
+        at = f": {name}"
+        if terminal:
+            note(f"{time.monotonic() - start:3.0f} s  {name} …")
 
     thread = threading.Thread(target=say, daemon=True)
-    if not sys.stderr.isatty():
+    if not terminal:
         thread.start()
     try:
-        yield
+        yield step
     finally:
         done.set()
         if thread.is_alive():

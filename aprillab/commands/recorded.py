@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..audit.report import json_safe, write_audit
 from ..audit.run import audit
 from ..federation import LocalTraining, Recording, Reply
 from ..federation.local import KEYS
-from ..update import Round, UpdateError, state_of_round
+from ..update import Round, UpdateError, Updates, state_of_round
 from .messages import CommandError, note
 
 
@@ -54,6 +54,7 @@ def audit_replies(
     rounds: Collection[int] = (),
     options: Mapping[str, Any] | None = None,
     source: Source | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Iterator[Audited]:
     """Audit each reply by itself, and where none of a client's is exact, all of them together.
 
@@ -70,6 +71,8 @@ def audit_replies(
     options : mapping, optional
         Of :func:`~aprillab.audit.run.audit`.
     source : Source, optional
+    progress : callable, optional
+        Is given each step of each audit, in words.
 
     Raises
     ------
@@ -88,20 +91,26 @@ def audit_replies(
         if not clients or client in clients:
             replies = [r for r in recording.replies_of(client) if not rounds or r.round in rounds]
             place = out / places[client]
-            yield from _of_client(recording, model, replies, place, options or {}, source)
+            yield from _of_client(recording, model, replies, place, options or {}, source, progress)
 
 
 def _of_client(
     recording: Recording, model: nn.Module, replies: list[Reply], place: Path, options: Mapping[str, Any],
-    source: Source | None,
+    source: Source | None, progress: Callable[[str], None] | None,
 ) -> Iterator[Audited]:  # fmt: skip
     read: dict[int, Round] = {}
     exact = False
+
+    def audited(update: Updates, name: str) -> Audit:
+        steps = None if progress is None else lambda words: progress(f"{name}: {words}")
+        found = audit(model, update, progress=steps, **options)
+        return replace(found, rounds=len(replies), recording=True)
+
     for reply in replies:
         try:
             one = recording.round_of(reply)
             weights_of(model, reply.round, one)
-            found = audit(model, one.update, **options)
+            found = audited(one.update, f"{reply.client}, round {reply.round}")
         except UpdateError as error:
             note(f"left out: {error}")
             continue
@@ -112,7 +121,7 @@ def _of_client(
         yield Audited(reply.client, (reply.round,), found, folder)
     if len(read) > 1 and not exact:
         try:
-            found = audit(model, list(read.values()), **options)
+            found = audited(list(read.values()), f"{replies[0].client}, rounds together")
         except UpdateError as error:
             note(f"{replies[0].client}: its rounds are not read together: {error}")
             return

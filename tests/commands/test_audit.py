@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -383,15 +384,26 @@ def test_an_audit_can_be_filed(run: Run, tmp_path: Path) -> None:
         assert text in words
 
 
-def test_what_you_can_do_names_files_that_exist(run: Run, tmp_path: Path) -> None:
-    run()
+def test_what_to_do_is_printed_drawn_up_and_written_as_data(run: Run, tmp_path: Path) -> None:
+    _, out, _ = run()
     words = (tmp_path / "found/report.md").read_text(encoding="utf-8")
-    section = words.partition("## What you can do")[2].partition("\n## ")[0]
-    for text in ("span attack", "Larger batches", "Secure aggregation", "differential privacy", "Audit again"):
+    section = words.partition("## What to do about it")[2].partition("\n## ")[0]
+    facts = of_report(tmp_path)
+    assert len(facts["what_to_do"]) > 6
+    for one in facts["what_to_do"]:
+        assert f"| {one['change']} | " in section
+        assert one["words"].splitlines()[0] in section
+        assert f"{one['change']} (chapter {one['chapter'][:2]})" in out
+    for text in ("span attack", "Secure aggregation", "Differential privacy", "Audit again", "σ = 1.39 for ε = 3"):
         assert text in section
-    named = re.findall(r"`([^`]+/[^`]+)`", section)
-    assert len(named) == 4
-    assert all((ROOT / name).is_file() for name in named)
+    assert "σ = 0.60 for ε = 8 and σ = 1.39 for ε = 3" in out
+    assert re.search(r"no +freeze or withhold the position embedding alone \(chapter 07\)", out)
+    assert re.search(r"no closed form is left +freeze or withhold both embeddings \(chapter 10\)", out)
+    assert re.search(r"yes, a guarantee +clip each image's gradient and add noise \(chapter 11\)", out)
+    named = re.findall(r"`((?:notebooks|data)/[^`]+)`", section)
+    assert len(named) > 3
+    planned = "notebooks/11_defences_that_hold.ipynb"
+    assert all((ROOT / name).is_file() for name in named if name != planned)
 
 
 @pytest.mark.parametrize(
@@ -459,6 +471,43 @@ def test_an_audit_that_takes_long_says_that_it_lives(run: Run, monkeypatch: pyte
     assert err.count("aprillab: note: still at it, ") >= 3
     _, _, err = run("federated:build", "--quiet")
     assert err == ""
+
+
+STEPS = ["reading the update", "patch-embedding system", "APRIL's closed form", "span attack", "labels", "drawing"]
+
+
+def test_a_terminal_sees_each_step_as_it_begins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    run()
+    lines = [line for line in screen.getvalue().splitlines() if re.match(r"aprillab: note: +\d+ s  ", line)]
+    assert len(lines) == len(STEPS)
+    assert all(step in line for step, line in zip(STEPS, lines, strict=True))
+    assert "replay" in lines[1]
+    screen.truncate(0)
+    run("federated:build", "--no-verify")
+    assert "replay" not in screen.getvalue()
+    screen.truncate(0)
+    run("federated:build", "--quiet")
+    assert screen.getvalue().strip("\0") == ""
+
+
+def test_elsewhere_it_is_said_now_and_then_which_step_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: object, progress: Callable[[str], None], **options: object) -> Audit:
+        def step(words: str) -> None:
+            progress(words)
+            time.sleep(0.3 * words.startswith("span attack"))
+
+        return audit(*arguments, progress=step, **options)
+
+    monkeypatch.setattr(command, "audit", slow)
+    monkeypatch.setattr(command, "patience", partial(patience, every=0.1))
+    _, _, err = run()
+    assert re.search(r"note: still at it, \d+ s: span attack, and a replay", err)
+    assert "0 s  span attack" not in err
 
 
 def test_quiet_prints_the_verdict_alone(run: Run) -> None:

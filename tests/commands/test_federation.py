@@ -112,6 +112,12 @@ def test_every_client_in_every_round(run: Run, recording: Path, tmp_path: Path) 
         *(f"batch, round {i}: unclear" for i in (1, 2, 3)), "batch, rounds together: unclear",
         *(f"{name}, round {i}: exact" for name in ("momentum", "one-step") for i in (1, 2, 3)),
     ]  # fmt: skip
+    assert "what to do about the worst of them (momentum in round 1), by its cost" in out
+    assert "Adam, of two local steps or more in a round (chapter 09)" in out
+    page = (tmp_path / "report/momentum/round-1/report.md").read_text(encoding="utf-8")
+    section = page.partition("## What to do about it")[2]
+    assert "For the 3 rounds of 5 local steps of this client together: σ = 2.32 for ε = 8" in section
+    assert "repository: `notebooks/09_a_real_federation.ipynb`" in section
     code, out, _ = run(*words, "--client", "batch", "--round", 2, "--quiet")
     assert (code, out.count("\n")) == (1, 1)
     assert run(*words, "--client", "one-step", "--fail-on", "exact")[0] == 3
