@@ -159,14 +159,15 @@ def _bits(found: Audit) -> Iterator[Advice]:
     if kind not in ("picture", "unclear") and not (half and kind != "nothing"):
         return
     words = (
-        "Coarser numbers make a coarser picture. In chapter 06 the face stayed, in bfloat16, pruned and in 12 bits; "
-        "chapter 11 attacks them knowing how they were made. No number bounds what is left."
+        "Coarser numbers make a coarser picture. In half precision and in 8 bits it stays. In chapter 11, little "
+        "or nothing of a small picture is left of 2 bits, or of a hundredth of the entries, to attacks that know how "
+        "they were made; which of some candidates it was can still be told. No number bounds what is left."
     )
     if half:
         dtype = str(found.update.dtype).removeprefix("torch.")
         came = "and a picture came out all the same" if kind == "picture" else "which limits what came out"
         words = f"This update came in {dtype}, {came}. {words}"
-    yield Advice("half precision, quantization, pruning", "no", "none", HOLDS, words)
+    yield Advice("half precision, quantization, pruning", "in part", "none", HOLDS, words)
 
 
 def _steps(found: Audit) -> Iterator[Advice]:

@@ -7,8 +7,8 @@ handed in is left as it is, and names, shapes and devices stay:
     shared = to_precision(gaussian_noise(clip(update, 1.0), 1e-4, seed=0), torch.bfloat16)
 
 The others change a model in place and return it. Each says what it does *not* protect against.
-Chapter 06 measures them against attacks that do not know about them, chapter 07 against one that
-does; a defence holds when it has held against the second kind.
+Chapter 06 measures them against attacks that do not know about them, chapters 07 and 11 against
+some that do. A guarantee comes with clipping and noise alone: chapter 11, and ``aprillab.privacy``.
 """
 
 from .client import clip, gaussian_noise, prune, quantize, sign, to_precision, update_norm, withhold
