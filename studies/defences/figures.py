@@ -132,11 +132,9 @@ def accuracy_figure(found: list[Point], blind: float) -> Figure:
                        linestyle=":")  # fmt: skip
         _write(left, point, point.median)
         _write(right, point, point.named)
-    left.axvline(blind, color="0.5", linestyle=":", linewidth=1)
-    left.annotate("mean digit", (blind, 2), xytext=(4, 0), textcoords="offset points", fontsize=8, color="0.35")
-    left.axvline(al.EXACT_TO_8_BITS_DB, color="0.5", linestyle=":", linewidth=1)
-    left.annotate("exact to 8 bits", (al.EXACT_TO_8_BITS_DB, 2), xytext=(4, 0), textcoords="offset points", fontsize=8,
-                  color="0.35")  # fmt: skip
+    for x, words in ((blind, "mean digit"), (al.EXACT_TO_8_BITS_DB, "exact to 8 bits")):
+        left.axvline(x, color="0.5", linestyle=":", linewidth=1)
+        left.annotate(words, (x, 2), xytext=(4, 0), textcoords="offset points", fontsize=8, color="0.35")
     left.set(xlabel="PSNR of the best reconstruction in dB: median, line to the greatest", xlim=(0, 140))
     left.set(ylabel="test accuracy in %", ylim=(0, 100), title="can it be seen?")
     right.set(xlabel="named among a hundred by its gradient, % (one round)", xlim=(-4, 108), ylim=(0, 100))

@@ -52,13 +52,19 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         "blind_photographs": of(rows, world=PHOTOGRAPHS).blind.median(),
     }  # fmt: skip
     fields |= {name: bounds_table(folder, rows, world) for world, name in _BOUNDS.items()}
+    more, claims = said(rows)
+    return fields | more | _costs(folder), [*claims, _below_the_theorem(folder)]
+
+
+def said(rows: pd.DataFrame) -> Description:
+    """The numbers in the page's sentences, and its claims, but for those of theorems."""
+    fields: dict[str, Any] = {}
     claims: list[Claim] = []
     for part in (_noise, _cheap, _together):
         more, claimed = part(rows)
         fields |= more
         claims += claimed
-    more, claimed = _costs(folder)
-    return fields | more, [*claims, *claimed, _below_the_theorem(folder)]
+    return fields, claims
 
 
 def _share(rows: pd.DataFrame, way: str) -> float:
@@ -148,22 +154,22 @@ def _large(rows: pd.DataFrame) -> str:
     )
 
 
-def _costs(folder: Path) -> Description:
+def _costs(folder: Path) -> dict[str, str]:
     if not (folder / ACCURACY_FILE).is_file():
         words = "Not measured here yet: `python -m studies.defences --accuracy`."
-        return {"costs": words, "figure_words": ""}, []
+        return {"costs": words, "figure_words": ""}
     runs = read(folder / ACCURACY_FILE, accuracy.Row)
     intro = (
-        f"The ViT of the digits on MNIST-5k, {runs.seed.nunique()} seeds, mean accuracy and its 95 % interval. Measured with "
-        f"{made(folder / ACCURACY_FILE)}.\n\n"
+        f"The ViT of the digits on MNIST-5k, {runs.seed.nunique()} seeds, mean accuracy and its 95 % interval. "
+        f"Measured with {made(folder / ACCURACY_FILE)}.\n\n"
     )
-    return {"costs": intro + accuracy.summary(runs), "figure_words": _FIGURE_WORDS}, []
+    return {"costs": intro + accuracy.summary(runs), "figure_words": _FIGURE_WORDS}
 
 
 _FIGURE_WORDS = (
-    "Test accuracy of the digits' ViT under each defence, against what its update gives away: left the reconstruction, "
-    "at its median with a line to the victim seen best; right the share named among a hundred by gradients. The "
-    "attacker of the DP-SGD points is the one whom ε is promised against: it knows every other picture of the step, "
+    "Test accuracy of the digits' ViT under each defence, against what its update gives away: left the "
+    "reconstruction, at its median with a line to the victim seen best; right the share named among a hundred by "
+    "gradients. The attacker of the DP-SGD points is the one whom ε is promised against: it knows every other picture of the step, "
     "so that it has one clipped gradient with noise σC. Their ε counts the whole training; hollow, what no attacker "
     "can pass who sees all its rounds."
 )

@@ -28,9 +28,13 @@ FEW = 0.1  # share named below which a way of naming counts as stopped: chance i
 
 
 def grid_rows(folder: Path) -> pd.DataFrame:
-    """The grid; an update of which no attack made a picture counts as the blind guess, and names nobody."""
-    rows = read(folder / FILE, Row)
-    nothing = rows.psnr.isna()
+    """The grid's file, by :func:`with_blind_guesses`."""
+    return with_blind_guesses(read(folder / FILE, Row))
+
+
+def with_blind_guesses(rows: pd.DataFrame) -> pd.DataFrame:
+    """An update of which no attack made a picture counts as the blind guess, and names nobody by it."""
+    rows, nothing = rows.copy(), rows.psnr.isna()
     rows["shown"] = rows.psnr.where(~nothing, rows.blind)
     rows["rank_picture"] = rows.rank_picture.where(~nothing, 50.5)
     return rows
