@@ -169,7 +169,7 @@ def _costs(folder: Path) -> dict[str, str]:
 _FIGURE_WORDS = (
     "Test accuracy of the digits' ViT under each defence, against what its update gives away: left the "
     "reconstruction, at its median with a line to the victim seen best; right the share named among a hundred by "
-    "gradients. The attacker of the DP-SGD points is the one whom ε is promised against: it knows every other picture of the step, "
-    "so that it has one clipped gradient with noise σC. Their ε counts the whole training; hollow, what no attacker "
-    "can pass who sees all its rounds."
+    "gradients. The attacker of the DP-SGD points is the one whom ε is promised against: it knows every other "
+    "picture of the step, so that it has one clipped gradient with noise σC. Their ε counts the whole training; "
+    "hollow, what no attacker can pass who sees all its rounds."
 )

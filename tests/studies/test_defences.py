@@ -205,8 +205,9 @@ def made_up() -> pd.DataFrame:
         )
         far = 1.0 if psnr > 30 or (case.defence, case.strength) == (BATCH, 2.0) else 9.0
         gradients = 40.0 if case.defence == NOISE and case.strength >= 1 else 1.0
+        epsilon = 100.0 / case.strength if case.defence == NOISE else None
         return Row(
-            *case, victim="a 0", epsilon=100.0 / max(case.strength, 1e-9) if case.defence == NOISE else None, norm=1.0,
+            *case, victim="a 0", epsilon=epsilon, norm=1.0,
             attack=PLAIN, psnr=psnr, ssim=0.5, predicted=psnr, explained=0.9, oracle=psnr, oracle_attack=PLAIN,
             nearest=psnr, blind=11.5, rank_picture=far, rank_features=1.0, rank_gradients=gradients, seconds=0.1,
         )  # fmt: skip
@@ -227,7 +228,9 @@ def written(folder: Path, rows: pd.DataFrame, rate: float = 0.01) -> list[str]:
 def costs(folder: Path) -> pd.DataFrame:
     """An accuracy study's file."""
     runs = [
-        accuracy.Row("mnist5k", defence, strength, seed, 0.9 + 0.01 * seed, 3.0, 0.1, 0.1, 20, 1000, 1e-3, 1.0, sigma, 1.0)
+        accuracy.Row(
+            "mnist5k", defence, strength, seed, 0.9 + 0.01 * seed, 3.0, 0.1, 0.1, 20, 1000, 1e-3, 1.0, sigma, 1.0
+        )
         for seed in (0, 1)
         for defence, strength, sigma in (
             ("none", math.nan, 0.0), ("DP-SGD", 3.0, 5.0), ("DP-SGD", math.inf, 0.0), ("noise", 0.01, 0.01),
