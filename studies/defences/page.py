@@ -13,7 +13,7 @@ from .._rows import made, read
 from .._runner import Claim, Description, between
 from .._tables import markdown
 from . import accuracy
-from .bounds import MATCHING_FILE, Matching
+from .bounds import INFORMATION_FILE, MATCHING_FILE, Information, Matching
 from .clients import (
     ADAM,
     BATCH,
@@ -32,7 +32,7 @@ from .clients import (
 )  # fmt: skip
 from .figures import ACCURACY_FILE
 from .grid import FILE
-from .tables import WORLDS, beyond_pictures, bounds_table, by_defence, grid_rows, named, of
+from .tables import WORLDS, beyond_pictures, bounds_table, by_defence, decibels, grid_rows, named, of
 from .victims import DIGITS, LARGE, PHOTOGRAPHS
 
 _BOUNDS = dict(zip(WORLDS, ("bounds_digits", "bounds_trained", "bounds_photographs"), strict=True))
@@ -53,7 +53,14 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     }  # fmt: skip
     fields |= {name: bounds_table(folder, rows, world) for world, name in _BOUNDS.items()}
     more, claims = said(rows)
-    return fields | more | _costs(folder), [*claims, _below_the_theorem(folder)]
+    fields |= more | _costs(folder) | {"behind": _behind(folder, rows, 1e-8)}
+    later = _behind(folder, rows, 1e-4)
+    return fields, [
+        *claims,
+        _below_the_theorem(folder),
+        between("that much an attacker who used all gradients", fields["behind"], least=3),
+        between("At σ = 1e-4 and beyond what is reached lies above that line", later, most=0),
+    ]
 
 
 def said(rows: pd.DataFrame) -> Description:
@@ -101,7 +108,8 @@ def _cheap(rows: pd.DataFrame) -> Description:
     fields = {
         "pruned_picture": _share(ninety, "picture"), "pruned_99": _share(most, "picture"),
         "pruned_features": _share(most, "features"), "pruned_gradients": _share(most, "gradients"),
-        "dither_8": dithered.shown.median(), "dither_theory": -20 * math.log10(8 / 255 / 3**0.5),
+        "two_digits": _share(of(two, world=DIGITS), "picture"), "dither_8": dithered.shown.median(),
+        "dither_theory": -20 * math.log10(8 / 255 / 3**0.5),
     }  # fmt: skip
     return fields, [
         between("no attack of these minds", clipped.shown.min(), least=58.9),
@@ -109,7 +117,10 @@ def _cheap(rows: pd.DataFrame) -> Description:
         between("gradients name {pruned_features:.0f} and {pruned_gradients:.0f} %", fields["pruned_gradients"], 90),
         between("Half precision stops nothing", _share(half, "picture"), least=99),
         between("two bits the picture", two.shown.median() - two.blind.median(), most=1.0),
-        between("and no number of bits the name", _share(nearest, "gradients"), least=99),
+        between(
+            "Signs show more than two bits do", of(rows, defence=SIGN).ssim.median() - two.ssim.median(), least=0
+        ),
+        between("no number of bits the name", _share(nearest, "gradients"), least=99),
         between(
             "decibels are those of the dither alone", abs(dithered.shown.median() - fields["dither_theory"]), -1, 3
         ),
@@ -133,6 +144,14 @@ def _below_the_theorem(folder: Path) -> Claim:
     matching = read(folder / MATCHING_FILE, Matching)
     over = matching.rate - matching.bound
     return between("The simulated best attacker keeps below the theorem", over.max(), most=0.01)
+
+
+def _behind(folder: Path, rows: pd.DataFrame, sigma: float) -> float:
+    """Median decibels from Cramér and Rao's line to what was reached, of the digits that have one."""
+    information = read(folder / INFORMATION_FILE, Information).dropna(subset="cramer_rao")
+    noisy = of(rows, defence=NOISE, strength=sigma)
+    both = noisy.merge(information, on=["world", "when", "seed", "victim"])
+    return float((both.cramer_rao.map(lambda mse: decibels(mse * sigma**2)) - both.shown).median())
 
 
 def _large(rows: pd.DataFrame) -> str:

@@ -208,17 +208,18 @@ def made_up() -> pd.DataFrame:
         epsilon = 100.0 / case.strength if case.defence == NOISE else None
         return Row(
             *case, victim="a 0", epsilon=epsilon, norm=1.0,
-            attack=PLAIN, psnr=psnr, ssim=0.5, predicted=psnr, explained=0.9, oracle=psnr, oracle_attack=PLAIN,
+            attack=PLAIN, psnr=psnr, ssim=0.6 if case.defence == SIGN else 0.5, predicted=psnr,
+            explained=0.9, oracle=psnr, oracle_attack=PLAIN,
             nearest=psnr, blind=11.5, rank_picture=far, rank_features=1.0, rank_gradients=gradients, seconds=0.1,
         )  # fmt: skip
 
     return pd.DataFrame([asdict(one(Case(*world, *cell))) for world in SMALL_WORLDS for cell in cells(world)])
 
 
-def written(folder: Path, rows: pd.DataFrame, rate: float = 0.01) -> list[str]:
+def written(folder: Path, rows: pd.DataFrame, rate: float = 0.01, whole: float = 1e7) -> list[str]:
     """The files of a study, and the claims that they break."""
     rows.to_csv(folder / FILE, index=False)
-    information = [Information(*world, "a 0", 1.0, 100.0, 1.0, 50.0) for world in SMALL_WORLDS]
+    information = [Information(*world, "a 0", 1.0, 100.0, 1.0, whole) for world in SMALL_WORLDS]
     noise = [Matching(*world, s, rate, rate, rate, 0.02) for world in SMALL_WORLDS for s in STRENGTHS[NOISE]]
     for name, found in ((INFORMATION_FILE, information), (MATCHING_FILE, noise)):
         pd.DataFrame([asdict(one) for one in found]).to_csv(folder / name, index=False)
@@ -256,6 +257,7 @@ def costs(folder: Path) -> pd.DataFrame:
         (PRUNING, {"rank_gradients": 2.0}, "gradients name {pruned_features:.0f}"),
         ("bfloat16", {"rank_picture": 2.0}, "Half precision stops nothing"),
         (BITS, {"psnr": 30.0}, "two bits the picture"),
+        (SIGN, {"ssim": 0.1}, "Signs show more"),
         (BITS, {"rank_gradients": 2.0}, "no number of bits the name"),
         (DITHER, {"psnr": 90.0}, "of the dither alone"),
         (BATCH, {"rank_picture": 2.0}, "One picture of two"),
@@ -272,6 +274,11 @@ def test_every_claim_can_fail(defence: str, change: dict[str, float], phrase: st
 
 def test_a_rate_above_the_theorem_is_seen(tmp_path: Path) -> None:
     assert any("below the theorem" in phrase for phrase in written(tmp_path, made_up(), rate=0.5))
+
+
+@pytest.mark.parametrize(("whole", "phrase"), [(1e11, "that much"), (1.0, "lies above that line")])
+def test_lines_of_this_model_are_compared(tmp_path: Path, whole: float, phrase: str) -> None:
+    assert any(phrase in claimed for claimed in written(tmp_path, made_up(), whole=whole))
 
 
 def test_the_page_has_every_part(tmp_path: Path) -> None:
