@@ -41,7 +41,7 @@ from .stacked_patches import Equations
 
 _LEAST = 1e-3  # of σ²: γ where noise is all there is
 _CHANCE = 0.5  # deviations of a column's energy that noise may have by chance
-_PASSES, _STEPS, _SETTLED = 2, 60, 1e-4
+_PASSES, _STEPS, _SETTLED = 3, 60, 1e-4
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,14 @@ def most_natural(
     right = U.T @ (torch.cat([prior.modes(r.dW) for r in rounds]) - torch.outer(G.sum(0), x0)) / scale
     error, steps = prior.draw(generator), 0
     Y = torch.zeros_like(error)
-    for _ in range(_PASSES):
+    for another in range(_PASSES):
         noise = (_carried(x0 + scale * Y, scale * error, by_bias=all(r.by_bias for r in rounds)) / scale**2).sqrt()
         system = _Seen(s, Vt, noise, prior)
         Y, of_it = system.most_probable(right)
         error, of_another = system.error_of_another(generator)
         steps += of_it + of_another
+        if another < _PASSES - 1:
+            prior = prior.of_this_one(Y, error)
     return MostNatural(prior.pixels(Y), float(error.square().mean()), steps)
 
 

@@ -6,25 +6,27 @@ picture of H × W pixels in [0, 1], grey taken off, a coefficient has the varian
 
     S(f) = H W s / (f² + f₀²)^γ                                                       (11.1)
 
-and that of the mean has a spread of its own; colours go together with a correlation ρ. No picture is
-needed for it: s, f₀, γ and ρ are round numbers near the mean of the course's victims, chosen by hand
-on a few of them, so that what the prior gains on these is flattered; on others it was not measured.
+and that of the mean has a spread of its own; colours go together with a correlation ρ. The numbers are
+the most likely ones of four photographs that are none of the course's victims: china and flower of
+scikit-learn, motorcycle and moon of scikit-image (``tools/fit_natural_pictures.py``). Pictures differ
+from each other more than that: ten times in an octave of frequencies is common. So each octave has a
+factor, found from the update itself once a first estimate is there (:meth:`NaturalPictures.of_this_one`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...models import patchify, unpatchify
 
-_SCALE, _CORNER, _POWER = 0.0012, 2.0, 1.25  # s, f₀ and γ
-_COARSE = 0.01  # of the first cycles, more than the power says
-_OF_MEAN = 0.03  # variance of a picture's mean around grey
-_TOGETHER = 0.93  # ρ
+_SCALE, _CORNER, _POWER = 0.00195, 0.15, 1.18  # s, f₀ and γ
+_OF_MEAN = 0.017  # variance of a picture's mean around grey
+_TOGETHER = 0.85  # ρ
+_AS_BEFORE, _BY_CHANCE = 20.0, 3.0  # coefficients that speak for a factor of 1; and deviations of a draw's sum
 _LOW = 3  # modes of a patch with i + j below this: what neighbours share
 
 
@@ -51,9 +53,6 @@ class NaturalPictures:
     rows, columns : Tensor (H, H) and (W, W)
         From the modes of the patches in a line to the frequencies of the picture.
     spectrum : Tensor (H, W), S
-    drawn : Tensor (H, W)
-        That of the pictures by which an estimate is judged: with more in the first cycles, where (11.1)
-        has what most pictures have, and some have ten times as much.
     colours : Tensor (C, C)
         Their correlations.
     """
@@ -62,7 +61,6 @@ class NaturalPictures:
     rows: Tensor
     columns: Tensor
     spectrum: Tensor
-    drawn: Tensor
     colours: Tensor
 
     @classmethod
@@ -74,14 +72,13 @@ class NaturalPictures:
         f_y, f_x = (torch.arange(n, dtype=torch.float64) / 2 * side / n for n in size)
         f2 = f_y[:, None] ** 2 + f_x**2
         spectrum = side**2 * _SCALE / (f2 + _CORNER**2) ** _POWER
-        drawn = spectrum + side**2 * _COARSE / (f2 + 1) ** 3
-        spectrum[0, 0] = drawn[0, 0] = side**2 * _OF_MEAN
+        spectrum[0, 0] = side**2 * _OF_MEAN
         rows, columns = (
             cosines(n) @ torch.kron(torch.eye(n // m, dtype=torch.float64), cosines(m).T.contiguous())
             for n, m in zip(size, patch, strict=True)
         )
         colours = torch.full((channels, channels), _TOGETHER, dtype=torch.float64).fill_diagonal_(1.0)
-        return cls(patch, *(t.to(device) for t in (rows, columns, spectrum, drawn, colours)))
+        return cls(patch, *(t.to(device) for t in (rows, columns, spectrum, colours)))
 
     def modes(self, patches: Tensor) -> Tensor:
         """Cosine modes of patches (m, p) in the order (channel, y, x); their own inverse is :meth:`pixels`."""
@@ -112,10 +109,48 @@ class NaturalPictures:
         return self.of_frequencies(torch.einsum("ab,bij->aij", torch.linalg.inv(self.colours), f))
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Modes (n, p) of a picture to judge an estimate by."""
-        e = torch.randn((len(self.colours), *self._size), generator=generator, dtype=torch.float64).to(self.drawn)
+        """Modes (n, p) of a picture."""
+        e = torch.randn((len(self.colours), *self._size), generator=generator, dtype=torch.float64).to(self.spectrum)
         L = torch.linalg.cholesky(self.colours)
-        return self.of_frequencies(torch.einsum("ab,bij->aij", L, e) * self.drawn.sqrt())
+        return self.of_frequencies(torch.einsum("ab,bij->aij", L, e) * self.spectrum.sqrt())
+
+    def of_this_one(self, modes: Tensor, error: Tensor) -> NaturalPictures:
+        """The prior with a factor for each octave, such that this estimate is as likely as can be.
+
+        Of N coefficients whose energy over their variance is Q in the estimate, and E in a draw of its
+        error, N − E are seen, and the factor is Q / (N − E) (MacKay, Neural Computation 4, 1992), the
+        nearer to 1 the fewer these are.
+
+        Parameters
+        ----------
+        modes : Tensor (n, p)
+            Of the estimate.
+        error : Tensor (n, p)
+            One draw of what is expected of its error.
+        """
+        octave = self._octaves()
+        several = octave.new_ones(()).expand_as(octave).to(self.spectrum)
+        found, left, count = (
+            self.spectrum.new_zeros(int(octave.max()) + 1).index_add_(0, octave.flatten(), energy.flatten())
+            for energy in (self._energy(modes), self._energy(error), len(self.colours) * several)
+        )
+        doubt = _AS_BEFORE + _BY_CHANCE * (2 * count).sqrt()
+        factors = (found + doubt) / ((count - left).clamp_min(0.0) + doubt)
+        factors[0] = 1.0  # the mean's: one number tells nothing
+        return replace(self, spectrum=self.spectrum * factors[octave])
+
+    def _energy(self, modes: Tensor) -> Tensor:
+        """Of each frequency (H, W) over its variance, colours turned so that they are independent."""
+        f = self.frequencies(modes)
+        return torch.einsum("aij,ab,bij->ij", f, torch.linalg.inv(self.colours), f) / self.spectrum
+
+    def _octaves(self) -> Tensor:
+        """Of each frequency (H, W): 0 of the mean, 1 below a cycle a picture, 2 below two, …"""
+        (H, W), side = self._size, math.prod(self._size) ** 0.5
+        f_y, f_x = (torch.arange(n, device=self.spectrum.device) / 2 * side / n for n in (H, W))
+        octave = torch.hypot(f_y[:, None], f_x).clamp_min(0.5).log2().floor().long() + 2
+        octave[0, 0] = 0
+        return octave
 
     def of_a_patch(self) -> Tensor:
         """Variance (h, w) of a patch's modes, mean over the patches."""

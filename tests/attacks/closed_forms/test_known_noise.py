@@ -61,7 +61,6 @@ def test_variances_of_a_patch_and_between_patches_are_blocks_of_the_covariance()
 
 def test_draws_have_the_covariance():
     natural, generator = prior(1, (4, 4), (2, 2)), torch.Generator().manual_seed(0)
-    natural = dataclasses.replace(natural, spectrum=natural.drawn)
     draws = torch.stack([natural.draw(generator).flatten() for _ in range(10_000)])
     K = covariance(natural, 4, 4)
     assert float((draws.T @ draws / len(draws) - K).norm() / K.norm()) < 0.07
