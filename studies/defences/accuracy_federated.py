@@ -5,9 +5,9 @@ averages what it is sent and takes a step of AdamW, with the rates of :func:`apr
 Without a defence this *is* that training, up to rounding.
 
 The clients' gradients are computed together, tensor by tensor with a row for each client. So are the
-defences, and each client's result is what `aprillab.defenses` makes of its update alone, up to float32's rounding. Noise is the one
-exception: what the server averages holds the mean of n independent draws, which is distributed as one
-draw of 1/√n the deviation, and that is drawn.
+defences, and each client's result is what `aprillab.defenses` makes of its update alone, up to float32's
+rounding. Noise is the one exception: what the server averages holds the mean of n independent draws, which
+is distributed as one draw of 1/√n the deviation, and that is drawn.
 """
 
 from __future__ import annotations
