@@ -15,7 +15,7 @@ from aprillab.privacy import unbiased_mse_bound
 from .._rows import read
 from .._tables import markdown
 from .bounds import INFORMATION_FILE, MATCHING_FILE, Information, Matching
-from .clients import MEANINGS, NOISE, STRENGTHS
+from .clients import MEANINGS, NOISE, STRENGTHS, TOGETHER
 from .grid import FILE, Row
 from .victims import DIGITS, PHOTOGRAPHS, TRAINED, UNTRAINED
 
@@ -51,6 +51,12 @@ def of_world(rows: pd.DataFrame, world: tuple[str, str]) -> pd.DataFrame:
     return of(rows, world=world[0], when=world[1])
 
 
+def most_seen(rows: pd.DataFrame) -> float:
+    """The greatest PSNR of a victim, and in a batch or sum of any picture in it."""
+    together = rows.defence.isin(TOGETHER)
+    return float(rows.shown.where(~together, rows.nearest).max())
+
+
 def named(rows: pd.DataFrame, way: str) -> float:
     """Share of the victims that are named first of the gallery."""
     return float((rows[way] == 1).mean()) if len(rows) else math.nan
@@ -83,7 +89,7 @@ def _line(defence: str, strength: float, cell: pd.DataFrame, *, several: bool) -
         here = of_world(cell, world)
         if not len(here):
             continue
-        most, without = here.shown.max(), int(here.psnr.isna().sum())
+        most, without = most_seen(here), int(here.psnr.isna().sum())
         found[f"{name}: dB"] = f"{here.shown.median():.1f} ({most:.1f})" + (f", {without} none" if without else "")
         found[f"SSIM, {name}"] = f"{here.ssim.median():.2f}" if here.ssim.notna().any() else "–"
         found[f"named, {name}"] = " / ".join(f"{100 * named(here, way):.0f}" for way in WAYS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import aprillab as al
+from studies._rows import read
 from studies._runner import PAGES, page
 from studies.defences import accuracy, figures
 from studies.defences import page as described
@@ -313,9 +314,9 @@ def test_where_a_defence_ends_the_picture() -> None:
 
 def test_the_figure_has_a_point_for_what_both_studies_have(tmp_path: Path) -> None:
     written(tmp_path, made_up())
-    found = list(figures.points(grid_rows(tmp_path), costs(tmp_path)))
+    found = list(figures.points(grid_rows(tmp_path), costs(tmp_path), read(tmp_path / MATCHING_FILE, Matching)))
     assert [(point.defence, point.words) for point in found if point.defence in ("DP-SGD", "prune")] == [
-        ("DP-SGD", "ε = 3"), ("DP-SGD", "ε = ∞"), ("prune", "10 %"), ("prune", "0.1 %"),
+        ("DP-SGD", "ε = 3"), ("DP-SGD", "ε = ∞"), ("prune", "10 % kept"), ("prune", "0.1 % kept"),
     ]  # fmt: skip
     private = found[1]
     assert private.median == pytest.approx(11.0)
