@@ -156,7 +156,7 @@ def most_natural(
         steps += of_it + of_another
         if another < _PASSES - 1:
             prior = prior.of_this_one(Y, error)
-    return MostNatural(prior.pixels(Y), float(error.square().mean()), steps)
+    return MostNatural(prior.pixels(Y), prior.expected_error(Y, error), steps)
 
 
 # --- For the attack --------------------------------------------------------------------------------

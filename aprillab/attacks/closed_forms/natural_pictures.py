@@ -136,19 +136,30 @@ class NaturalPictures:
         error : Tensor (n, p)
             One draw of what is expected of its error.
         """
-        octave = self._octaves()
-        found, left, count = (
-            self.spectrum.new_zeros(int(octave.max()) + 1).index_add_(0, octave.flatten(), energy.flatten())
-            for energy in (
-                self.frequencies(modes).square() / self.spectrum,
-                self.frequencies(error).square() / self.spectrum,
-                torch.ones_like(self.spectrum),
-            )
-        )
+        octave, (found, left, count) = self._octaves(), self._by_octave(modes, error)
         doubt = _AS_BEFORE + _BY_CHANCE * (2 * count).sqrt()
         factors = (found + doubt) / ((count - left).clamp_min(0.0) + doubt)
         factors[:2] = 1.0  # those of the mean: one number tells nothing
         return replace(self, spectrum=self.spectrum * factors[octave])
+
+    def expected_error(self, modes: Tensor, error: Tensor) -> float:
+        """Mean square of a pixel's error, for an estimate and one draw of its error under this prior.
+
+        A draw has as much in the directions that no gradient shows as in others. Pictures have less there:
+        where they are flat, gradients are weak. So in each octave what is not seen counts by the energy
+        that the estimate has.
+        """
+        found, count = self._by_octave(modes)
+        share = ((found + _AS_BEFORE) / (count + _AS_BEFORE)).clamp_max(1.0)
+        squares = self.frequencies(error).square() * share[self._octaves()]
+        return float(squares.sum()) / modes.numel()
+
+    def _by_octave(self, *pictures: Tensor) -> tuple[Tensor, ...]:
+        """Energy over variance of some pictures' modes, and how many coefficients, by octave."""
+        octave = self._octaves()
+        energies = (*(self.frequencies(modes).square() / self.spectrum for modes in pictures), self.spectrum**0)
+        zero = self.spectrum.new_zeros(int(octave.max()) + 1)
+        return tuple(zero.index_add(0, octave.flatten(), energy.flatten()) for energy in energies)
 
     def _octaves(self) -> Tensor:
         """Of each coefficient (C, H, W), twice: 0 of the mean, 1 below a cycle a picture, 2 below two, …; and one
