@@ -55,9 +55,7 @@ def crops(picture: Image.Image, size: int, seed: int) -> Iterator[Tensor]:
 def transforms(size: int) -> list[list[Tensor]]:
     """Of each photograph's crops."""
     C = cosines(size)
-    return [
-        [C @ pixels @ C.T for pixels in crops(picture, size, seed)] for seed, picture in enumerate(photographs())
-    ]
+    return [[C @ pixels @ C.T for pixels in crops(picture, size, seed)] for seed, picture in enumerate(photographs())]
 
 
 def together(groups: list[list[Tensor]]) -> float:
