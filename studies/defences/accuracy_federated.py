@@ -5,9 +5,9 @@ averages what it is sent and takes a step of AdamW, with the rates of :func:`apr
 Without a defence this *is* that training, up to rounding.
 
 The clients' gradients are computed together, tensor by tensor with a row for each client. So are the
-defences, and each client's result is what `aprillab.defenses` makes of its update alone. Noise is the one
-exception: what the server averages holds the mean of n independent draws, which is distributed as one
-draw of 1/√n the deviation, and that is drawn.
+defences, and each client's result is what `aprillab.defenses` makes of its update alone, up to float32's
+rounding. Noise is the one exception: what the server averages holds the mean of n independent draws, which
+is distributed as one draw of 1/√n the deviation, and that is drawn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def client_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Gradie
 
 def norms(gradients: Gradients) -> Tensor:
     """L2 norm of each client's update, all tensors together: float64 of shape (clients,)."""
-    return torch.stack([g.double().flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+    lengths = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
+    return torch.stack(lengths).double().square().sum(0).sqrt()
 
 
 # --- Defences -----------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def untouched(gradients: Gradients) -> Gradients:
 def clipped(gradients: Gradients, clip: float) -> Gradients:
     """As :func:`aprillab.defenses.clip`, each client for itself."""
     factors = (clip / norms(gradients)).clamp(max=1)
-    return {name: (g.double() * _column(factors, g)).to(g.dtype) for name, g in gradients.items()}
+    return {name: g * _column(factors, g) for name, g in gradients.items()}
 
 
 def pruned(gradients: Gradients, keep: float) -> Gradients:
@@ -76,9 +77,10 @@ def quantized(gradients: Gradients, bits: int) -> Gradients:
     levels = 2 ** (bits - 1) - 1
 
     def rounded(g: Tensor) -> Tensor:
-        step = g.flatten(1).abs().amax(1).double() / levels
+        flat = g.flatten(1)
+        step = torch.maximum(flat.amax(1), -flat.amin(1)) / levels
         step = _column(torch.where(step > 0, step, 1.0), g)
-        return ((g.double() / step).round() * step).to(g.dtype)
+        return (g / step).round_().mul_(step)
 
     return {name: rounded(g) for name, g in gradients.items()}
 
@@ -94,8 +96,8 @@ def in_bfloat16(gradients: Gradients) -> Gradients:
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """A value for each client, in a shape that multiplies its gradient."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+    """A value for each client, in a shape and dtype that multiply its gradient."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 # --- Server -------------------------------------------------------------------------------------------------------

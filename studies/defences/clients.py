@@ -45,7 +45,7 @@ MEANINGS = {
 #: Few cells for the large model, which takes seconds an attack.
 LARGE_STRENGTHS: dict[str, tuple[float, ...]] = {
     NONE: (0.0,), NOISE: (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1), PRUNING: (90.0, 99.0), BFLOAT16: (16.0,),
-    BITS: (8.0, 4.0, 2.0),
+    BITS: (8.0, 4.0),
 }  # fmt: skip
 
 #: The attacker plays these, and finds the same numbers for the right picture.

@@ -1,10 +1,11 @@
-"""The figures: accuracy against what attackers reach, and the pictures themselves. The latter are played again."""
+"""The chapter's figure: accuracy against what attackers reach."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,30 +15,30 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from torch import Tensor
 
 import aprillab as al
 from aprillab import viz
 
 from .._rows import read
 from . import accuracy
-from .attackers import NothingFound, attacked
-from .clients import BATCH, BFLOAT16, BITS, NOISE, NONE, PRUNING, SIGN, Cell, seed_of, shared_by
-from .tables import grid_rows, named, of
-from .victims import DIGITS, EPOCHS, GALLERY, PHOTOGRAPHS, TRAINED, UNTRAINED, World, scene
+from .bounds import MATCHING_FILE, Matching
+from .clients import BATCH, BFLOAT16, BITS, NOISE, NONE, PRUNING, SIGN
+from .pictures import pictures_figure
+from .tables import grid_rows, most_seen, named, of
+from .victims import DIGITS, GALLERY
 
 ACCURACY_FILE = "defences_accuracy.csv"
 DP = "DP-SGD"
 #: Colour, marker and words of each defence of the accuracy study, and its name in the grid.
 LOOKS = {
     "none": ("black", "*", "none"),
-    DP: ("blue", "o", "DP-SGD: ε of the training"),
-    "noise": ("sky", "s", "noise on each update: σ"),
-    "prune": ("orange", "v", "pruning: % kept"),
-    "quantize": ("green", "D", "bits an entry"),
+    DP: ("blue", "o", "DP-SGD, ε of the training"),
+    "noise": ("sky", "s", "noise on each update"),
+    "prune": ("orange", "v", "pruning"),
+    "quantize": ("green", "D", "few bits"),
     "sign": ("red", "P", "signs"),
     "bfloat16": ("purple", "X", "bfloat16"),
-    "batch": ("yellow", "^", "pictures a batch"),
+    "batch": ("yellow", "^", "batches"),
 }
 _GRID = {
     "none": NONE, "noise": NOISE, "prune": PRUNING, "quantize": BITS, "sign": SIGN, "bfloat16": BFLOAT16,
@@ -59,19 +60,19 @@ class Point:
     words: str
 
 
-def points(rows: pd.DataFrame, costs: pd.DataFrame) -> Iterator[Point]:
+def points(rows: pd.DataFrame, costs: pd.DataFrame, matching: pd.DataFrame) -> Iterator[Point]:
     """A point for each defence and strength that both studies have; of the digits, at both moments."""
-    rows = of(rows, world=DIGITS)
+    rows, matching = of(rows, world=DIGITS), of(matching, world=DIGITS)
     for (defence, strength), runs in costs.groupby(["defence", "strength"], sort=False, dropna=False):
         share = 100 * float(runs.accuracy.mean())
         if defence == DP:
-            yield _private(strength, share, runs.iloc[0], rows)
+            yield _private(strength, share, runs.iloc[0], rows, matching)
             continue
         here = _cell_rows(rows, defence, strength)
         if len(here):
             rate = 100 * named(here, "rank_gradients")
             words = _words(defence, strength)
-            yield Point(defence, strength, share, here.shown.median(), here.shown.max(), rate, None, words)
+            yield Point(defence, strength, share, here.shown.median(), most_seen(here), rate, None, words)
 
 
 def _cell_rows(rows: pd.DataFrame, defence: str, strength: float) -> pd.DataFrame:
@@ -81,8 +82,11 @@ def _cell_rows(rows: pd.DataFrame, defence: str, strength: float) -> pd.DataFram
     return here[np.isclose(here.strength, wanted, rtol=1e-6, atol=1e-12)]
 
 
-def _private(epsilon: float, share: float, run: pd.Series, rows: pd.DataFrame) -> Point:
-    """DP-SGD before the attacker whom ε is promised against: it knows all other pictures of the step."""
+def _private(epsilon: float, share: float, run: pd.Series, rows: pd.DataFrame, matching: pd.DataFrame) -> Point:
+    """DP-SGD before the attacker whom ε is promised against: it knows all other pictures of the step.
+
+    Between the grid's σ straight lines are drawn, over their logarithms; the share named is the simulated one.
+    """
     sigma = float(run.noise_multiplier)
     words = "ε = ∞" if math.isinf(epsilon) else f"ε = {epsilon:g}"
     if not sigma > 0:
@@ -91,7 +95,7 @@ def _private(epsilon: float, share: float, run: pd.Series, rows: pd.DataFrame) -
     cells = of(rows, defence=NOISE).groupby("strength")
     found = {
         "median": cells.shown.median(), "most": cells.shown.max(),
-        "named": 100 * cells.rank_gradients.agg(lambda ranks: (ranks == 1).mean()),
+        "named": 100 * matching.groupby("sigma").rate.mean(),
     }  # fmt: skip
     at = {name: float(np.interp(math.log(sigma), np.log(each.index), each)) for name, each in found.items()}
     rate = float(run.batch) / _TRAINED_ON
@@ -105,44 +109,51 @@ _TRAINED_ON = 4000  # digits of MNIST-5k
 
 
 def _words(defence: str, strength: float) -> str:
-    if defence in ("none", "sign", "bfloat16"):
-        return ""
-    if defence == "prune":
-        return f"{100 * strength:g} %"
-    return f"{strength:g}"
+    words = {"noise": "σ = {:g}", "prune": "{:.3g} % kept", "quantize": "{:g} bits", "batch": "{:g} pictures"}
+    return words.get(defence, "").format(100 * strength if defence == "prune" else strength)
 
 
-# --- Accuracy against attacks -------------------------------------------------------------------------------------
+# --- The figure ---------------------------------------------------------------------------------------------------
+
+_TOP = 60.0  # dB, above which everything is drawn at one place
+_TURNS = (0, 1, 11, 2, 10, 6, 5, 7, 3, 9, 4, 8)  # twelfths of a circle, the most readable first
+_TICKS = (20, 40, 60, 70, 80, 85, 90, 92, 94, 96, 98)
 
 
 def accuracy_figure(found: list[Point], blind: float) -> Figure:
-    """Accuracy over the decibels, and over the share named."""
-    fig, axes = viz.figure(1, 2, size=(10.4, 5.2))
+    """Accuracy over the decibels, and over the share named. Errors are logarithmic."""
+    fig, axes = viz.figure(1, 2, size=(11.0, 6.0))
     left, right = axes[0]
-    for point in found:
-        look = _look(point.defence)
-        left.plot([point.median, point.most], [point.accuracy] * 2, color=look["color"], linewidth=1, alpha=0.6)
-        left.plot(point.median, point.accuracy, **look)
-        right.plot(point.named, point.accuracy, **look)
-        if point.promised is not None:
-            right.plot(
-                point.promised, point.accuracy, **look | {"fillstyle": "none", "markeredgecolor": look["color"]}
-            )
-            right.plot([point.named, point.promised], [point.accuracy] * 2, color=look["color"], linewidth=0.8,
-                       linestyle=":")  # fmt: skip
-        _write(left, point, point.median)
-        _write(right, point, point.named)
+    errors = [100 - point.accuracy for point in found]
+    for ax in (left, right):
+        ax.set(yscale="log", ylim=(max(errors) * 1.25, min(errors) / 1.35))
+        ticks = [tick for tick in _TICKS if min(errors) / 1.35 < 100 - tick < max(errors) * 1.25]
+        ax.set_yticks([100 - tick for tick in ticks], [f"{tick} %" for tick in ticks])
+        ax.minorticks_off()
+    left.set(xlabel="PSNR of the reconstruction in dB: median, line to the greatest", xlim=(2, _TOP + 3))
+    left.set_xticks(range(10, 61, 10), ["10", "20", "30", "40", "50", "60\nand more"])
+    left.set(ylabel="test accuracy", title="Can it be seen?")
     left.axvline(blind, color="0.5", linestyle=":", linewidth=1)
-    left.annotate("mean digit", (blind, 2), xytext=(4, 0), textcoords="offset points", fontsize=8, color="0.35")
-    left.axvline(al.EXACT_TO_8_BITS_DB, color="0.5", linestyle=":", linewidth=1)
-    left.annotate("exact to 8 bits", (al.EXACT_TO_8_BITS_DB, 2), xytext=(4, 0), textcoords="offset points", fontsize=8,
-                  color="0.35")  # fmt: skip
-    left.set(xlabel="PSNR of the best reconstruction in dB: median, line to the greatest", xlim=(0, 140))
-    left.set(ylabel="test accuracy in %", ylim=(0, 100), title="can it be seen?")
-    right.set(xlabel="named among a hundred by its gradient, % (one round)", xlim=(-4, 108), ylim=(0, 100))
-    right.set(title="can it be named?")
+    left.annotate("blind guess", (blind, 0.01), xycoords=("data", "axes fraction"), xytext=(4, 0),
+                  textcoords="offset points", fontsize=8, color="0.35")  # fmt: skip
+    right.set(xlabel="named among a hundred by its gradient, in %", xlim=(-14, 116), title="Can it be named?")
+    for point in found:
+        _draw(left, right, point)
+    _place(left, [(point, min(point.median, _TOP), min(point.most, _TOP)) for point in found])
+    _place(right, [(point, point.named, point.promised or point.named) for point in found])
     fig.legend(handles=_handles(found), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return fig
+
+
+def _draw(left: Axes, right: Axes, point: Point) -> None:
+    look, y = _look(point.defence), 100 - point.accuracy
+    colour, line = look["color"], {"linewidth": 1.2, "zorder": 1}
+    left.plot([min(point.median, _TOP), min(point.most, _TOP)], [y, y], color=colour, alpha=0.7, **line)
+    left.plot(min(point.median, _TOP), y, **look)
+    right.plot(point.named, y, **look)
+    if point.promised is not None:
+        right.plot([point.named, point.promised], [y, y], color=colour, linestyle=":", **line)
+        right.plot(point.promised, y, **look | {"fillstyle": "none", "markeredgecolor": colour})
 
 
 def _look(defence: str) -> dict[str, Any]:
@@ -154,11 +165,36 @@ def _look(defence: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write(ax: Axes, point: Point, x: float) -> None:
-    if point.words:
-        weight = "bold" if point.defence == DP else "normal"
-        ax.annotate(point.words, (x, point.accuracy), xytext=(5, 4), textcoords="offset points", fontsize=8,
-                    fontweight=weight)  # fmt: skip
+def _place(ax: Axes, marks: Sequence[tuple[Point, float, float]]) -> None:
+    """Write each point's words beside it and within the axes, where no other words, point or line lie.
+
+    A mark is a point, where it lies, and where its line ends.
+    """
+    ax.figure.draw_without_rendering()
+    scale = ax.figure.dpi / 72
+    spots = [[ax.transData.transform((x, 100 - point.accuracy)) / scale for x in ends] for point, *ends in marks]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for ends in spots for x, y in ends[:1]]
+    taken += [(min(x, end) - 1, y - 1, max(x, end) + 1, y + 1) for (x, y), (end, _) in spots]
+    (left, bottom), (right, top) = ax.bbox.get_points() / scale
+    for ((x, y), _), (point, at, _) in zip(spots, marks, strict=True):
+        wide, high = 4.7 * len(point.words) + 2, 9.0
+        for far, turn in itertools.product((9, 13, 18, 24, 32, 42, 55), _TURNS):
+            dx, dy = far * math.cos(math.pi * turn / 6), far * math.sin(math.pi * turn / 6)
+            low = x + dx - (wide if dx < -3 else 0 if dx > 3 else wide / 2), y + dy - high / 2
+            box = (*low, low[0] + wide, low[1] + high)
+            within = left < box[0] and box[2] < right + 10 and bottom < box[1] and box[3] < top
+            if within and not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        ax.annotate(
+            point.words, (at, 100 - point.accuracy), xytext=(low[0] - x, low[1] - y + 1.5), fontsize=8, color="0.1",
+            textcoords="offset points", fontweight="bold" if point.defence == DP else "normal",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.6"} if far > 13 and point.words else None,
+        )  # fmt: skip
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _handles(found: list[Point]) -> list[Line2D]:
@@ -166,50 +202,8 @@ def _handles(found: list[Point]) -> list[Line2D]:
     handles = [Line2D([], [], label=LOOKS[defence][2], **_look(defence)) for defence in used]
     if any(point.promised is not None for point in found):
         hollow = _look(DP) | {"fillstyle": "none", "markeredgecolor": viz.COLOURS["blue"]}
-        handles.append(Line2D([], [], label="DP-SGD: no attacker above, all rounds", **hollow))
+        handles.append(Line2D([], [], label="no attacker above, all rounds", **hollow))
     return handles
-
-
-# --- The pictures -------------------------------------------------------------------------------------------------
-
-_SHOWN = (
-    Cell(NONE, 0.0), Cell(NOISE, 1e-6), Cell(NOISE, 1e-5), Cell(NOISE, 1e-4), Cell(NOISE, 1e-3), Cell(NOISE, 1e-2),
-    Cell(PRUNING, 50.0), Cell(PRUNING, 90.0), Cell(PRUNING, 99.0), Cell(BITS, 8.0), Cell(BITS, 4.0), Cell(SIGN, 1.0),
-    Cell(BATCH, 2.0), Cell(BATCH, 8.0),
-)  # fmt: skip
-_LINES = ((World(DIGITS, TRAINED, 0), 3), (World(DIGITS, UNTRAINED, 0), 3), (World(PHOTOGRAPHS, UNTRAINED, 0), 0))
-
-
-def _title(cell: Cell) -> str:
-    if cell.defence == NOISE:
-        return f"σ = $10^{{{round(math.log10(cell.strength))}}}$"
-    words = {
-        NONE: "no defence", PRUNING: f"{cell.strength:g} % pruned", BITS: f"{cell.strength:g} bits", SIGN: "signs",
-        BATCH: f"batch of {cell.strength:g}",
-    }  # fmt: skip
-    return words[cell.defence]
-
-
-def pictures_figure(options: argparse.Namespace) -> Figure:
-    """One victim a line, a defence a column: what the attacker keeps, with its PSNR."""
-    epochs = 1 if options.quick else EPOCHS
-    fig, axes = viz.figure(len(_LINES), len(_SHOWN) + 1, size=(15.0, 4.1))
-    for number, (line, (world, victim)) in enumerate(zip(axes, _LINES, strict=True)):
-        stage = scene(world, options.checkpoints, GALLERY, epochs)
-        truth = stage.pixels[victim].double()
-        viz.draw(line[0], truth.float(), "the picture")
-        for ax, cell in zip(line[1:], _SHOWN, strict=True):
-            shared = shared_by(stage, cell, victim, seed_of(world, cell, victim))
-            try:
-                found: Tensor | None = attacked(stage, cell, shared, stage.labels[victim : victim + 1]).chosen.pixels
-            except NothingFound:
-                found = None
-            words = "" if number else f"{_title(cell)}\n"
-            psnr = "none" if found is None else f"{float(al.psnr(found, truth)):.0f} dB"
-            viz.draw(ax, truth.new_ones(truth.shape).float() if found is None else found.float(), words + psnr)
-        for ax in line:
-            ax.title.set_fontsize(9)
-    return fig
 
 
 def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
@@ -217,7 +211,8 @@ def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
     figures = {"defences_pictures.png": viz.to_png(pictures_figure(options), dpi=120)}
     if (folder / ACCURACY_FILE).is_file():
         rows = grid_rows(folder)
-        found = list(points(rows, read(folder / ACCURACY_FILE, accuracy.Row)))
+        costs, matching = read(folder / ACCURACY_FILE, accuracy.Row), read(folder / MATCHING_FILE, Matching)
+        found = list(points(rows, costs, matching))
         blind = float(of(rows, world=DIGITS).blind.median())
         figures["defences.png"] = viz.to_png(accuracy_figure(found, blind), dpi=150)
     return figures

@@ -42,13 +42,13 @@ def by_picture(pixels: Tensor, gallery: Tensor, right: int) -> float:
 def by_features(update: al.ClientUpdate, stage: Scene, features: Tensor, right: int) -> float:
     """By the cosine between what the head's gradient says that it read, and each picture's features (M, d).
 
-    ∂W = δ hᵀ and ∂b = δ for one picture: h is the first right singular vector of both side by side. The
-    greatest entry of δ is the label's, and negative. Of signs give the features' signs.
+    ∂W = δ hᵀ and ∂b = δ for one picture: h is the first right singular vector of both side by side. δ is
+    negative at the label, which is known, and there alone. Of signs give the features' signs.
     """
     weight = update.gradients[stage.anatomy.head_weight or ""].double()
     bias = update.gradients[stage.anatomy.head_bias or ""].double()
     U, _, Vt = torch.linalg.svd(torch.cat([weight, bias[:, None]], 1), full_matrices=False)
-    h = Vt[0, :-1] * -torch.sign(U[U[:, 0].abs().argmax(), 0])
+    h = Vt[0, :-1] * -torch.sign(U[stage.labels[right], 0])
     return rank_of(torch.nn.functional.cosine_similarity(features, h[None]), right)
 
 

@@ -13,7 +13,7 @@ from .._rows import made, read
 from .._runner import Claim, Description, between
 from .._tables import markdown
 from . import accuracy
-from .bounds import MATCHING_FILE, Matching
+from .bounds import INFORMATION_FILE, MATCHING_FILE, Information, Matching
 from .clients import (
     ADAM,
     BATCH,
@@ -32,7 +32,7 @@ from .clients import (
 )  # fmt: skip
 from .figures import ACCURACY_FILE
 from .grid import FILE
-from .tables import WORLDS, beyond_pictures, bounds_table, by_defence, grid_rows, named, of
+from .tables import WORLDS, beyond_pictures, bounds_table, by_defence, decibels, grid_rows, named, of
 from .victims import DIGITS, LARGE, PHOTOGRAPHS
 
 _BOUNDS = dict(zip(WORLDS, ("bounds_digits", "bounds_trained", "bounds_photographs"), strict=True))
@@ -52,13 +52,26 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         "blind_photographs": of(rows, world=PHOTOGRAPHS).blind.median(),
     }  # fmt: skip
     fields |= {name: bounds_table(folder, rows, world) for world, name in _BOUNDS.items()}
+    more, claims = said(rows)
+    fields |= more | _costs(folder) | {"behind": _behind(folder, rows, 1e-8)}
+    later = _behind(folder, rows, 1e-4)
+    return fields, [
+        *claims,
+        _below_the_theorem(folder),
+        between("that much an attacker who used all gradients", fields["behind"], least=3),
+        between("At σ = 1e-4 and beyond what is reached lies above that line", later, most=0),
+    ]
+
+
+def said(rows: pd.DataFrame) -> Description:
+    """The numbers in the page's sentences, and its claims, but for those of theorems."""
+    fields: dict[str, Any] = {}
     claims: list[Claim] = []
     for part in (_noise, _cheap, _together):
         more, claimed = part(rows)
         fields |= more
         claims += claimed
-    more, claimed = _costs(folder)
-    return fields | more, [*claims, *claimed, _below_the_theorem(folder)]
+    return fields, claims
 
 
 def _share(rows: pd.DataFrame, way: str) -> float:
@@ -95,7 +108,8 @@ def _cheap(rows: pd.DataFrame) -> Description:
     fields = {
         "pruned_picture": _share(ninety, "picture"), "pruned_99": _share(most, "picture"),
         "pruned_features": _share(most, "features"), "pruned_gradients": _share(most, "gradients"),
-        "dither_8": dithered.shown.median(), "dither_theory": -20 * math.log10(8 / 255 / 3**0.5),
+        "two_digits": _share(of(two, world=DIGITS), "picture"), "dither_8": dithered.shown.median(),
+        "dither_theory": -20 * math.log10(8 / 255 / 3**0.5),
     }  # fmt: skip
     return fields, [
         between("no attack of these minds", clipped.shown.min(), least=58.9),
@@ -103,7 +117,10 @@ def _cheap(rows: pd.DataFrame) -> Description:
         between("gradients name {pruned_features:.0f} and {pruned_gradients:.0f} %", fields["pruned_gradients"], 90),
         between("Half precision stops nothing", _share(half, "picture"), least=99),
         between("two bits the picture", two.shown.median() - two.blind.median(), most=1.0),
-        between("and no number of bits the name", _share(nearest, "gradients"), least=99),
+        between(
+            "Signs show more than two bits do", of(rows, defence=SIGN).ssim.median() - two.ssim.median(), least=0
+        ),
+        between("no number of bits the name", _share(nearest, "gradients"), least=99),
         between(
             "decibels are those of the dither alone", abs(dithered.shown.median() - fields["dither_theory"]), -1, 3
         ),
@@ -129,6 +146,14 @@ def _below_the_theorem(folder: Path) -> Claim:
     return between("The simulated best attacker keeps below the theorem", over.max(), most=0.01)
 
 
+def _behind(folder: Path, rows: pd.DataFrame, sigma: float) -> float:
+    """Median decibels from Cramér and Rao's line to what was reached, of the digits that have one."""
+    information = read(folder / INFORMATION_FILE, Information).dropna(subset="cramer_rao")
+    noisy = of(rows, defence=NOISE, strength=sigma)
+    both = noisy.merge(information, on=["world", "when", "seed", "victim"])
+    return float((both.cramer_rao.map(lambda mse: decibels(mse * sigma**2)) - both.shown).median())
+
+
 def _large(rows: pd.DataFrame) -> str:
     """The part on ViT-B/16, if it was measured."""
     rows = of(rows, world=LARGE)
@@ -148,22 +173,22 @@ def _large(rows: pd.DataFrame) -> str:
     )
 
 
-def _costs(folder: Path) -> Description:
+def _costs(folder: Path) -> dict[str, str]:
     if not (folder / ACCURACY_FILE).is_file():
         words = "Not measured here yet: `python -m studies.defences --accuracy`."
-        return {"costs": words, "figure_words": ""}, []
+        return {"costs": words, "figure_words": ""}
     runs = read(folder / ACCURACY_FILE, accuracy.Row)
     intro = (
-        f"The ViT of the digits on MNIST-5k, {runs.seed.nunique()} seeds, mean accuracy and its 95 % interval. Measured with "
-        f"{made(folder / ACCURACY_FILE)}.\n\n"
+        f"The ViT of the digits on MNIST-5k, {runs.seed.nunique()} seeds, mean accuracy and its 95 % interval. "
+        f"Measured with {made(folder / ACCURACY_FILE)}.\n\n"
     )
-    return {"costs": intro + accuracy.summary(runs), "figure_words": _FIGURE_WORDS}, []
+    return {"costs": intro + accuracy.summary(runs), "figure_words": _FIGURE_WORDS}
 
 
 _FIGURE_WORDS = (
-    "Test accuracy of the digits' ViT under each defence, against what its update gives away: left the reconstruction, "
-    "at its median with a line to the victim seen best; right the share named among a hundred by gradients. The "
-    "attacker of the DP-SGD points is the one whom ε is promised against: it knows every other picture of the step, "
-    "so that it has one clipped gradient with noise σC. Their ε counts the whole training; hollow, what no attacker "
-    "can pass who sees all its rounds."
+    "Test accuracy of the digits' ViT under each defence, against what its update gives away: left the "
+    "reconstruction, at its median with a line to the victim seen best; right the share named among a hundred by "
+    "gradients. The attacker of the DP-SGD points is the one whom ε is promised against: it knows every other "
+    "picture of the step, so that it has one clipped gradient with noise σC. Their ε counts the whole training; "
+    "hollow, what no attacker can pass who sees all its rounds."
 )

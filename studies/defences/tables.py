@@ -15,7 +15,7 @@ from aprillab.privacy import unbiased_mse_bound
 from .._rows import read
 from .._tables import markdown
 from .bounds import INFORMATION_FILE, MATCHING_FILE, Information, Matching
-from .clients import MEANINGS, NOISE, STRENGTHS
+from .clients import MEANINGS, NOISE, STRENGTHS, TOGETHER
 from .grid import FILE, Row
 from .victims import DIGITS, PHOTOGRAPHS, TRAINED, UNTRAINED
 
@@ -28,9 +28,13 @@ FEW = 0.1  # share named below which a way of naming counts as stopped: chance i
 
 
 def grid_rows(folder: Path) -> pd.DataFrame:
-    """The grid; an update of which no attack made a picture counts as the blind guess, and names nobody."""
-    rows = read(folder / FILE, Row)
-    nothing = rows.psnr.isna()
+    """The grid's file, by :func:`with_blind_guesses`."""
+    return with_blind_guesses(read(folder / FILE, Row))
+
+
+def with_blind_guesses(rows: pd.DataFrame) -> pd.DataFrame:
+    """An update of which no attack made a picture counts as the blind guess, and names nobody by it."""
+    rows, nothing = rows.copy(), rows.psnr.isna()
     rows["shown"] = rows.psnr.where(~nothing, rows.blind)
     rows["rank_picture"] = rows.rank_picture.where(~nothing, 50.5)
     return rows
@@ -45,6 +49,12 @@ def of(rows: pd.DataFrame, **chosen: Any) -> pd.DataFrame:
 
 def of_world(rows: pd.DataFrame, world: tuple[str, str]) -> pd.DataFrame:
     return of(rows, world=world[0], when=world[1])
+
+
+def most_seen(rows: pd.DataFrame) -> float:
+    """The greatest PSNR of a victim, and in a batch or sum of any picture in it."""
+    together = rows.defence.isin(TOGETHER)
+    return float(rows.shown.where(~together, rows.nearest).max())
 
 
 def named(rows: pd.DataFrame, way: str) -> float:
@@ -79,7 +89,7 @@ def _line(defence: str, strength: float, cell: pd.DataFrame, *, several: bool) -
         here = of_world(cell, world)
         if not len(here):
             continue
-        most, without = here.shown.max(), int(here.psnr.isna().sum())
+        most, without = most_seen(here), int(here.psnr.isna().sum())
         found[f"{name}: dB"] = f"{here.shown.median():.1f} ({most:.1f})" + (f", {without} none" if without else "")
         found[f"SSIM, {name}"] = f"{here.ssim.median():.2f}" if here.ssim.notna().any() else "–"
         found[f"named, {name}"] = " / ".join(f"{100 * named(here, way):.0f}" for way in WAYS)

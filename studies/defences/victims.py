@@ -131,11 +131,11 @@ def photographs(size: int, number: int) -> tuple[Tensor, list[str]]:
     """The course's photographs, then square pieces of them, each (3, size, size) and no two alike."""
     names = al.victims()
     found = [al.load_victim(name, size) for name in names]
+    large = [al.load_victim(name, 224) for name in names] if number > len(names) else []
     for side, place in itertools.product((112, 75, 56), range(9)):
         if len(found) >= number:
             break
-        for name in names:
-            whole = al.load_victim(name, 224)
+        for whole in large:
             y, x = ((224 - side) * step // 2 for step in divmod(place, 3))
             found.append(_shrunk(whole[:, y : y + side, x : x + side], size))
     return torch.stack(found[:number]), names

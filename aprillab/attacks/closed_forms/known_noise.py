@@ -13,9 +13,9 @@ expected of it, given g̃ and b̃, is
 which is unbiased where g̃ is not (regression calibration; Carroll et al., Measurement Error in
 Nonlinear Models, 2006).
 
-**Errors that the pixels carry.** What is left of ∂W̃ − ĜᵀX has, in mode m of the pixels, the variance
-σ²(1 + Σ_i x_im² − (Σ_i x_im)²/(n + 1)): much in the low frequencies of a patch, little in the high
-ones. It is computed for the picture as it becomes known.
+**Errors that the pixels carry.** With r = 1 + σ²/γ, what is left of ∂W̃ − ĜᵀX has, in a row with this r
+and mode m of the pixels, the variance σ²(1 + Σ_i x_im²/r − (Σ_i x_im)²/(r(r + n))): much in strong rows
+and in the low frequencies of a patch, little in others. It is computed for the picture as it becomes known.
 
 **A prior on pictures**, (11.1), in which neighbouring patches go together. The most probable picture is
 a linear system of n·p unknowns, solved by conjugate gradients; a second right side, of noise and a
@@ -41,7 +41,7 @@ from .stacked_patches import Equations
 
 _LEAST = 1e-3  # of σ²: γ where noise is all there is
 _CHANCE = 0.5  # deviations of a column's energy that noise may have by chance
-_PASSES, _STEPS, _SETTLED = 2, 60, 1e-4
+_PASSES, _STEPS, _SETTLED = 3, 60, 1e-4
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,24 @@ class Calibrated:
         What is expected of G.
     dW : Tensor (k, p)
         With noise of deviation 1.
+    ridge : Tensor (k,)
+        1 + σ²/γ: over it, what is left of an entry's noise in what is expected of it.
     by_bias : bool
         Whether b̃ was known.
     """
 
     G: Tensor
     dW: Tensor
+    ridge: Tensor
     by_bias: bool
+
+    def variance(self, X: Tensor, error: Tensor) -> Tensor:
+        """Of what is left of each equation (k, p), in units of σ², for a picture X up to ``error`` (n, p)."""
+        ridge = self.ridge[:, None]
+        carried = (X.square() + error.square()).sum(0) / ridge
+        if not self.by_bias:
+            return 1 + carried
+        return 1 + carried - (X.sum(0).square() + error.sum(0).square()) / (ridge * (ridge + len(X)))
 
 
 def calibrated(dW: Tensor, G: Tensor, bias: Tensor | None, sigma: float, *, centred: bool) -> Calibrated:
@@ -89,9 +100,9 @@ def calibrated(dW: Tensor, G: Tensor, bias: Tensor | None, sigma: float, *, cent
     dW, G, b, n = U.T @ dW / sigma, G @ U / sigma, b @ U / sigma, len(G)
     ridge = 1 + 1 / (G.square().mean(0) - 1 - _CHANCE * (2 / n) ** 0.5).clamp_min(_LEAST)
     if bias is None:
-        return Calibrated(G / ridge, dW, False)
+        return Calibrated(G / ridge, dW, ridge, False)
     seen = G + b
-    return Calibrated((seen - seen.sum(0) / (ridge + n)) / ridge, dW, True)
+    return Calibrated((seen - seen.sum(0) / (ridge + n)) / ridge, dW, ridge, True)
 
 
 @dataclass(frozen=True)
@@ -127,19 +138,25 @@ def most_natural(
     seed : int
         Of the draws that the prediction is made of.
     """
-    G, x0 = torch.cat([r.G for r in rounds], 1), prior.modes(grey[None])[0]
-    U, s, Vt = thin_svd(G.T)
+    G = torch.cat([r.G for r in rounds], 1)
     generator = torch.Generator().manual_seed(seed)
-    right = U.T @ (torch.cat([prior.modes(r.dW) for r in rounds]) - torch.outer(G.sum(0), x0)) / scale
+    B = prior.modes((torch.cat([r.dW for r in rounds]) - torch.outer(G.sum(0), grey)) / scale)
+    per_mode = prior.of_modes(1 / scale).sqrt()
     error, steps = prior.draw(generator), 0
     Y = torch.zeros_like(error)
-    for _ in range(_PASSES):
-        noise = (_carried(x0 + scale * Y, scale * error, by_bias=all(r.by_bias for r in rounds)) / scale**2).sqrt()
-        system = _Seen(s, Vt, noise, prior)
+    for another in range(_PASSES):
+        X, doubt = prior.modes(grey + scale * prior.pixels(Y)), prior.modes(scale * prior.pixels(error))
+        variance = torch.cat([r.variance(X, doubt) for r in rounds])
+        of_row, of_mode = _by_rows_and_modes(variance, G.square().sum(0))
+        U, s, Vt = thin_svd((G / of_row).T)
+        right = U.T @ (B / of_row[:, None])
+        system = _Seen(s, Vt, of_mode * per_mode, prior)
         Y, of_it = system.most_probable(right)
         error, of_another = system.error_of_another(generator)
         steps += of_it + of_another
-    return MostNatural(prior.pixels(Y), float(error.square().mean()), steps)
+        if another < _PASSES - 1:
+            prior = prior.of_this_one(Y, error)
+    return MostNatural(prior.pixels(Y), prior.expected_error(Y, error), steps)
 
 
 # --- For the attack --------------------------------------------------------------------------------
@@ -208,13 +225,14 @@ def refuse_noise(attack: str, noise: float | None, why: str) -> None:
         raise AttackNotApplicable(attack, f"{why}: noise={noise:g} is not what its tokens' rows have. Leave it out")
 
 
-def _carried(X: Tensor, error: Tensor, *, by_bias: bool) -> Tensor:
-    """Variance (p,) of what is left of an equation, in each mode, in units of σ²."""
-    n = len(X)
-    squares = X.square().sum(0) + error.square().sum(0)
-    if not by_bias:
-        return 1 + squares
-    return 1 + squares - (X.sum(0).square() + error.sum(0).square()) / (n + 1)
+def _by_rows_and_modes(variance: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviations of equations (k, p), as the product of one of each row and one of each mode that is nearest
+    to them, rows counting by their ``energy`` (k,).
+    """
+    log = variance.log() / 2
+    share = energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    rows = log.mean(1)
+    return rows.exp(), (share @ (log - rows[:, None]) + (1 - share.sum()) * log.mean(0)).exp()
 
 
 class _Seen:
@@ -230,19 +248,19 @@ class _Seen:
 
     def __init__(self, s: Tensor, Vt: Tensor, noise: Tensor, prior: NaturalPictures) -> None:
         self.s, self.V, self.noise, self.prior = s[:, None], Vt.T, noise, prior
-        self.shape = (len(prior.colours), *prior.patch)
-        variance = (prior.colours.diagonal()[:, None, None] * prior.of_a_patch()).flatten()
+        variance = prior.of_a_patch()
+        self.shape, variance = variance.shape, variance.flatten()
         self.known = 1 + self.s**2 * variance / noise**2
         self.variance = variance
         one, weight = torch.eye(len(s)).to(s), (1 / noise**2).reshape(self.shape)
         self.first, self.second = {}, {}
         for mode, K in prior.shared_modes().items():
-            turned = Vt @ K @ Vt.T
-            inverse = torch.linalg.inv(torch.stack([one + w[mode] * s[:, None] * turned * s for w in weight]))
+            turned, w = Vt @ K @ Vt.T, weight[(slice(None), *mode)][:, None, None]
+            inverse = torch.linalg.inv(one + w * s[:, None] * turned * s)
             self.first[mode] = inverse
             # (Λ + K⁻¹)⁻¹ = K − K L (I + L K L)⁻¹ L K, with Λ = L² of these modes
             along = turned * s
-            self.second[mode] = turned - weight[(slice(None), *mode)][:, None, None] * (along @ inverse @ along.T)
+            self.second[mode] = turned - w * (along @ inverse @ along.mT)
 
     def most_probable(self, seen: Tensor) -> tuple[Tensor, int]:
         """Y (n, p) of ``seen`` (n, p), and the steps that it took."""

@@ -34,6 +34,7 @@ from ..result import AttackNotApplicable, Condition, Reconstruction, State, marg
 from ..rounds import Left, RoundRead, agreeing
 from ..verify import verified
 from .inputs import grey_patches, pixel_variance, refuse_rows, refuse_zero, shared_gradients
+from .uncertain_patches import natural_patches_of
 
 _ITERATIONS, _BY_THEMSELVES = 12, 2  # the first ones weigh by the errors as they are told
 _LEAST_SPREAD = 1e-4  # of the pixels' variance: what patches of a nearly flat picture differ by
@@ -49,6 +50,7 @@ _TOLD = 0.3  # errors are told entry by entry: three times what they explain is 
 _AS_TOLD = 3.0  # times the variances that were told; measured: 0.3 to 1 in float32, 5 to 200 under bfloat16 autocast
 _FALSE = 10.0  # times the variances that were told: those are not what is left
 _TYPICAL_FOR_RESIDUAL = 10.0  # dB: what a picture that leaves so much then has, measured over steps of Adam, 2 to 20
+_SHARP_DB = 40.0  # beyond this, a prior on pictures adds nothing
 _ALL_BUT = 0.5  # of a patch may be unknown
 
 
@@ -249,6 +251,10 @@ def weighted_closed_form(
     if strict and n > len(kept) * d:
         refuse_rows(name, n, d, len(kept), equations=d - anatomy.ignores_mean)
     found = most_probable_weighted(system, prior)
+    if _expects_more(found, agreed.kept, preprocessing):
+        updates = [r.reading.update for r in agreed.kept]
+        X, mse = natural_patches_of(updates, anatomy, preprocessing, found.X)
+        found = replace(found, X=X, mse=mse)
     update, steps = agreed.kept[0].reading.update, max(r.reading.update.local_steps for r in agreed.kept)
     one = one_image(anatomy, update, noise=_explained(system, found), system=_evidence(system, found, kept, anatomy))
     predicted = predicted_psnr(found.mse, preprocessing)
@@ -327,6 +333,12 @@ def _evidence(system: Weighted, found: WeightedPatches, kept: Sequence[Weighted]
     over = f" over {len(kept)} rounds" if len(kept) > 1 else ""
     words = f"∂W_e = GᵀX{over}, each equation by its error,"
     return System(words, _relative(system, found), max(of - len(system.G), 0), of, _TOLD)
+
+
+def _expects_more(found: WeightedPatches, kept: Sequence[RoundRead], preprocessing: Preprocessing) -> bool:
+    """Whether to expect a natural picture: where a defence left the errors, not a step undone, and much is open."""
+    told = all(r.reading.update.eps is None for r in kept)
+    return told and predicted_psnr(found.mse, preprocessing) < _SHARP_DB
 
 
 def _all_known(found: WeightedPatches, n: int) -> Condition:

@@ -40,7 +40,8 @@ def test_modes_of_patches_and_frequencies_are_turned_back():
 def test_frequencies_are_those_of_the_whole_picture():
     natural, picture = prior(), normal(3, 12, 8)
     expected = cosines(12) @ picture @ cosines(8).T
-    found = natural.frequencies(natural.modes(al.patchify(picture[None], 4)[0]))
+    turned = natural.frequencies(natural.modes(al.patchify(picture[None], 4)[0]))
+    found = torch.einsum("ac,aij->cij", natural.turn, turned)
     torch.testing.assert_close(found, expected)
 
 
@@ -53,15 +54,16 @@ def test_variances_of_a_patch_and_between_patches_are_blocks_of_the_covariance()
     natural = prior()
     K = covariance(natural, 6, 48).reshape(6, 48, 6, 48)
     torch.testing.assert_close(
-        natural.of_a_patch().flatten(), torch.stack([K[i, :16, i, :16].diagonal() for i in range(6)]).mean(0)
+        natural.of_a_patch().flatten(), torch.stack([K[i, :, i, :].diagonal() for i in range(6)]).mean(0)
     )
     for (i, j), between in natural.shared_modes().items():
-        torch.testing.assert_close(between, K[:, 4 * i + j, :, 4 * i + j])
+        for colour in range(3):
+            entry = 16 * colour + 4 * i + j
+            torch.testing.assert_close(between[colour], K[:, entry, :, entry])
 
 
 def test_draws_have_the_covariance():
     natural, generator = prior(1, (4, 4), (2, 2)), torch.Generator().manual_seed(0)
-    natural = dataclasses.replace(natural, spectrum=natural.drawn)
     draws = torch.stack([natural.draw(generator).flatten() for _ in range(10_000)])
     K = covariance(natural, 4, 4)
     assert float((draws.T @ draws / len(draws) - K).norm() / K.norm()) < 0.07
@@ -107,7 +109,7 @@ def test_the_picture_solves_the_normal_equations(size, by_bias):
     n, p, k = 6, 48, 20
     natural, G, ones = prior(), normal(n, k) * size, torch.ones(48).double()
     pixels = natural.pixels(natural.draw(torch.Generator().manual_seed(3)))
-    systems = [Calibrated(G, G.T @ pixels + normal(k, p, seed=2), by_bias)]
+    systems = [Calibrated(G, G.T @ pixels + normal(k, p, seed=2), torch.ones(k).double(), by_bias)]
     found = most_natural(systems, natural, 0 * ones, ones)
     again = most_natural([*systems], natural, 0 * ones, ones)
     torch.testing.assert_close(found.patches, again.patches)
@@ -117,7 +119,7 @@ def test_the_picture_solves_the_normal_equations(size, by_bias):
 
 def test_where_nothing_is_seen_the_picture_is_grey_and_the_error_the_priors():
     natural, ones = prior(3, (32, 32), (8, 8)), torch.ones(192).double()
-    nothing = Calibrated(torch.zeros(16, 20).double(), normal(20, 192), True)
+    nothing = Calibrated(torch.zeros(16, 20).double(), normal(20, 192), torch.ones(20).double(), True)
     found = most_natural([nothing], natural, 0 * ones, ones)
     assert float(found.patches.abs().max()) < 1e-9
     assert 0.01 < found.mse < 0.2
