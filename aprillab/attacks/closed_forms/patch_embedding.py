@@ -317,7 +317,8 @@ def embedding_closed_form(
         preprocessing=preprocessing,
         start=start,
     )  # fmt: skip
-    return verified(result, model, agreed.kept, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+    played = [replace(r, reading=replace(r.reading, sigma=noise or 0.0)) for r in agreed.kept]
+    return verified(result, model, played, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
 
 
 # --- Check, solve ---------------------------------------------------------------------------------
