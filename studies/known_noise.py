@@ -40,8 +40,7 @@ class Study:
     model: str = "vit_b_16"
     noises: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
     victims: tuple[tuple[str, int], ...] = (
-        ("astronaut", 0), ("rocket", 0), ("cell", 0), ("grass", 0), ("coffee", 1), ("chelsea", 1), ("camera", 1),
-        ("retina", 1),
+        ("astronaut", 0), ("rocket", 0), ("cell", 0), ("grass", 0), ("coffee", 1), ("chelsea", 1),
     )  # fmt: skip
 
 
