@@ -1,4 +1,5 @@
-"""The patch-embedding system where each entry has an error of its own, as once Adam's step is undone.
+"""The patch-embedding system where each entry has an error of its own, as once Adam's step is undone,
+or as a known defence leaves it (then ``uncertain_patches.py`` goes on where much is open).
 
     Gᵀ X = ∂l/∂W_e        with errors σ_W of the right side's entries, and σ_G of those of G.
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from ...anatomy import Anatomy
 from ...preprocessing import Preprocessing
-from ...update import error_scale
+from ...update import ClientUpdate, error_scale
 from ..evidence import System, one_image
 from ..labels import labels_or_none
 from ..replay import Loss
@@ -50,7 +51,7 @@ _TOLD = 0.3  # errors are told entry by entry: three times what they explain is 
 _AS_TOLD = 3.0  # times the variances that were told; measured: 0.3 to 1 in float32, 5 to 200 under bfloat16 autocast
 _FALSE = 10.0  # times the variances that were told: those are not what is left
 _TYPICAL_FOR_RESIDUAL = 10.0  # dB: what a picture that leaves so much then has, measured over steps of Adam, 2 to 20
-_SHARP_DB = 40.0  # beyond this, a prior on pictures adds nothing
+_SHARP, _NOISY = 1e-3, 0.03  # of the pixels' variance; of an entry of G: beyond, natural pictures are expected
 _ALL_BUT = 0.5  # of a patch may be unknown
 
 
@@ -251,7 +252,7 @@ def weighted_closed_form(
     if strict and n > len(kept) * d:
         refuse_rows(name, n, d, len(kept), equations=d - anatomy.ignores_mean)
     found = most_probable_weighted(system, prior)
-    if _expects_more(found, agreed.kept, preprocessing):
+    if _expects_more(found, agreed.kept, system, pixel_variance(preprocessing) * _SHARP):
         updates = [r.reading.update for r in agreed.kept]
         X, mse = natural_patches_of(updates, anatomy, preprocessing, found.X)
         found = replace(found, X=X, mse=mse)
@@ -266,7 +267,7 @@ def weighted_closed_form(
         name,
         anatomy.tiling.images(found.X[None]),
         conditions=(
-            _all_known(found, n), one, _first(steps), *_told(found, steps), *agreed.conditions,
+            _all_known(found, n), one, *_first(update), *_told(found, update), *agreed.conditions,
             margin(predicted, _MARGIN_DB),
         ),
         predicted_psnr=predicted,
@@ -335,10 +336,13 @@ def _evidence(system: Weighted, found: WeightedPatches, kept: Sequence[Weighted]
     return System(words, _relative(system, found), max(of - len(system.G), 0), of, _TOLD)
 
 
-def _expects_more(found: WeightedPatches, kept: Sequence[RoundRead], preprocessing: Preprocessing) -> bool:
-    """Whether to expect a natural picture: where a defence left the errors, not a step undone, and much is open."""
-    told = all(r.reading.update.eps is None for r in kept)
-    return told and predicted_psnr(found.mse, preprocessing) < _SHARP_DB
+def _expects_more(found: WeightedPatches, kept: Sequence[RoundRead], system: Weighted, mse: float) -> bool:
+    """Whether to expect a natural picture: a defence left the errors, and much is open or G noisy."""
+    if any(r.reading.update.eps is not None for r in kept):
+        return False
+    there = system.G_error < _UNKNOWN * system.G.abs()
+    noisy = bool(there.any()) and float((system.G_error / system.G.abs())[there].median()) > _NOISY
+    return noisy or found.mse > mse
 
 
 def _all_known(found: WeightedPatches, n: int) -> Condition:
@@ -357,21 +361,24 @@ def _or_of_steps(one: Condition, said: int) -> Condition:
     return replace(one, state="not checked", words=one.words + ", as later steps of Adam on one image do, too")
 
 
-def _first(steps: int) -> Condition:
-    """That the steps which were undone are one-to-one."""
-    if steps == 1:
-        return Condition("first step", "shown", {}, "the client's first step is one-to-one, entry by entry")
-    words = "{steps} local steps were undone as if they were all the first: how far the gradient moved is not known"
-    return Condition("first step", "not checked", {"steps": steps}, words)
-
-
-def _told(found: WeightedPatches, steps: int) -> tuple[Condition, ...]:
-    """That what is left of a first step is the weights' rounding: a forward pass in half precision rounds the
-    pixels, too, which no equation shows.
-    """
-    if steps > 1:
+def _first(update: ClientUpdate) -> tuple[Condition, ...]:
+    """That the steps which were undone, if any were, are one-to-one."""
+    if update.eps is None:
         return ()
-    words = "what is left is {misfit:.2g} times the variance that the weights' rounding explains"
+    if update.local_steps == 1:
+        return (Condition("first step", "shown", {}, "the client's first step is one-to-one, entry by entry"),)
+    words = "{steps} local steps were undone as if they were all the first: how far the gradient moved is not known"
+    return (Condition("first step", "not checked", {"steps": update.local_steps}, words),)
+
+
+def _told(found: WeightedPatches, update: ClientUpdate) -> tuple[Condition, ...]:
+    """That what is left of a first step is the weights' rounding: a forward pass in half precision rounds the
+    pixels, too, which no equation shows. Or that it is what a defence was told to leave.
+    """
+    if update.local_steps > 1:
+        return ()
+    why = "the errors that were told explain" if update.eps is None else "the weights' rounding explains"
+    words = "what is left is {misfit:.2g} times the variance that " + why
     state: State = "shown" if found.misfit <= _AS_TOLD else "contradicted"
     return (Condition("errors are as told", state, {"misfit": found.misfit}, words),)
 
