@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .version import __version__
 
-# dissect and invert by their modules, whose names they share: mypy would take them for the modules.
+# dissect, invert and told_errors by their modules, whose names they share: mypy would take them for the modules.
 if TYPE_CHECKING:
     from . import defenses, privacy, training
     from .anatomy import Anatomy, Rows, UnknownModelError, tensors_of
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
         span_closed_form,
         span_then_match,
         span_then_round,
-        told_errors,
     )
     from .attacks.invert import invert
+    from .attacks.told_errors import told_errors
     from .data import load_victim, load_victims, mnist5k, read_picture, torchvision_dataset, victim_info, victims
     from .metrics import EXACT_TO_8_BITS_DB, match_batch, mse, psnr, score, ssim
     from .models import VisionTransformer, patchify, sinusoidal_1d, sinusoidal_2d, unpatchify

@@ -18,6 +18,7 @@ from .result import Replay
 
 _KNOWN = 0.01  # of itself, or of the r.m.s. of the tensor's entries that are: an entry's error
 _FEWEST = 64  # such entries of a tensor that an attack read
+_BY_CHANCE = 1.1  # of what known noise leaves: the norm of so many entries hardly varies
 _OF_ERRORS, _OF_PICTURE, _MOST = 5.0, 10.0, 0.1
 
 
@@ -91,6 +92,28 @@ def _known(mine: Mapping[str, Tensor], update: ClientUpdate, name: str) -> tuple
     g, error = update.gradients[name].to(own), (update.errors or {})[name].to(own)
     known = known_entries(g, error)
     return own, torch.where(known, g, torch.nan), error
+
+
+def noise_explains(
+    residual: float, update: ClientUpdate, sigma: float, reads: list[str], predicted_psnr: float | None
+) -> bool:
+    """Whether noise that the attacker was told, and the picture's own error, explain what a replay misses."""
+    if not sigma:
+        return False
+    error = 10 ** (-(predicted_psnr or 0.0) / 20)
+    return residual <= _BY_CHANCE * noise_leaves(update.gradients, sigma, reads) + _OF_PICTURE * error
+
+
+def noise_leaves(shared: Mapping[str, Tensor], sigma: float, reads: list[str]) -> float:
+    """What noise of deviation ``sigma`` in every entry leaves of the true gradient's replay, relative to the
+    update: of all tensors together and of each in ``reads``, the largest.
+
+    >>> round(noise_leaves({"weight": torch.tensor([3.0, 4.0])}, 0.5, []), 4)
+    0.1414
+    """
+    sizes = {name: (g.numel(), float(g.double().square().sum())) for name, g in shared.items()}
+    groups = [*sizes.values()], *([sizes[name]] for name in reads if name in sizes)
+    return sigma * max((sum(n for n, _ in g) / max(sum(s for _, s in g), 1e-300)) ** 0.5 for g in groups)
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,15 @@ class Reading:
         Of an entry of the position embedding's gradient, as it stands.
     decay : float
         What multiple of the weights was in the update and was taken off.
+    sigma : float
+        Noise of every entry, as it stands, where the attacker was told; else 0.
     """
 
     update: ClientUpdate
     noise: float
     noise_of_position: float
     decay: float = 0.0
+    sigma: float = 0.0
 
 
 def read_update(

@@ -22,7 +22,7 @@ from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .client import Player, after_local_steps, draws, inner_client, name_within, ways_to_play
 from .evidence import ONE_IMAGE, one_image
-from .known_entries import replay_of_known
+from .known_entries import noise_explains, replay_of_known
 from .pixels import normalization
 from .reading import Reading
 from .replay import Loss
@@ -189,6 +189,9 @@ def _played(
         words = f"played back {how}, the picture gives this update"
         words += " up to {residual:.1e} (limit {limit:.1e}), factor {factor:.3g}"
         return found, _replay("shown", words, residual, limit, factor)
+    if noise_explains(residual, update, reading.sigma, reads, found.predicted_psnr):
+        words = "played back, the picture misses this update by {residual:.1e}: no more than its noise alone may"
+        return found, _replay("not checked", words, residual, limit, factor)
     if not found.determined:
         words = (
             "played back, the picture misses this update by {residual:.1e} (limit {limit:.1e}), factor {factor:.3g}"

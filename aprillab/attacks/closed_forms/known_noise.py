@@ -41,6 +41,7 @@ from .stacked_patches import Equations
 
 _LEAST = 1e-3  # of σ²: γ where noise is all there is
 _CHANCE = 0.5  # deviations of a column's energy that noise may have by chance
+_BY_LUCK = 4.0  # deviations by which the mean square of noise may be more
 _PASSES, _STEPS, _SETTLED = 3, 60, 1e-4
 
 
@@ -189,13 +190,41 @@ def natural_patches(
 
     dark, grey, light = (grey_patches(tiling, preprocessing, (n, p), level)[0, None] for level in (0.0, 0.5, 1.0))
     systems = [
-        calibrated(ordered(r.dW), r.G, None if b is None else b.to(r.G), sigma, centred=anatomy.ignores_mean)
-        for r, b in zip(rounds, biases, strict=True)
+        calibrated(ordered(dW), G, b, sigma / several**0.5, centred=anatomy.ignores_mean)
+        for dW, G, b, several in unmoved(rounds, biases, sigma)
     ]
     found = most_natural(systems, prior, ordered(grey)[0], ordered(light - dark)[0])
     pixels = unpatchify(found.patches[None] + 0.5, tiling.patch_size, tiling.image_size)
     of_pixels = sum(std**2 for std in preprocessing.std) / len(preprocessing.std)
     return tiling.patches(preprocessing.to_input(pixels))[0], found.mse / of_pixels
+
+
+def unmoved(
+    rounds: Sequence[Equations], biases: Sequence[Tensor | None], sigma: float
+) -> list[tuple[Tensor, Tensor, Tensor | None, int]]:
+    """dW, G and ∂l/∂b_e, averaged over rounds that differ by no more than noise, and over how many: where the
+    model did not move, these are one gradient with less noise, and (11.3) does more for it than for each.
+
+    Examples
+    --------
+    >>> noise = [torch.randn(4, 50, generator=torch.Generator().manual_seed(i)).double() for i in range(3)]
+    >>> same = [Equations(5 + e.T, 5 + e, 0.1, 1.0) for e in noise]
+    >>> [several for *_, several in unmoved([*same, Equations(same[0].dW, 9 + noise[1], 0.1, 1.0)], [None] * 4, 1.0)]
+    [3, 1]
+    """
+    found: list[tuple[Tensor, Tensor, Tensor | None, int]] = []
+    for r, b in zip(rounds, biases, strict=True):
+        bias = None if b is None else b.to(r.G)
+        for i, (dW, G, mean, k) in enumerate(found):
+            variance = sigma**2 * (1 + 1 / k)
+            pairs = (r.dW, dW), (r.G, G)
+            if all((x - y).square().mean() < variance * (1 + _BY_LUCK * (2 / x.numel()) ** 0.5) for x, y in pairs):
+                joined = None if bias is None or mean is None else mean + (bias - mean) / (k + 1)
+                found[i] = (dW + (r.dW - dW) / (k + 1), G + (r.G - G) / (k + 1), joined, k + 1)
+                break
+        else:
+            found.append((r.dW, r.G, bias, 1))
+    return found
 
 
 def check_noise(noise: float | None) -> None:

@@ -28,6 +28,7 @@ _SCALE, _CORNER, _POWER = 0.00195, 0.15, 1.18  # s, f₀ and γ
 _OF_MEAN = 0.017  # variance of a picture's mean around grey
 _TOGETHER = 0.85  # ρ
 _AS_BEFORE, _BY_CHANCE = 20.0, 3.0  # coefficients that speak for a factor of 1; and deviations of a draw's sum
+_TELLING = 3.0  # times the share of an octave that is seen: 1 is enough
 _LOW = 3  # modes of a patch with i + j below this: what neighbours share
 
 
@@ -146,11 +147,12 @@ class NaturalPictures:
         """Mean square of a pixel's error, for an estimate and one draw of its error under this prior.
 
         A draw has as much in the directions that no gradient shows as in others. Pictures have less there:
-        where they are flat, gradients are weak. So in each octave what is not seen counts by the energy
-        that the estimate has.
+        where they are flat, gradients are weak. So in each octave of which enough is seen, what is not
+        counts by the energy that the estimate has.
         """
-        found, count = self._by_octave(modes)
-        share = ((found + _AS_BEFORE) / (count + _AS_BEFORE)).clamp_max(1.0)
+        found, left, count = self._by_octave(modes, error)
+        little = 1 - _TELLING * (count - left).clamp_min(0.0) / (count + _AS_BEFORE)
+        share = torch.maximum((found + _AS_BEFORE) / (count + _AS_BEFORE), little).clamp_max(1.0)
         squares = self.frequencies(error).square() * share[self._octaves()]
         return float(squares.sum()) / modes.numel()
 

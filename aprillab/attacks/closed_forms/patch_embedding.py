@@ -212,8 +212,9 @@ def embedding_closed_form(
     Needs the gradients of the patch embedding and of the position embedding, one image, and rank(G)
     = n ≤ d: independent gradients at the n patches (in architecture B n ≤ d − 1: only LayerNorms
     read the tokens, so every row of G sums to zero). Solved in float64 whatever the update's
-    precision. Where the entries have errors of their own, as once Adam's step is undone, each counts
-    by its own: :mod:`~aprillab.attacks.closed_forms.weighted_patches`.
+    precision. Where the entries have errors of their own, as once Adam's step is undone or as
+    :func:`~aprillab.told_errors` tells them of a defence, each counts by its own:
+    :mod:`~aprillab.attacks.closed_forms.weighted_patches`.
 
     Parameters
     ----------
@@ -317,7 +318,8 @@ def embedding_closed_form(
         preprocessing=preprocessing,
         start=start,
     )  # fmt: skip
-    return verified(result, model, agreed.kept, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
+    played = [replace(r, reading=replace(r.reading, sigma=noise or 0.0)) for r in agreed.kept]
+    return verified(result, model, played, anatomy, preprocessing=preprocessing, loss=loss, verify=verify)
 
 
 # --- Check, solve ---------------------------------------------------------------------------------

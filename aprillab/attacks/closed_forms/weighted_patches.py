@@ -1,4 +1,6 @@
-"""The patch-embedding system where each entry has an error of its own, as once Adam's step is undone.
+"""The patch-embedding system where each entry has an error of its own, as once Adam's step is undone,
+or as a defence leaves that the attacker knows (:mod:`~aprillab.attacks.told_errors`; where that leaves much
+open, :mod:`~aprillab.attacks.closed_forms.uncertain_patches` goes on).
 
     Gᵀ X = ∂l/∂W_e        with errors σ_W of the right side's entries, and σ_G of those of G.
 
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from ...anatomy import Anatomy
 from ...preprocessing import Preprocessing
-from ...update import error_scale
+from ...update import ClientUpdate, error_scale
 from ..evidence import System, one_image
 from ..labels import labels_or_none
 from ..replay import Loss
@@ -266,7 +268,7 @@ def weighted_closed_form(
         name,
         anatomy.tiling.images(found.X[None]),
         conditions=(
-            _all_known(found, n), one, _first(steps), *_told(found, steps), *agreed.conditions,
+            _all_known(found, n), one, *_first(update), *_told(found, update), *agreed.conditions,
             margin(predicted, _MARGIN_DB),
         ),
         predicted_psnr=predicted,
@@ -357,21 +359,24 @@ def _or_of_steps(one: Condition, said: int) -> Condition:
     return replace(one, state="not checked", words=one.words + ", as later steps of Adam on one image do, too")
 
 
-def _first(steps: int) -> Condition:
-    """That the steps which were undone are one-to-one."""
-    if steps == 1:
-        return Condition("first step", "shown", {}, "the client's first step is one-to-one, entry by entry")
-    words = "{steps} local steps were undone as if they were all the first: how far the gradient moved is not known"
-    return Condition("first step", "not checked", {"steps": steps}, words)
-
-
-def _told(found: WeightedPatches, steps: int) -> tuple[Condition, ...]:
-    """That what is left of a first step is the weights' rounding: a forward pass in half precision rounds the
-    pixels, too, which no equation shows.
-    """
-    if steps > 1:
+def _first(update: ClientUpdate) -> tuple[Condition, ...]:
+    """That the steps which were undone, if any were, are one-to-one."""
+    if update.eps is None:
         return ()
-    words = "what is left is {misfit:.2g} times the variance that the weights' rounding explains"
+    if update.local_steps == 1:
+        return (Condition("first step", "shown", {}, "the client's first step is one-to-one, entry by entry"),)
+    words = "{steps} local steps were undone as if they were all the first: how far the gradient moved is not known"
+    return (Condition("first step", "not checked", {"steps": update.local_steps}, words),)
+
+
+def _told(found: WeightedPatches, update: ClientUpdate) -> tuple[Condition, ...]:
+    """That what is left of a first step is the weights' rounding: a forward pass in half precision rounds the
+    pixels, too, which no equation shows. Or that it is what a defence was told to leave.
+    """
+    if update.local_steps > 1:
+        return ()
+    why = "the errors that were told explain" if update.eps is None else "the weights' rounding explains"
+    words = "what is left is {misfit:.2g} times the variance that " + why
     state: State = "shown" if found.misfit <= _AS_TOLD else "contradicted"
     return (Condition("errors are as told", state, {"misfit": found.misfit}, words),)
 

@@ -177,13 +177,48 @@ def test_told_noise_makes_no_picture_exact_that_the_replay_does_not_give():
     assert al.psnr(found.pixels[0], pixels[0]) > 60
 
 
+@pytest.mark.parametrize("relative", [0.1, 1.0])
+def test_a_replay_that_noise_alone_would_miss_does_not_lower_the_prediction(relative):
+    model = al.VisionTransformer(image_size=32, patch_size=8, width=192, depth=1, heads=3, classes=10)
+    pixels = al.load_victim("rocket", 32)[None]
+    update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))
+    entries = sum(g.numel() for g in update.gradients.values())
+    sigma = relative * al.defenses.update_norm(update) / entries**0.5
+    noisy = al.defenses.gaussian_noise(update, sigma, seed=7)
+    found = al.embedding_closed_form(model, noisy, noise=sigma)
+    assert not found.exact
+    assert found.replay.state == "not checked", found.replay
+    assert found.predicted_psnr == found.diagnostics["predicted_by_system"]
+
+
+def test_other_weights_miss_by_more_than_noise():
+    model, other = (
+        al.VisionTransformer(image_size=32, patch_size=8, width=192, depth=1, heads=3, classes=10, seed=seed)
+        for seed in (0, 5)
+    )
+    update = al.client_update(model, al.HALF.to_input(al.load_victim("rocket", 32)[None]), torch.tensor([3]))
+    noisy = al.defenses.gaussian_noise(update, 1e-4, seed=7)
+    assert al.embedding_closed_form(other, noisy, noise=1e-4).replay.state == "contradicted"
+
+
 def test_rounds_of_known_noise_add_up():
     model = al.VisionTransformer(image_size=32, patch_size=8, width=192, depth=1, heads=3, classes=10)
     pixels = al.load_victim("coffee", 32)[None]
     update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))
     noisy = [al.defenses.gaussian_noise(update, 1e-4, seed=seed) for seed in range(4)]
     one, four = (al.embedding_closed_form(model, some, noise=1e-4) for some in (noisy[0], noisy))
-    assert al.psnr(four.pixels[0], pixels[0]) > al.psnr(one.pixels[0], pixels[0]) + 0.5
+    assert al.psnr(four.pixels[0], pixels[0]) > al.psnr(one.pixels[0], pixels[0]) + 2
+
+
+def test_rounds_in_which_the_model_did_not_move_are_one_gradient_with_less_noise():
+    model = al.VisionTransformer(image_size=32, patch_size=8, width=192, depth=1, heads=3, classes=10)
+    pixels = al.load_victim("coffee", 32)[None]
+    update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3])).to(dtype=torch.float64)
+    noisy = [al.defenses.gaussian_noise(update, 1e-3, seed=seed) for seed in range(9)]
+    mean = {name: sum(one.gradients[name] for one in noisy) / 9 for name in update.gradients}
+    many = al.embedding_closed_form(model, noisy, noise=1e-3, verify=False)
+    alone = al.embedding_closed_form(model, al.ClientUpdate(mean), noise=1e-3 / 3, verify=False)
+    torch.testing.assert_close(many.pixels, alone.pixels, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("noise", [0, -1.0, math.nan, math.inf, True])
