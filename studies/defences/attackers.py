@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import aprillab as al
@@ -61,7 +62,7 @@ def attacked(stage: Scene, cell: Cell, shared: Shared, label: Tensor) -> Attacke
     for attack, options in _attempts(cell, shared):
         try:
             result = _run(stage, attack, shared, options)
-        except (al.AttackNotApplicable, al.UpdateError) as refusal:
+        except (al.AttackNotApplicable, al.UpdateError, torch.linalg.LinAlgError) as refusal:
             refusals.append(f"{attack}: {refusal}")
             continue
         pixels = result.pixels[0].double().nan_to_num(0.5).clamp(0, 1)
@@ -76,7 +77,6 @@ def attacked(stage: Scene, cell: Cell, shared: Shared, label: Tensor) -> Attacke
 def kept(found: Sequence[Attempt]) -> Attempt:
     """The attempt that the attacker keeps.
 
-    >>> import torch
     >>> some = [Attempt(PLAIN, torch.zeros(1, 2, 2), 20.0, 0.3), Attempt(TOLD, torch.ones(1, 2, 2), 15.0)]
     >>> kept(some).attack
     'errors told'
