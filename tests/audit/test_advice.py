@@ -120,8 +120,8 @@ SITUATIONS: list[tuple[Callable[[], Audit], str, dict[str, str]]] = [
         SUMS: "in part", LORA: "yes", HEAD: "yes", NOISE: "yes",
     }),
     (wide, "picture", {
-        BITS: "in part", STEPS: "no", IMAGES: "in part", POSITION_ALONE: "no", EMBEDDINGS: "no", FIRST_ATTENTION: "no",
-        POSITION_AND_ATTENTION: "yes", SUMS: "in part", LORA: "in part", HEAD: "yes", NOISE: "yes",
+        BITS: "in part", STEPS: "no", IMAGES: "in part", POSITION_ALONE: "no", EMBEDDINGS: "no",
+        FIRST_ATTENTION: "no", POSITION_AND_ATTENTION: "yes", SUMS: "in part", LORA: "in part", HEAD: "yes", NOISE: "yes",
     }),
     (narrow, "picture", {
         BITS: "in part", STEPS: "no", IMAGES: "in part", POSITION_ALONE: "in part", EMBEDDINGS: "yes",
@@ -130,8 +130,8 @@ SITUATIONS: list[tuple[Callable[[], Audit], str, dict[str, str]]] = [
     (head_alone, "nothing", {GO_ON: "yes", SUMS: "in part", NOISE: "yes"}),
     (zero_head, "nothing", {ZEROS: "no", SUMS: "in part", NOISE: "yes"}),
     (sinusoids, "unclear", {
-        BITS: "in part", STEPS: "no", IMAGES: "in part", GO_ON: "in part", EMBEDDINGS: "in part", FIRST_ATTENTION: "yes",
-        SUMS: "in part", LORA: "in part", HEAD: "yes", NOISE: "yes",
+        BITS: "in part", STEPS: "no", IMAGES: "in part", GO_ON: "in part", EMBEDDINGS: "in part",
+        FIRST_ATTENTION: "yes", SUMS: "in part", LORA: "in part", HEAD: "yes", NOISE: "yes",
     }),
     (federation, "picture", {
         BITS: "in part", STEPS: "no", ADAM: "not known", IMAGES: "in part", POSITION_ALONE: "no", EMBEDDINGS: "yes",

@@ -1,6 +1,6 @@
 """The patch-embedding system for an attacker who knows the noise: σ of every entry, as a protocol tells it.
 
-    G̃ = G + N₁,   ∂W̃ = GᵀX + N₂,   b̃ = Gᵀ1 + N₃,      entries of N of deviation σ          (11.2)
+    G̃ = G + N₁,   ∂W̃ = GᵀX + N₂,   b̃ = Gᵀ1 + N₃,      entries of N of deviation σ          (11.9)
 
 Least squares of G̃ draw the picture to grey and let noise in where G is weak. Three things help.
 
@@ -8,7 +8,7 @@ Least squares of G̃ draw the picture to grey and let noise in where G is weak. 
 gathers in few columns: a column g of G then has an energy of its own, nγ = ‖g̃‖² − nσ², and what is
 expected of it, given g̃ and b̃, is
 
-    ĝ = ((1 + σ²/γ) I + 1 1ᵀ)⁻¹ (g̃ + 1 b̃),                                                (11.3)
+    ĝ = ((1 + σ²/γ) I + 1 1ᵀ)⁻¹ (g̃ + 1 b̃),                                                (11.10)
 
 which is unbiased where g̃ is not (regression calibration; Carroll et al., Measurement Error in
 Nonlinear Models, 2006).
@@ -17,7 +17,7 @@ Nonlinear Models, 2006).
 and mode m of the pixels, the variance σ²(1 + Σ_i x_im²/r − (Σ_i x_im)²/(r(r + n))): much in strong rows
 and in the low frequencies of a patch, little in others. It is computed for the picture as it becomes known.
 
-**A prior on pictures**, (11.1), in which neighbouring patches go together. The most probable picture is
+**A prior on pictures**, (11.11), in which neighbouring patches go together. The most probable picture is
 a linear system of n·p unknowns, solved by conjugate gradients; a second right side, of noise and a
 picture drawn from the prior, gives one of its errors: the predicted one.
 """
@@ -76,7 +76,7 @@ class Calibrated:
 
 
 def calibrated(dW: Tensor, G: Tensor, bias: Tensor | None, sigma: float, *, centred: bool) -> Calibrated:
-    """What is expected of G (n, d), (11.3), beside dW (d, p), for entries with noise of deviation ``sigma``.
+    """What is expected of G (n, d), (11.10), beside dW (d, p), for entries with noise of deviation ``sigma``.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def unmoved(
     rounds: Sequence[Equations], biases: Sequence[Tensor | None], sigma: float
 ) -> list[tuple[Tensor, Tensor, Tensor | None, int]]:
     """dW, G and ∂l/∂b_e, averaged over rounds that differ by no more than noise, and over how many: where the
-    model did not move, these are one gradient with less noise, and (11.3) does more for it than for each.
+    model did not move, these are one gradient with less noise, and (11.10) does more for it than for each.
 
     Examples
     --------

@@ -4,7 +4,7 @@ Natural pictures look alike at every scale, so the variance of a picture's coeff
 of its frequency f, in cycles a picture (Field, J. Opt. Soc. Am. A 4, 1987). In the cosine transform of a
 picture of H × W pixels in [0, 1], grey taken off, a coefficient has the variance
 
-    S(f) = H W s / (f² + f₀²)^γ                                                       (11.1)
+    S(f) = H W s / (f² + f₀²)^γ                                                       (11.11)
 
 and that of the mean has a spread of its own; colours go together with a correlation ρ. The numbers are
 the most likely ones of four photographs that are none of the course's victims: china and flower of
@@ -47,7 +47,7 @@ def cosines(n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NaturalPictures:
-    """The prior (11.1), for patches given by their own cosine modes, (n, p), p = C·h·w, in pixels less ½;
+    """The prior (11.11), for patches given by their own cosine modes, (n, p), p = C·h·w, in pixels less ½;
     the colours turned, the first being what they share.
 
     Attributes

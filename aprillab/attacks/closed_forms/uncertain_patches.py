@@ -10,11 +10,11 @@ enters by what the others leave of it (expectation propagation; Minka, UAI 2001)
 
 **Equations of a row go together.** What is left of row j of ∂W_e − GᵀX has the covariance
 
-    S_j = D_j + Xᵀ C_j X,     D_j = σ²_jk + tr(C_j) (what X's own error carries),           (11.4)
+    S_j = D_j + Xᵀ C_j X,     D_j = σ²_jk + tr(C_j) (what X's own error carries),           (11.12)
 
 so that GᵀX is compared in S_j⁻¹. An entry of ∂W_e that was set to zero is an interval, too.
 
-**A prior on pictures**, (11.1). The most probable picture is found by conjugate gradients, three times
+**A prior on pictures**, (11.11). The most probable picture is found by conjugate gradients, three times
 with S_j as X becomes known; a draw from noise and prior foresees the error.
 """
 
@@ -135,7 +135,7 @@ def interval(mean: Tensor, variance: Tensor, within: Tensor) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class _Rows:
-    """The equations of a picture near X: with S_j of (11.4)."""
+    """The equations of a picture near X: with S_j of (11.12)."""
 
     columns: Columns
     X: Tensor

@@ -73,7 +73,7 @@ def test_draws_have_the_covariance():
 
 
 def test_columns_are_expected_as_bayes_has_them():
-    """(11.3) against the joint covariance of g, g̃ and b̃, for one column of known energy."""
+    """(11.10) against the joint covariance of g, g̃ and b̃, for one column of known energy."""
     n, sigma, gamma = 5, 0.3, 2.0
     one, unit = torch.ones(n, 1).double(), torch.eye(n).double()
     A = torch.cat([unit, one.T])
