@@ -4,7 +4,7 @@ A defence that is published, or read off the update, tells how far an entry may 
 
     Gaussian noise         σ
     rounding to levels     lies evenly within half a step δ:          δ/√12
-    the same, at random    within a step, near values more often:     δ/√6 at most
+    the same, at random    within a step, near values more often:     δ/√6 on the average
     signs times a mean m   |g| is as half a normal curve's:           m √(π/2 − 1)
     set to zero            lies evenly within ±t, t the threshold:    t/√3
 

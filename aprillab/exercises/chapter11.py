@@ -63,49 +63,36 @@ def check_clipped_sum(function: Callable[[Tensor, float], Tensor]) -> Feedback:
     return run(check)
 
 
-# --- 11.2: ε of T rounds --------------------------------------------------------------------------------------------
+# --- 11.2: how many rounds a budget allows --------------------------------------------------------------------------
 
 
-def check_spent(function: Callable[[float, int, float], float]) -> Feedback:
-    """Exercise 11.2: ``function(sigma, rounds, delta)`` is ε of T rounds of noise."""
+def check_rounds_within(function: Callable[[float, float, float], int]) -> Feedback:
+    """Exercise 11.2: ``function(sigma, epsilon, delta)`` is the greatest number of rounds within the budget."""
 
     def check() -> str:
-        for sigma, rounds, delta in ((2.0, 1, 1e-5), (5.0, 40, 1e-5), (30.0, 1000, 1e-6)):
-            answer = expect_number(function(sigma, rounds, delta), "ε")
-            wanted = epsilon_of(sigma, rounds=rounds, delta=delta)
-            if _near(answer, wanted):
+        for sigma, budget, delta in ((5.0, 10.0, 1e-5), (1.0, 3.0, 1e-5), (40.0, 8.0, 1e-6), (3000.0, 3.0, 1e-5)):
+            answer = expect_whole(function(sigma, budget, delta), "The number of rounds")
+            one, spent = noise_multiplier_of(budget, delta=delta), epsilon_of(sigma, delta=delta)
+            exact = (sigma / one) ** 2
+            wanted = math.floor(exact)
+            if answer == wanted or (abs(exact - round(exact)) < 1e-6 and answer == round(exact)):
                 continue
-            one = epsilon_of(sigma, delta=delta)
             looks = {
-                "that is ε of a single round": one,
-                "ε of one round times T. That bound is true, and far too large: noise of rounds adds up more slowly "
-                "than what they show": rounds * one,
-                "ε of one round times √T. It is μ that grows with the root, and ε is not proportional to μ": (
-                    math.sqrt(rounds) * one
-                ),
-                "T rounds make the noise smaller, not larger: μ = √T/σ": epsilon_of(
-                    sigma * math.sqrt(rounds), delta=delta
-                ),
-                "μ = √T/σ, with the root": epsilon_of(sigma / rounds, delta=delta),
-                "that is the textbook's sufficient σ turned round, √(2 ln(1.25/δ))/σ: an upper bound, proved for "
-                "ε ≤ 1 only": math.sqrt(2 * math.log(1.25 / delta) * rounds) / sigma,
-                "with one image more or less the sum moves by C. 2C is what replacing one takes": epsilon_of(
-                    sigma / 2, rounds=rounds, delta=delta
-                ),
-                "both signs in front of ε/μ are equal now: it is Φ(μ/2 − ε/μ) and Φ(−μ/2 − ε/μ)": _one_sign(
-                    math.sqrt(rounds) / sigma, delta
-                ),
+                "ε of rounds does not add up, μ² does. That bound is true, and allows far too few": budget // spent,
+                "ε does not grow with the root of T either; μ does": (budget / spent) ** 2,
+                "μ grows with the root of T, so T with the square of σ": sigma / one,
+                "that is one over it": one**2 / sigma**2,
+                "with one image more or less the sum moves by C. 2C is what replacing one takes": exact / 4,
             }
-            hint = next((f": {words}" for words, value in looks.items() if _near(answer, value)), "")
-            stop(f"For σ = {sigma:g}, T = {rounds} and δ = {delta:g}, ε is {wanted:.4g}, not {answer:.4g}{hint}.")
-        return "Right: rounds enter through μ = √T/σ alone, and (11.5) does the rest."
+            hint = next((f": {words}" for words, value in looks.items() if answer == math.floor(value)), "")
+            case = f"For σ = {sigma:g}, ε = {budget:g} and δ = {delta:g}"
+            if not hint and answer > wanted:
+                rounds = f"{answer} round{'s' if answer > 1 else ''}"
+                hint = f": {rounds} would cost {epsilon_of(sigma, rounds=answer, delta=delta):.5g}"
+            stop(f"{case} it is {wanted}, not {answer}{hint}.")
+        return "Right: the budget is one of μ², and each round takes 1/σ² of it."
 
     return run(check)
-
-
-def _one_sign(mu: float, delta: float) -> float:
-    """The root of Φ(μ/2 − ε/μ) = δ: what is left where the second term is forgotten."""
-    return mu * (mu / 2 - float(torch.special.ndtri(torch.tensor(delta, dtype=F64))))
 
 
 # --- 11.3: σ for a person with several photographs ------------------------------------------------------------------
@@ -171,6 +158,7 @@ def _answers(rounds: Rounds) -> dict[str, int]:
     squares = torch.stack([rows.square().sum(1) for _, rows in rounds])
     each = scores - squares / 2
     mean = torch.stack([y for y, _ in rounds]).mean(0)
+    mean_rows = torch.stack([rows for _, rows in rounds]).mean(0)
     return {
         "you named the candidate that is farthest away": int(each.sum(0).argmin()),
         "you used a single round. Noise hides it there: add up what all rounds say": int(each[-1].argmax()),
@@ -183,6 +171,8 @@ def _answers(rounds: Rounds) -> dict[str, int]:
         ),
         "you averaged what arrived and compared it with one round's candidates. The weights moved, and the "
         "candidates' gradients with them": int((rounds[0][1] - mean).norm(dim=1).argmin()),
+        "you averaged what arrived, and each candidate's gradients, before you compared. Distances of the means "
+        "forget what the rounds say one by one": int((mean_rows - mean).norm(dim=1).argmin()),
         "you compared directions alone. A short gradient says who it is by its length, too": int(
             (scores / squares.sqrt()).sum(0).argmax()
         ),
@@ -262,7 +252,7 @@ def check_choose(function: Callable[[Sequence[Offer], float, float], str | None]
     """Exercise 11.6: ``function(offers, least_accuracy, most_epsilon)`` is the offer's name, or None."""
 
     def check() -> str:
-        for least, most in ((88.0, 4.0), (75.0, 4.0), (75.0, 1.0), (93.0, 4.0), (75.0, 0.1)):
+        for least, most in ((88.0, 4.0), (90.5, 4.0), (75.0, 4.0), (75.0, 1.0), (93.0, 4.0), (75.0, 0.1)):
             answer = function([dict(offer) for offer in OFFERS], least, most)
             if answer is ...:
                 stop("Nothing was returned yet. Is there a return at the end?")

@@ -5,15 +5,12 @@ import math
 import pytest
 import torch
 from exercise_tests import exercise_tests
-from scipy.special import ndtr
 
 from aprillab.exercises import chapter11
 from aprillab.privacy import epsilon
 
 CLIPPED = "(gradients * (C / norms.clamp_min(C))).sum(0)"
-MU = "math.sqrt(rounds) / sigma"
-SOLVED = "brentq(excess, 0.0, most, xtol=1e-12)"
-ONE = "al.privacy.noise_multiplier(epsilon, delta=delta)"
+WITHIN = "math.floor((sigma / one) ** 2)"
 NOISE = "photographs * rounds**0.5 * one"
 NEAREST = "distance = sum((rows - y).square().sum(1) for y, rows in rounds)\n    return int(distance.argmin())"
 KEPT = "kept = column != 0"
@@ -29,14 +26,15 @@ MUTANTS = [
     ("check_clipped_sum", CLIPPED, "gradients.clamp(-C, C).sum(0)", "each entry"),
     ("check_clipped_sum", ".sum(0)", ".mean(0)", "That is the mean"),
     ("check_clipped_sum", CLIPPED, "gradients * (C / norms.clamp_min(C))", "should have shape"),
-    ("check_spent", MU, "1 / sigma", "single round"),
-    ("check_spent", MU, "math.sqrt(rounds) * sigma", "not"),
-    ("check_spent", MU, "1 / (math.sqrt(rounds) * sigma)", "smaller, not larger"),
-    ("check_spent", MU, "rounds / sigma", "with the root"),
-    ("check_spent", MU, "2 * math.sqrt(rounds) / sigma", "replacing one"),
-    ("check_spent", f"mu = {MU}", "mu = 1 / sigma", "single round"),
-    ("check_spent", SOLVED, "math.sqrt(2 * math.log(1.25 / delta)) * mu", "textbook"),
-    ("check_spent", "- second - delta", "- delta", "both signs"),
+    ("check_rounds_within", WITHIN, "math.floor(epsilon / al.privacy.epsilon(sigma, delta=delta))",
+     "does not add up"),
+    ("check_rounds_within", WITHIN, "math.floor((epsilon / al.privacy.epsilon(sigma, delta=delta)) ** 2)",
+     "root of T either"),
+    ("check_rounds_within", WITHIN, "math.floor(sigma / one)", "square of σ"),
+    ("check_rounds_within", WITHIN, "math.floor((one / sigma) ** 2)", "one over it"),
+    ("check_rounds_within", WITHIN, "math.floor((sigma / (2 * one)) ** 2)", "replacing one"),
+    ("check_rounds_within", WITHIN, "math.ceil((sigma / one) ** 2)", "would cost"),
+    ("check_rounds_within", WITHIN, "(sigma / one) ** 2", "should be an int"),
     ("check_noise_for", NOISE, "photographs * one", "rounds are missing"),
     ("check_noise_for", NOISE, "rounds**0.5 * one", "photographs are missing"),
     ("check_noise_for", NOISE, "(photographs * rounds) ** 0.5 * one", "√k"),
@@ -54,6 +52,9 @@ MUTANTS = [
     ("check_who", NEAREST,
      "mean = torch.stack([y for y, _ in rounds]).mean(0)\n"
      "    return int((rounds[0][1] - mean).norm(dim=1).argmin())", "averaged what arrived"),
+    ("check_who", NEAREST,
+     "y, rows = (torch.stack(x).mean(0) for x in zip(*rounds))\n"
+     "    return int((rows - y).norm(dim=1).argmin())", "before you compared"),
     ("check_unpruned", KEPT, "kept = torch.ones_like(column, dtype=torch.bool)", "at their word"),
     ("check_unpruned", KEPT, "kept = (dW != 0).sum(1).argsort(descending=True)[: len(G)]", "same rows"),
     ("check_unpruned", "return torch.stack(columns, 1)", "return torch.stack(columns)", "transpose"),
@@ -62,21 +63,18 @@ MUTANTS = [
      "if z is None or al.privacy.epsilon(z, rounds=offer[\"rounds\"]) <= most_epsilon:", "promises nothing"),
     ("check_choose", FITS, "if al.privacy.epsilon(z) <= most_epsilon:", "were the rounds counted"),
     ("check_choose", '- offer["half"]', "", "lower end"),
+    ("check_choose", "low < least_accuracy", 'offer["accuracy"] < least_accuracy', "lower end"),
     ("check_choose", "max(fitting)", "min(fitting)", "more accuracy"),
     ("check_choose", "if fitting else None", "if len(fitting) > 1 else None", "there is an offer"),
     ("check_choose", "max(fitting)[1]", "max(fitting)[0]", "name or None"),
 ]  # fmt: skip
 
-BISECTED = """import math
-    def delta_at(e):
-        mu = math.sqrt(rounds) / sigma
-        cdf = lambda x: 0.5 * math.erfc(-x / math.sqrt(2))
-        return cdf(mu / 2 - e / mu) - math.exp(e) * cdf(-mu / 2 - e / mu)
-    low, high = 0.0, 50.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if delta_at(middle) > delta else (low, middle)
-    return high
+BISECTED = """low, high = 0, 10**9
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = al.privacy.epsilon(sigma, rounds=middle, delta=delta) <= epsilon
+        low, high = (middle, high) if fits else (low, middle)
+    return low
 """
 
 TestExercises = exercise_tests(
@@ -85,8 +83,7 @@ TestExercises = exercise_tests(
     right=[
         ("check_clipped_sum", "rows = [g * min(1.0, C / max(float(g.norm()), 1e-30)) for g in gradients]\n"
          "    return torch.stack(rows).sum(0)"),
-        ("check_spent", BISECTED),
-        ("check_spent", "return al.privacy.epsilon(sigma, rounds=rounds, delta=delta)"),
+        ("check_rounds_within", BISECTED),
         ("check_noise_for", "return photographs * al.privacy.noise_multiplier(epsilon, rounds=rounds, delta=delta)"),
         ("check_who", "total = sum(rows @ y - rows.square().sum(1) / 2 for y, rows in rounds)\n"
          "    return total.argmax()"),
@@ -94,12 +91,6 @@ TestExercises = exercise_tests(
          "for k in [w.nonzero().squeeze(1)]], 1)"),
     ],
 )  # fmt: skip
-
-
-def test_reference_of_the_forgotten_term_is_its_root() -> None:
-    mu, delta = 0.5, 1e-5
-    root = chapter11._one_sign(mu, delta)
-    assert ndtr(mu / 2 - root / mu) == pytest.approx(delta, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", chapter11._SEEDS_OF_WHO)
