@@ -29,8 +29,9 @@ CROPS = 4  # of each share
 
 
 def photographs() -> Iterator[Image.Image]:
-    """china.jpg and flower.jpg (CC BY, scikit-learn), motorcycle_left.png and moon.png (public domain or free of
-    known rights, scikit-image).
+    """china.jpg and flower.jpg of scikit-learn (CC BY 2.0); motorcycle_left.png (the Middlebury 2014 stereo
+    benchmark) and moon.png of scikit-image, whose files name no licence of their own. They are read where the
+    packages installed them; nothing of them is in this repository but five numbers.
     """
     for array in sklearn.datasets.load_sample_images().images:
         yield Image.fromarray(array)

@@ -37,6 +37,7 @@ from .natural_pictures import NaturalPictures
 _PASSES, _STEPS, _SETTLED = 3, 100, 1e-3
 _ROUNDS_OF_EM, _SURE, _ALIKE = 8, 1e-3, 8.0  # the least error, of the r.m.s.; entries that speak for c_j = 1
 _DAMPED, _FAR = 0.7, 1e-6
+_LEAST = 1e-9  # of an interval's square: a variance that is called zero
 _MANY = 64  # columns at once
 _OPTIMISTIC_DB = 3.0  # what a draw foresees is better than what comes out: medians over defences are 0 to 6
 
@@ -119,6 +120,7 @@ def interval(mean: Tensor, variance: Tensor, within: Tensor) -> tuple[Tensor, Te
     >>> round(float(weight[0]), 1), round(float(weight[1]), 1), value.tolist()
     (3.0, 0.0, [0.0, 0.0])
     """
+    variance = variance.clamp_min(_LEAST * float(within.square().max()))
     s = variance.sqrt()
     low, high = (-within - mean) / s, (within - mean) / s
     density_low, density_high = ((-z * z / 2).exp() / math.sqrt(2 * math.pi) for z in (low, high))

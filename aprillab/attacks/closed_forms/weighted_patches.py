@@ -1,6 +1,5 @@
 """The patch-embedding system where each entry has an error of its own, as once Adam's step is undone,
-or as a defence leaves that the attacker knows (:mod:`~aprillab.attacks.told_errors`; where that leaves much
-open, :mod:`~aprillab.attacks.closed_forms.uncertain_patches` goes on).
+or as a known defence leaves it (then ``uncertain_patches.py`` goes on where much is open).
 
     Gᵀ X = ∂l/∂W_e        with errors σ_W of the right side's entries, and σ_G of those of G.
 
@@ -52,7 +51,7 @@ _TOLD = 0.3  # errors are told entry by entry: three times what they explain is 
 _AS_TOLD = 3.0  # times the variances that were told; measured: 0.3 to 1 in float32, 5 to 200 under bfloat16 autocast
 _FALSE = 10.0  # times the variances that were told: those are not what is left
 _TYPICAL_FOR_RESIDUAL = 10.0  # dB: what a picture that leaves so much then has, measured over steps of Adam, 2 to 20
-_SHARP_DB = 40.0  # beyond this, a prior on pictures adds nothing
+_SHARP, _NOISY = 1e-3, 0.03  # of the pixels' variance; of an entry of G: beyond, natural pictures are expected
 _ALL_BUT = 0.5  # of a patch may be unknown
 
 
@@ -253,7 +252,7 @@ def weighted_closed_form(
     if strict and n > len(kept) * d:
         refuse_rows(name, n, d, len(kept), equations=d - anatomy.ignores_mean)
     found = most_probable_weighted(system, prior)
-    if _expects_more(found, agreed.kept, preprocessing):
+    if _expects_more(found, agreed.kept, system, pixel_variance(preprocessing) * _SHARP):
         updates = [r.reading.update for r in agreed.kept]
         X, mse = natural_patches_of(updates, anatomy, preprocessing, found.X)
         found = replace(found, X=X, mse=mse)
@@ -337,10 +336,13 @@ def _evidence(system: Weighted, found: WeightedPatches, kept: Sequence[Weighted]
     return System(words, _relative(system, found), max(of - len(system.G), 0), of, _TOLD)
 
 
-def _expects_more(found: WeightedPatches, kept: Sequence[RoundRead], preprocessing: Preprocessing) -> bool:
-    """Whether to expect a natural picture: where a defence left the errors, not a step undone, and much is open."""
-    told = all(r.reading.update.eps is None for r in kept)
-    return told and predicted_psnr(found.mse, preprocessing) < _SHARP_DB
+def _expects_more(found: WeightedPatches, kept: Sequence[RoundRead], system: Weighted, mse: float) -> bool:
+    """Whether to expect a natural picture: a defence left the errors, and much is open or G noisy."""
+    if any(r.reading.update.eps is not None for r in kept):
+        return False
+    there = system.G_error < _UNKNOWN * system.G.abs()
+    noisy = bool(there.any()) and float((system.G_error / system.G.abs())[there].median()) > _NOISY
+    return noisy or found.mse > mse
 
 
 def _all_known(found: WeightedPatches, n: int) -> Condition:
