@@ -85,8 +85,14 @@ CELLS: tuple[tuple[str, float], ...] = (
     ("bfloat16", 16.0),
     ("batch", 8.0),
 )
-#: All seeds for these, and three for the other defences, which promise nothing.
-MORE, FEWER = ("none", "DP-SGD"), 3
+#: All seeds for these, one for those that can hardly be told from no defence, and three for the others.
+MOST = ("none", "DP-SGD")
+LEAST = (("noise", 1e-4), ("quantize", 8.0), ("bfloat16", 16.0), ("batch", 8.0))
+
+
+def seeds_of(defence: str, strength: float) -> float:
+    """How many there are at most."""
+    return math.inf if defence in MOST else 1 if (defence, strength) in LEAST else 3
 
 
 @dataclass(frozen=True)
@@ -201,21 +207,12 @@ def file_name(options: argparse.Namespace) -> str:
 
 
 def measure_accuracy(folder: Path, options: argparse.Namespace) -> None:
-    """What has most seeds first, seed by seed, so that an interrupted study has whole seeds."""
-    first = [Case(seed, *cell) for seed in range(options.seeds) for cell in CELLS if cell[0] in MORE]
-    rest = [Case(seed, *cell) for seed in range(min(FEWER, options.seeds)) for cell in CELLS if cell[0] not in MORE]
+    """Seed by seed, so that an interrupted study has whole seeds."""
+    cases = [Case(seed, *cell) for seed in range(options.seeds) for cell in CELLS if seed < seeds_of(*cell)]
     private = {f"{epsilon:g}": {**chosen, "clip": CLIP} for epsilon, chosen in PRIVATE.items()}
     settings = {name: getattr(options, name) for name in SETTINGS} | {"DP-SGD by ε": private, "delta": DELTA}
     path = folder / f"{file_name(options)}.csv"
-    fill(
-        path,
-        Row,
-        first + rest,
-        partial(measured, options),
-        key=Case._fields,
-        settings=settings,
-        workers=options.workers,
-    )
+    fill(path, Row, cases, partial(measured, options), key=Case._fields, settings=settings, workers=options.workers)
 
 
 # --- Its share of the page ----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from .accuracy import add_arguments, checked
 from .accuracy_federated import RATE, client_gradients
 
 FILE, BATCH = "defences_clipping.csv", 8
-BATCHES, POOL = 16, 64  # batches, and images that may come in, each with all ten labels
+BATCHES, POOL = 16, 32  # batches, and images that may come in, each with all ten labels
 
 
 class Case(NamedTuple):
