@@ -136,7 +136,8 @@ def accuracy_figure(found: list[Point], blind: float) -> Figure:
     left.axvline(blind, color="0.5", linestyle=":", linewidth=1)
     left.annotate("blind guess", (blind, 0.01), xycoords=("data", "axes fraction"), xytext=(4, 0),
                   textcoords="offset points", fontsize=8, color="0.35")  # fmt: skip
-    right.set(xlabel="named among a hundred by its gradient in one step, in %", xlim=(-14, 116), title="Can it be named?")
+    right.set(xlabel="named among a hundred by its gradient in one step, in %", xlim=(-14, 116))
+    right.set_title("Can it be named?")
     for point in found:
         _draw(left, right, point)
     _place(left, [(point, min(point.median, _TOP), min(point.most, _TOP)) for point in found])
