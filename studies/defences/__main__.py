@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._runner import run_study, study_parser
-from . import accuracy, bounds, figures, grid, page
+from . import accuracy, accuracy_clipping, bounds, figures, grid, page
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     if options.accuracy:
         accuracy.measure_accuracy(folder, options)
+        accuracy_clipping.measure_clipping(folder, options)
     grid.measure(folder, options)
     bounds.measure(folder, options)
 

@@ -136,7 +136,8 @@ def accuracy_figure(found: list[Point], blind: float) -> Figure:
     left.axvline(blind, color="0.5", linestyle=":", linewidth=1)
     left.annotate("blind guess", (blind, 0.01), xycoords=("data", "axes fraction"), xytext=(4, 0),
                   textcoords="offset points", fontsize=8, color="0.35")  # fmt: skip
-    right.set(xlabel="named among a hundred by its gradient in one step, in %", xlim=(-14, 116), title="Can it be named?")
+    right.set(xlabel="named among a hundred by its gradient in one step, in %", xlim=(-14, 116))
+    right.set_title("Can it be named?")
     for point in found:
         _draw(left, right, point)
     _place(left, [(point, min(point.median, _TOP), min(point.most, _TOP)) for point in found])
@@ -177,6 +178,8 @@ def _place(ax: Axes, marks: Sequence[tuple[Point, float, float]]) -> None:
     taken += [(min(x, end) - 1, y - 1, max(x, end) + 1, y + 1) for (x, y), (end, _) in spots]
     (left, bottom), (right, top) = ax.bbox.get_points() / scale
     for ((x, y), _), (point, at, _) in zip(spots, marks, strict=True):
+        if not point.words:
+            continue
         wide, high = 4.7 * len(point.words) + 2, 9.0
         for far, turn in itertools.product((9, 13, 18, 24, 32, 42, 55), _TURNS):
             dx, dy = far * math.cos(math.pi * turn / 6), far * math.sin(math.pi * turn / 6)
@@ -189,7 +192,7 @@ def _place(ax: Axes, marks: Sequence[tuple[Point, float, float]]) -> None:
         ax.annotate(
             point.words, (at, 100 - point.accuracy), xytext=(low[0] - x, low[1] - y + 1.5), fontsize=8, color="0.1",
             textcoords="offset points", fontweight="bold" if point.defence == DP else "normal",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.6"} if far > 13 and point.words else None,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.6"} if far > 13 else None,
         )  # fmt: skip
 
 

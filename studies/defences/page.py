@@ -12,7 +12,7 @@ import pandas as pd
 from .._rows import made, read
 from .._runner import Claim, Description, between
 from .._tables import markdown
-from . import accuracy
+from . import accuracy, accuracy_clipping
 from .bounds import INFORMATION_FILE, MATCHING_FILE, Information, Matching
 from .clients import (
     ADAM,
@@ -174,17 +174,28 @@ def _large(rows: pd.DataFrame) -> str:
 
 
 def _costs(folder: Path) -> dict[str, str]:
+    """What accuracy and clipping cost and do, where that was measured."""
+    fields = {"several_clipped": ""}
+    if (folder / accuracy_clipping.FILE).is_file():
+        found = accuracy_clipping.clipping_summary(read(folder / accuracy_clipping.FILE, accuracy_clipping.Row))
+        fields["several_clipped"] = _SEVERAL_CLIPPED + found
     if not (folder / ACCURACY_FILE).is_file():
         words = "Not measured here yet: `python -m studies.defences --accuracy`."
-        return {"costs": words, "figure_words": ""}
+        return fields | {"costs": words, "figure_words": ""}
     runs = read(folder / ACCURACY_FILE, accuracy.Row)
     intro = (
-        f"The ViT of the digits on MNIST-5k, {runs.seed.nunique()} seeds, mean accuracy and its 95 % interval. "
+        f"The ViT of the digits on MNIST-5k, mean accuracy and its 95 % interval. "
         f"Measured with {made(folder / ACCURACY_FILE)}.\n\n"
     )
-    return {"costs": intro + accuracy.summary(runs), "figure_words": _FIGURE_WORDS}
+    return fields | {"costs": intro + accuracy.summary(runs), "figure_words": _FIGURE_WORDS}
 
 
+_SEVERAL_CLIPPED = (
+    "### Clipping several pictures together\n\n"
+    "A batch of eight, of which one is replaced by another picture, and how far what is shared moves, in units of C. "
+    "Clipped picture by picture it keeps to 2C/8, and noise measured by that is enough; clipped as a whole one "
+    "picture may move it as far as 2C, whatever ε was said to be.\n\n"
+)
 _FIGURE_WORDS = (
     "Test accuracy of the digits' ViT under each defence, against what its update gives away: left the "
     "reconstruction, at its median with a line to the victim seen best; right the share named among a hundred by "
