@@ -243,7 +243,7 @@ def summary(rows: pd.DataFrame) -> str:
         return {
             "what is done": named(first.defence, first.strength),
             "seeds": len(runs),
-            "accuracy %": f"{mean:.1f} ± {half:.1f}",
+            "accuracy %": f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}",
             "ε": texts[0],
             "ε of one round": texts[1],
             "ε of the sums": texts[2],
