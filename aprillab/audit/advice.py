@@ -93,7 +93,7 @@ def advice(found: Audit) -> tuple[Advice, ...]:
     >>> images = al.HALF.to_input(al.load_victim("coffee", 16)[None])
     >>> for one in advice(audit(model, al.client_update(model, images, torch.tensor([3])))):
     ...     print(f"{one.ends:<8} {one.change}")
-    no       half precision, quantization, pruning
+    in part  half precision, quantization, pruning
     no       more local steps, momentum, weight decay
     in part  more images in each step
     no       freeze or withhold the position embedding alone
