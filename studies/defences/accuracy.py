@@ -17,7 +17,7 @@ counted; at σ = 0.1 on seed 100, C = 1 gave two points more). ε is then *local
 one an epoch, to a server that reads each. The column of the sums is for a server that sees only what fifty
 clients sent together, as by secure aggregation.
 
-    python -m studies.defences.accuracy                               # MNIST-5k, half an hour of one core
+    python -m studies.defences.accuracy                               # MNIST-5k, forty minutes of one core
     python -m studies.defences.accuracy --data cifar10 --root DIR     # CIFAR-10 is there: days, without a GPU
     python -m studies.defences.accuracy --quick
 """
@@ -235,7 +235,7 @@ def named(defence: str, strength: float) -> str:
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """A line for each defence and strength: mean accuracy, its 95 % interval, ε, seconds."""
+    """A line for each defence and strength: mean accuracy, its 95 % interval (of several seeds), ε, seconds."""
 
     def line(runs: pd.DataFrame) -> dict[str, Any]:
         first = runs.iloc[0]
@@ -245,7 +245,7 @@ def summary(rows: pd.DataFrame) -> str:
         return {
             "what is done": named(first.defence, first.strength),
             "seeds": len(runs),
-            "accuracy %": f"{mean:.1f} ± {half:.1f}",
+            "accuracy %": f"{mean:.1f}" + (f" ± {half:.1f}" if len(runs) > 1 else ""),
             "ε": texts[0],
             "ε of one round": texts[1],
             "ε of the sums": texts[2],
