@@ -1,6 +1,8 @@
 """What each defence costs in accuracy: `python -m studies.defences.accuracy` writes defences_accuracy.csv.
 
-The small pre-norm ViT of `studies.accuracy`, its data and its split; accuracy of the last epoch.
+The small pre-norm ViT of `studies.accuracy`, its data and its split; accuracy of the last epoch. Five seeds
+without a defence and for DP-SGD, three for cheap defences, one for those that can hardly be told from none.
+Seconds are of a machine that was shared: they mean something only as ratios.
 
 DP-SGD is `aprillab.privacy.train_privately`: each image's gradient clipped, noise on the sum, ε of the trained
 weights for one image more or less. Its batch and rate were chosen on seeds 100 and 101, which are not among
@@ -15,7 +17,7 @@ counted; at σ = 0.1 on seed 100, C = 1 gave two points more). ε is then *local
 one an epoch, to a server that reads each. The column of the sums is for a server that sees only what fifty
 clients sent together, as by secure aggregation.
 
-    python -m studies.defences.accuracy                               # MNIST-5k, an hour of one core
+    python -m studies.defences.accuracy                               # MNIST-5k, forty minutes of one core
     python -m studies.defences.accuracy --data cifar10 --root DIR     # CIFAR-10 is there: days, without a GPU
     python -m studies.defences.accuracy --quick
 """
@@ -233,7 +235,7 @@ def named(defence: str, strength: float) -> str:
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """A line for each defence and strength: mean accuracy, its 95 % interval, ε, seconds."""
+    """A line for each defence and strength: mean accuracy, its 95 % interval (of several seeds), ε, seconds."""
 
     def line(runs: pd.DataFrame) -> dict[str, Any]:
         first = runs.iloc[0]
@@ -243,7 +245,7 @@ def summary(rows: pd.DataFrame) -> str:
         return {
             "what is done": named(first.defence, first.strength),
             "seeds": len(runs),
-            "accuracy %": f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}",
+            "accuracy %": f"{mean:.1f}" + (f" ± {half:.1f}" if len(runs) > 1 else ""),
             "ε": texts[0],
             "ε of one round": texts[1],
             "ε of the sums": texts[2],

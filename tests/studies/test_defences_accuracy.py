@@ -185,8 +185,10 @@ def test_a_line_of_the_table() -> None:
 
     rows = [row("DP-SGD", 3.0, seed, 0.6 + 0.05 * seed, 2.99) for seed in range(3)]
     rows += [row("prune", 0.001, seed, 0.5, math.nan) for seed in range(3)]
+    rows += [row("bfloat16", 16.0, 0, 0.5, math.nan)]
     table = accuracy.summary(pd.DataFrame(rows))
     assert "| DP-SGD, ε = 3 | 3 | 65.0 ± 12.4 | 2.99 | – | – | 2.5 | 20 | 1000 | 60 |" in table
+    assert "| bfloat16 | 1 | 50.0 | – |" in table
     assert "| pruning, 0.1 % kept | 3 | 50.0 ± 0.0 | – |" in table
 
 
