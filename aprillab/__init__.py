@@ -20,7 +20,7 @@ from .version import __version__
 
 # dissect and invert by their modules, whose names they share: mypy would take them for the modules.
 if TYPE_CHECKING:
-    from . import defenses, privacy, training
+    from . import defenses, dishonest, privacy, training
     from .anatomy import Anatomy, Rows, UnknownModelError, tensors_of
     from .anatomy.dissect import dissect
     from .attacks import (
@@ -94,6 +94,7 @@ __all__ = [
     "check_update",
     "client_update",
     "defenses",
+    "dishonest",
     "dissect",
     "embedding_closed_form",
     "gradient_residual",
@@ -133,8 +134,8 @@ __all__ = [
 
 #: The modules that are part of the face, and those whose names are, in the order they are looked through.
 _MODULES = (
-    "anatomy", "attacks", "data", "defenses", "metrics", "models", "preprocessing", "privacy", "sharing", "training",
-    "update",
+    "anatomy", "attacks", "data", "defenses", "dishonest", "metrics", "models", "preprocessing", "privacy", "sharing",
+    "training", "update",
 )  # fmt: skip
 _HOMES = ("preprocessing", "metrics", "models", "update", "data", "anatomy", "attacks", "sharing")
 

@@ -1,0 +1,15 @@
+"""What a server may send instead of the model, and what a client can see of it before it answers.
+
+    model.load_state_dict(al.dishonest.class_fishing(model, 3))    # the image of class 3 alone
+    al.dishonest.silenced(model)                                   # for every client but one
+    print(al.dishonest.inspect_model(model, previous, images=images, labels=labels))
+
+Each of the first returns a state dict, a copy that the model loads, so that any framework can send it. Each says
+what it changes, what it costs the federation, how it can be seen, and whose idea it is. They are here so that
+clients can learn to look: nothing in this package sends anything anywhere.
+"""
+
+from .fishing import class_fishing, silenced
+from .sent import CannotCheat
+
+__all__ = ["CannotCheat", "class_fishing", "silenced"]

@@ -1,0 +1,68 @@
+"""A feature that is the same for all images: what stands in for the bias of a head that has none.
+
+Behind a LayerNorm f = γ ⊙ x̂ + β, where the entries of x̂ sum to zero. So Σ f_j / γ_j = Σ β_j / γ_j, whatever the
+image: with u = 1/γ over that sum, u·f = 1. A mean over tokens keeps it. Nor does u pass any gradient down:
+the LayerNorm's own gradient takes the mean of γ ⊙ u off, which is all there is to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .sent import CannotCheat, Head
+
+
+@dataclass(frozen=True)
+class ConstantFeature:
+    """u with u·f = 1 for each image, once the last LayerNorm's bias is set.
+
+    Attributes
+    ----------
+    bias_name : str
+        Of the LayerNorm before the head.
+    bias : Tensor of shape (d,), float64
+        What it is to be set to.
+    direction : Tensor of shape (d,), float64
+        u.
+    """
+
+    bias_name: str
+    bias: Tensor
+    direction: Tensor
+
+
+def constant_feature(model: nn.Module, head: Head) -> ConstantFeature:
+    """Of a head without bias.
+
+    Raises
+    ------
+    CannotCheat
+        If no LayerNorm with weight and bias stands right before the head.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> from aprillab.dishonest.sent import head_of
+    >>> model = al.VisionTransformer(image_size=8, patch_size=4, width=24, depth=1, heads=2, classes=5)
+    >>> found = constant_feature(model, head_of(model))
+    >>> found.bias_name, float(found.direction @ found.bias)
+    ('norm.bias', 1.0)
+    """
+    width = head.weight.shape[1]
+    path, norm = None, None
+    for name, module in model.named_modules():
+        if f"{name}.weight" == head.weight_name:
+            break
+        if isinstance(module, nn.LayerNorm) and module.normalized_shape == (width,):
+            path, norm = name, module
+    if path is None or norm is None or norm.bias is None or not bool((norm.weight != 0).all()):
+        raise CannotCheat(
+            f"the head {head.weight_name} has no bias, and no LayerNorm with weight and bias stands before it: "
+            "nothing is the same for all images, so a class cannot be told to be improbable"
+        )
+    inverse = 1 / norm.weight.detach().double()
+    bias = torch.ones_like(inverse) * inverse.sign()
+    return ConstantFeature(f"{path}.bias", bias, inverse / float(inverse @ bias))
