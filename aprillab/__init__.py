@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from .attacks.invert import invert
     from .data import load_victim, load_victims, mnist5k, read_picture, torchvision_dataset, victim_info, victims
+    from .dishonest import Inspection, inspect_model
     from .metrics import EXACT_TO_8_BITS_DB, match_batch, mse, psnr, score, ssim
     from .models import VisionTransformer, patchify, sinusoidal_1d, sinusoidal_2d, unpatchify
     from .preprocessing import HALF, IMAGENET, UNIT, Preprocessing
@@ -75,6 +76,7 @@ __all__ = [
     "AttackNotApplicable",
     "ClientUpdate",
     "Count",
+    "Inspection",
     "Labels",
     "LeakMap",
     "LeakRow",
@@ -98,6 +100,7 @@ __all__ = [
     "dissect",
     "embedding_closed_form",
     "gradient_residual",
+    "inspect_model",
     "invert",
     "is_batch",
     "leak_map",
@@ -137,7 +140,7 @@ _MODULES = (
     "anatomy", "attacks", "data", "defenses", "dishonest", "metrics", "models", "preprocessing", "privacy", "sharing",
     "training", "update",
 )  # fmt: skip
-_HOMES = ("preprocessing", "metrics", "models", "update", "data", "anatomy", "attacks", "sharing")
+_HOMES = ("preprocessing", "metrics", "models", "update", "data", "anatomy", "attacks", "dishonest", "sharing")
 
 # A type checker that saw this function would take every name for one of the package's.
 if not TYPE_CHECKING:

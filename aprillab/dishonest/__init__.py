@@ -2,7 +2,7 @@
 
     model.load_state_dict(al.dishonest.class_fishing(model, 3))    # the image of class 3 alone
     al.dishonest.silenced(model)                                   # for every client but one
-    print(al.dishonest.inspect_model(model, previous, images=images, labels=labels))
+    print(al.inspect_model(model, previous, images=images, labels=labels))
 
 Each of the first returns a state dict, a copy that the model loads, so that any framework can send it. Each says
 what it changes, what it costs the federation, how it can be seen, and whose idea it is. They are here so that
@@ -10,6 +10,15 @@ clients can learn to look: nothing in this package sends anything anywhere.
 """
 
 from .fishing import class_fishing, silenced
+from .inspection import Finding, Inspection, SuspiciousModel, inspect_model
 from .sent import CannotCheat
 
-__all__ = ["CannotCheat", "class_fishing", "silenced"]
+__all__ = [
+    "CannotCheat",
+    "Finding",
+    "Inspection",
+    "SuspiciousModel",
+    "class_fishing",
+    "inspect_model",
+    "silenced",
+]

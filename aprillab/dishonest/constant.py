@@ -51,14 +51,8 @@ def constant_feature(model: nn.Module, head: Head) -> ConstantFeature:
     >>> found.bias_name, float(found.direction @ found.bias)
     ('norm.bias', 1.0)
     """
-    width = head.weight.shape[1]
-    path, norm = None, None
-    for name, module in model.named_modules():
-        if f"{name}.weight" == head.weight_name:
-            break
-        if isinstance(module, nn.LayerNorm) and module.normalized_shape == (width,):
-            path, norm = name, module
-    if path is None or norm is None or norm.bias is None or not bool((norm.weight != 0).all()):
+    path, norm = last_norm(model, head)
+    if norm is None or norm.bias is None or not bool((norm.weight != 0).all()):
         raise CannotCheat(
             f"the head {head.weight_name} has no bias, and no LayerNorm with weight and bias stands before it: "
             "nothing is the same for all images, so a class cannot be told to be improbable"
@@ -66,3 +60,14 @@ def constant_feature(model: nn.Module, head: Head) -> ConstantFeature:
     inverse = 1 / norm.weight.detach().double()
     bias = torch.ones_like(inverse) * inverse.sign()
     return ConstantFeature(f"{path}.bias", bias, inverse / float(inverse @ bias))
+
+
+def last_norm(model: nn.Module, head: Head) -> tuple[str, nn.LayerNorm | None]:
+    """The last LayerNorm of the features' width that is registered before the head, and its path."""
+    found: tuple[str, nn.LayerNorm | None] = "", None
+    for path, module in model.named_modules():
+        if f"{path}.weight" == head.weight_name:
+            break
+        if isinstance(module, nn.LayerNorm) and module.normalized_shape == (head.weight.shape[1],):
+            found = path, module
+    return found

@@ -1,0 +1,272 @@
+"""What a client can see of a cheating server before it answers: :func:`inspect_model`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, dissect, playable
+from ..update import logits_of
+from .constant import last_norm
+from .looks import (
+    largest_jump,
+    largest_offset,
+    lost_directions,
+    out_of_proportion,
+    passed_by_class,
+    passed_by_image,
+)
+from .sent import CannotCheat, Head, evaluated, head_of
+
+#: Beyond these a finding is suspicious. Honest models, fished ones, and where they meet: data/results/cheating.md.
+ROWS, DIRECTIONS, OFFSET, CLASSES, LAYERS, ADAPTERS, JUMP, ISOLATION = 4.0, 3.0, 3.0, 4.0, 8.0, 4.0, 0.7, 10.0
+_IMAGES = 8  # of noise, to ask the model's opinion of
+_MATRIX = 8  # rows and columns that a matrix must have to be judged
+
+
+class SuspiciousModel(RuntimeError):
+    """The client does not answer; the message says what it saw."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One look at the model.
+
+    Attributes
+    ----------
+    name : str
+    score : float
+        Larger is stranger; infinite where something is zero that never is.
+    threshold : float
+        Beyond it the finding is suspicious.
+    suspicious : bool
+    words : str
+        What was looked at, and found.
+    """
+
+    name: str
+    score: float
+    threshold: float
+    suspicious: bool
+    words: str
+
+    def __str__(self) -> str:
+        mark = "!" if self.suspicious else " "
+        return f"{mark} {self.name}: {self.score:.3g} (limit {self.threshold:g}). {self.words}"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a client saw in a model before answering.
+
+    Attributes
+    ----------
+    findings : tuple of Finding
+    gradient_norms : Tensor of shape (B,), or None
+        Of each of the client's images, below the head (at the images); None without images.
+    notes : tuple of str
+        What could not be looked at, and why.
+    """
+
+    findings: tuple[Finding, ...]
+    gradient_norms: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether any finding is. False is no proof of honesty."""
+        return any(finding.suspicious for finding in self.findings)
+
+    def refuse(self) -> None:
+        """Raise :class:`SuspiciousModel` if anything is suspicious: the client does not answer."""
+        if self.suspicious:
+            seen = "; ".join(f"{f.name} {f.score:.3g} (limit {f.threshold:g})" for f in self.findings if f.suspicious)
+            raise SuspiciousModel(f"no answer to this model: {seen}. Ask the server's operator what it is for")
+
+    def __getitem__(self, name: str) -> Finding:
+        """A finding by its name."""
+        for finding in self.findings:
+            if finding.name == name:
+                return finding
+        raise KeyError(f"no finding is called {name!r}: there are {', '.join(f.name for f in self.findings)}")
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.findings), *(f"  {note}" for note in self.notes)])
+
+
+def inspect_model(
+    model: nn.Module,
+    previous: nn.Module | Mapping[str, Tensor] | None = None,
+    *,
+    images: Tensor | None = None,
+    labels: Tensor | None = None,
+    anatomy: Anatomy | None = None,
+) -> Inspection:
+    """Look at a model that a server sent, before answering it.
+
+    Of the head: whether one row or one class stands out, whether rows are of few directions, and which classes
+    would pass a gradient. Of all layers: whether they have lost their directions. With the previous round's
+    model: how far it jumped. With the client's own batch: whether one image's gradient drowns all others', which is
+    what leaks, be the server a cheat or not.
+
+    Scores are deterministic. It costs a forward pass of eight pictures of noise, products of the weights with
+    themselves, and with ``images`` one forward and backward pass of the batch.
+
+    *What it cannot see*: that other clients were sent another model (:func:`~aprillab.dishonest.silenced`: the one
+    who is read has an honest model); an attacker who knows it, and stays below each limit
+    (data/results/cheating.md).
+
+    Parameters
+    ----------
+    model : nn.Module
+        As it was sent; left unchanged.
+    previous : nn.Module or state dict, optional
+        What was sent the round before.
+    images : Tensor of shape (B, C, H, W), optional
+        The client's batch, in model-input space.
+    labels : int64 Tensor of shape (B,), optional
+        Needed with ``images``.
+    anatomy : Anatomy, optional
+        Default is ``dissect(model)``.
+
+    Returns
+    -------
+    Inspection
+
+    Raises
+    ------
+    UnknownModelError
+        If ``dissect`` does not know the model.
+    ValueError
+        If only one of ``images`` and ``labels`` is given, or they do not go together.
+
+    Examples
+    --------
+    >>> import aprillab as al
+    >>> shape = {"image_size": 16, "patch_size": 4, "width": 96, "depth": 1, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape)
+    >>> al.inspect_model(model).suspicious
+    False
+    >>> model.load_state_dict(al.dishonest.class_fishing(model, 3))
+    <All keys matched successfully>
+    >>> [finding.name for finding in al.inspect_model(model).findings if finding.suspicious]
+    ['head rows', 'head directions', 'class offset', 'class gradients']
+    """
+    if (images is None) != (labels is None):
+        raise ValueError("images and labels go together: give both, or neither")
+    if images is not None and labels is not None and (labels.shape != images.shape[:1] or images.ndim != 4):
+        raise ValueError(
+            f"images must be (B, C, H, W) and labels (B,), not {tuple(images.shape)} and {tuple(labels.shape)}"
+        )
+    anatomy = anatomy or dissect(model)
+    findings, notes = [*_of_layers(model, anatomy), *_of_adapters(model)], []
+    try:
+        head = head_of(model, anatomy)
+    except CannotCheat as refusal:
+        notes.append(f"The head was not looked at: {refusal}.")
+    else:
+        zero = not bool(head.weight.any())
+        findings = [*_of_head(model, anatomy, head), *findings]
+        if zero:
+            notes.append(
+                "The head is zero, so nothing below it moves: as some libraries initialize it for the first round, "
+                "and as a server silences a client. Compare the model's hash with other clients'."
+            )
+    if previous is not None:
+        findings.append(_of_jump(previous, model))
+    norms = None
+    if images is not None and labels is not None:
+        norms, found = _of_images(model, anatomy, images, labels)
+        findings += found
+    return Inspection(tuple(findings), norms, tuple(notes))
+
+
+# --- One look after another ---------------------------------------------------------------------------------------
+
+
+def _finding(name: str, score: float, threshold: float, words: str) -> Finding:
+    return Finding(name, score, threshold, not score <= threshold, words)
+
+
+def _of_head(model: nn.Module, anatomy: Anatomy, head: Head) -> list[Finding]:
+    """Its rows, its biases, and what each class would pass."""
+    weight, norm = head.weight, last_norm(model, head)[1]
+    passed = passed_by_class(weight, _opinion(model, anatomy, weight))
+    offset = largest_offset(weight, head.bias, None if norm is None or norm.bias is None else norm.bias.detach())
+    return [
+        _finding("head rows", out_of_proportion(weight), ROWS, "The longest row over the median one."),
+        _finding(
+            "head directions", lost_directions(weight, centred=True), DIRECTIONS,
+            f"So many times fewer than the {min(head.classes - 1, weight.shape[1])} that rows less their mean can have.",
+        ),
+        _finding("class offset", offset, OFFSET, "Nats between the oddest class and the median, before any picture."),
+        _finding(
+            "class gradients", float(passed.max() / passed.quantile(0.5)) if passed.any() else 1.0, CLASSES,
+            f"Class {int(passed.argmax())} passes the largest gradient below the head, over the median class.",
+        ),
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def _opinion(model: nn.Module, anatomy: Anatomy, weight: Tensor) -> Tensor:
+    """Logits of some pictures of noise."""
+    shape = (_IMAGES, anatomy.channels or 3, *anatomy.image_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with evaluated(model), playable(model, anatomy):
+        return logits_of(model, noise.to(model.get_parameter(anatomy.patch_weight)))
+
+
+def _of_layers(model: nn.Module, anatomy: Anatomy) -> list[Finding]:
+    """Linear layers that have lost their directions; the patch embedding has few by training, too."""
+    skipped = {anatomy.patch_weight, anatomy.head_weight, anatomy.position}
+    worst, where = 1.0, "none"
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and min(parameter.shape) >= _MATRIX and name not in skipped and "lora_" not in name:
+            worst, where = max((worst, where), (lost_directions(parameter.detach().float()), name))
+    words = f"So many times fewer directions than a matrix of that shape can have, in {where}."
+    return [_finding("layer directions", worst, LAYERS, words)]
+
+
+def _of_adapters(model: nn.Module) -> list[Finding]:
+    """LoRA's B over its A: B starts at zero, and A does not."""
+    parameters = {name: p.detach().double() for name, p in model.named_parameters()}
+    pairs = [(name, name.replace("lora_A", "lora_B")) for name in parameters if "lora_A" in name]
+    pairs = [(a, b) for a, b in pairs if b in parameters]
+    if not pairs:
+        return []
+    scores = {b: _ratio(parameters[b], parameters[a]) for a, b in pairs}
+    worst = max(scores, key=lambda name: scores[name])
+    words = f"The largest LoRA factor B over its A, r.m.s. of the entries: {worst}. B starts at zero."
+    return [_finding("adapters", scores[worst], ADAPTERS, words)]
+
+
+def _ratio(b: Tensor, a: Tensor) -> float:
+    top, bottom = float(b.square().mean() ** 0.5), float(a.square().mean() ** 0.5)
+    return top / bottom if bottom else math.inf if top else 0.0
+
+
+def _of_jump(previous: nn.Module | Mapping[str, Tensor], model: nn.Module) -> Finding:
+    before = previous.state_dict() if isinstance(previous, nn.Module) else previous
+    score, name = largest_jump(before, model.state_dict())
+    words = f"The largest change of a weight matrix since the last round, relative to it: {name or 'none'}."
+    return _finding("jump", score, JUMP, words)
+
+
+def _of_images(model: nn.Module, anatomy: Anatomy, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Finding]]:
+    """The norm of each image's gradient, and whether one drowns the others."""
+    given = images.detach().clone().requires_grad_()
+    with evaluated(model), playable(model, anatomy), torch.enable_grad():
+        losses = nn.functional.cross_entropy(logits_of(model, given), labels, reduction="none")
+        each, others = passed_by_image(model, given, losses)
+    if len(images) < 2:
+        return each, []
+    ratios = torch.where(each > 0, each / others, 0.0)  # a zero sum of others leaves infinity
+    worst = int(ratios.argmax())
+    words = (
+        f"The gradient of image {worst}, of class {int(labels[worst])}, over the {len(images) - 1} others' together."
+    )
+    return each, [_finding("isolation", float(ratios.max()), ISOLATION, words)]
