@@ -1,6 +1,7 @@
 """What a server may send instead of the model, and what a client can see of it before it answers.
 
     model.load_state_dict(al.dishonest.class_fishing(model, 3))    # the image of class 3 alone
+    al.dishonest.bisect_features(model, ask, batch_size, rounds=20)  # all of a batch, one threshold a round
     al.dishonest.silenced(model)                                   # for every client but one
     print(al.inspect_model(model, previous, images=images, labels=labels))
 
@@ -9,16 +10,21 @@ what it changes, what it costs the federation, how it can be seen, and whose ide
 clients can learn to look: nothing in this package sends anything anywhere.
 """
 
+from .features import Bin, bisect_features, feature_fishing, feature_range
 from .fishing import class_fishing, silenced
 from .inspection import Finding, Inspection, SuspiciousModel, inspect_model
 from .sent import CannotCheat
 
 __all__ = [
+    "Bin",
     "CannotCheat",
     "Finding",
     "Inspection",
     "SuspiciousModel",
+    "bisect_features",
     "class_fishing",
+    "feature_fishing",
+    "feature_range",
     "inspect_model",
     "silenced",
 ]

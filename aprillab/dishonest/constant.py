@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .sent import CannotCheat, Head
+from .sent import CannotCheat, Head, played
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,33 @@ def constant_feature(model: nn.Module, head: Head) -> ConstantFeature:
     ('norm.bias', 1.0)
     """
     path, norm = last_norm(model, head)
-    if norm is None or norm.bias is None or not bool((norm.weight != 0).all()):
+    if norm is None or norm.bias is None:
         raise CannotCheat(
-            f"the head {head.weight_name} has no bias, and no LayerNorm with weight and bias stands before it: "
+            f"the head {head.weight_name} has no bias, and no LayerNorm with weight and bias stands right before it: "
             "nothing is the same for all images, so a class cannot be told to be improbable"
         )
     inverse = 1 / norm.weight.detach().double()
-    bias = torch.ones_like(inverse) * inverse.sign()
+    bias = inverse.sign()
     return ConstantFeature(f"{path}.bias", bias, inverse / float(inverse @ bias))
 
 
 def last_norm(model: nn.Module, head: Head) -> tuple[str, nn.LayerNorm | None]:
-    """The last LayerNorm of the features' width that is registered before the head, and its path."""
-    found: tuple[str, nn.LayerNorm | None] = "", None
-    for path, module in model.named_modules():
-        if f"{path}.weight" == head.weight_name:
+    """The LayerNorm right before the head, and its path: the last one that is registered, if a play agrees.
+
+    Of what it gives, Σ f_j / γ_j must be Σ β_j / γ_j for pictures of noise, whether or not tokens are averaged.
+    """
+    path, norm = "", None
+    for name, module in model.named_modules():
+        if f"{name}.weight" == head.weight_name:
             break
         if isinstance(module, nn.LayerNorm) and module.normalized_shape == (head.weight.shape[1],):
-            found = path, module
-    return found
+            path, norm = name, module
+    if norm is None or norm.weight is None or not bool((norm.weight != 0).all()):
+        return "", None
+    weight = torch.zeros_like(head.weight)
+    weight[0] = 1 / norm.weight.detach()
+    expected = 0.0 if norm.bias is None else float(weight[0].double() @ norm.bias.detach().double())
+    expected += 0.0 if head.bias is None else float(head.bias[0])
+    logits = played(model, head, {head.weight_name: weight}, images=2)[:, 0].double()
+    rounding = 10 * torch.finfo(weight.dtype).eps * float(weight[0].double().abs().sum())
+    return (path, norm) if bool(((logits - expected).abs() < rounding).all()) else ("", None)

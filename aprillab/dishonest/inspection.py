@@ -20,7 +20,7 @@ from .looks import (
     passed_by_class,
     passed_by_image,
 )
-from .sent import CannotCheat, Head, evaluated, head_of
+from .sent import CannotCheat, Head, evaluated, head_of, played
 
 #: Beyond these a finding is suspicious. Honest models, fished ones, and where they meet: data/results/cheating.md.
 ROWS, DIRECTIONS, OFFSET, CLASSES, LAYERS, ADAPTERS, JUMP, ISOLATION = 4.0, 3.0, 3.0, 4.0, 8.0, 4.0, 0.7, 10.0
@@ -170,7 +170,7 @@ def inspect_model(
         notes.append(f"The head was not looked at: {refusal}.")
     else:
         zero = not bool(head.weight.any())
-        findings = [*_of_head(model, anatomy, head), *findings]
+        findings = [*_of_head(model, head), *findings]
         if zero:
             notes.append(
                 "The head is zero, so nothing below it moves: as some libraries initialize it for the first round, "
@@ -192,16 +192,16 @@ def _finding(name: str, score: float, threshold: float, words: str) -> Finding:
     return Finding(name, score, threshold, not score <= threshold, words)
 
 
-def _of_head(model: nn.Module, anatomy: Anatomy, head: Head) -> list[Finding]:
+def _of_head(model: nn.Module, head: Head) -> list[Finding]:
     """Its rows, its biases, and what each class would pass."""
     weight, norm = head.weight, last_norm(model, head)[1]
-    passed = passed_by_class(weight, _opinion(model, anatomy, weight))
+    passed = passed_by_class(weight, played(model, head, {}, images=_IMAGES))
     offset = largest_offset(weight, head.bias, None if norm is None or norm.bias is None else norm.bias.detach())
     return [
         _finding("head rows", out_of_proportion(weight), ROWS, "The longest row over the median one."),
         _finding(
             "head directions", lost_directions(weight, centred=True), DIRECTIONS,
-            f"So many times fewer than the {min(head.classes - 1, weight.shape[1])} that rows less their mean can have.",
+            f"Its rows less their mean could have {min(head.classes - 1, weight.shape[1])}: so many times fewer.",
         ),
         _finding("class offset", offset, OFFSET, "Nats between the oddest class and the median, before any picture."),
         _finding(
@@ -209,15 +209,6 @@ def _of_head(model: nn.Module, anatomy: Anatomy, head: Head) -> list[Finding]:
             f"Class {int(passed.argmax())} passes the largest gradient below the head, over the median class.",
         ),
     ]  # fmt: skip
-
-
-@torch.no_grad()
-def _opinion(model: nn.Module, anatomy: Anatomy, weight: Tensor) -> Tensor:
-    """Logits of some pictures of noise."""
-    shape = (_IMAGES, anatomy.channels or 3, *anatomy.image_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with evaluated(model), playable(model, anatomy):
-        return logits_of(model, noise.to(model.get_parameter(anatomy.patch_weight)))
 
 
 def _of_layers(model: nn.Module, anatomy: Anatomy) -> list[Finding]:

@@ -25,12 +25,15 @@ class Head:
 
     Attributes
     ----------
+    anatomy : Anatomy
+        Of the model it is of.
     weight_name : str
     bias_name : str or None
     weight : Tensor of shape (classes, d)
     bias : Tensor of shape (classes,) or None
     """
 
+    anatomy: Anatomy
     weight_name: str
     bias_name: str | None
     weight: Tensor
@@ -46,7 +49,7 @@ class Head:
 
 
 def head_of(model: nn.Module, anatomy: Anatomy | None = None) -> Head:
-    """The model's head, shown to be a linear map: one gradient image is played through two of its versions.
+    """The model's head, shown to be a linear map: a picture of noise is played through two versions of it.
 
     Parameters
     ----------
@@ -85,21 +88,24 @@ def head_of(model: nn.Module, anatomy: Anatomy | None = None) -> Head:
     if len(weight) < 2:
         raise CannotCheat(f"the head {anatomy.head_weight} has one class: its loss is the same whatever it is sent")
     bias = state.get(anatomy.head_bias or "")
-    head = Head(anatomy.head_weight, None if bias is None else anatomy.head_bias, weight, bias)
-    _refuse_other_than_linear(model, anatomy, head)
+    head = Head(anatomy, anatomy.head_weight, None if bias is None else anatomy.head_bias, weight, bias)
+    _refuse_other_than_linear(model, head)
     return head
 
 
-def _refuse_other_than_linear(model: nn.Module, anatomy: Anatomy, head: Head) -> None:
+def _refuse_other_than_linear(model: nn.Module, head: Head) -> None:
     """Twice the weight must give twice the logits, once the bias is taken off."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(head.weight.shape, generator=generator, dtype=torch.float64).to(head.weight)
     bias = None if head.bias is None else torch.arange(head.classes).to(head.bias) / head.classes
+    shifted = {} if head.bias_name is None or bias is None else {head.bias_name: bias}
     try:
-        single, double = (_logits(model, anatomy, head, factor * weight, bias) for factor in (1, 2))
+        single, double = (
+            played(model, head, {head.weight_name: factor * weight} | shifted, images=1)[0] for factor in (1, 2)
+        )
     except (RuntimeError, UpdateError, ValueError) as error:
         raise CannotCheat(
-            f"{type(model).__name__} could not be played on a grey picture: {str(error).splitlines()[0]}"
+            f"{type(model).__name__} could not be played on a picture of noise: {str(error).splitlines()[0]}"
         ) from error
     shift = 0 if bias is None else bias.double()
     miss = (double.double() - shift - 2 * (single.double() - shift)).norm() / single.double().norm().clamp_min(1e-300)
@@ -112,13 +118,14 @@ def _refuse_other_than_linear(model: nn.Module, anatomy: Anatomy, head: Head) ->
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, anatomy: Anatomy, head: Head, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the model says of one grey picture, with another head."""
-    first = model.get_parameter(anatomy.patch_weight)
-    image = torch.zeros(1, anatomy.channels or 3, *anatomy.image_size, dtype=first.dtype, device=first.device)
-    changed = {head.weight_name: weight} | ({head.bias_name: bias} if head.bias_name and bias is not None else {})
+def played(model: nn.Module, head: Head, changed: Mapping[str, Tensor], *, images: int) -> Tensor:
+    """Logits (images, classes) of some pictures of noise, the same each time, with some tensors exchanged."""
+    anatomy, generator = head.anatomy, torch.Generator().manual_seed(0)
+    shape = (images, anatomy.channels or 3, *anatomy.image_size)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(model.get_parameter(anatomy.patch_weight))
+    state = dict(changed)
     with evaluated(model), playable(model, anatomy):
-        return logits_of(cast(nn.Module, lambda images: functional_call(model, changed, (images,))), image)[0]
+        return logits_of(cast(nn.Module, lambda given: functional_call(model, state, (given,))), noise)
 
 
 @contextmanager
