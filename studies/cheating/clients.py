@@ -48,7 +48,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 def crops(count: int, size: int, seed: int, *, public: bool = False) -> Tensor:
-    """Square pieces (count, 3, size, size) of the project's photographs in [0, 1]: the client's, or the public ones."""
+    """Square pieces (count, 3, size, size) of the project's photographs in [0, 1]: the client's, or public ones."""
     names = al.victims()
     photographs, _ = al.load_victims(names[PUBLIC:] if public else names[:PUBLIC])
     generator = torch.Generator().manual_seed(seed)

@@ -245,7 +245,7 @@ def _raced(group: pd.DataFrame) -> dict[str, str]:
 
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     rows = rows_of(folder / FILE, Row)
-    kinds = dict(rows.groupby("kind", sort=False))
+    kinds = dict(iter(rows.groupby("kind", sort=False)))
     honest_ones, sent_ones, race = kinds["honest"], kinds["sent"], kinds["race"]
     quiet = race[~race.seen.fillna("").str.contains("isolation")]
     loud = race[race.seen.fillna("").str.contains("isolation")]

@@ -259,7 +259,7 @@ def _of_lora(group: pd.DataFrame) -> dict[str, str]:
 
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     rows = rows_of(folder / FILE, Row)
-    parts = dict(rows.groupby("part", sort=False))
+    parts = dict(iter(rows.groupby("part", sort=False)))
     fished, settings = parts["class"], ("model", "setting", "batch", "strength")
     strong = fished[fished.strength >= 20]
     empty = rows.iloc[:0]
