@@ -13,6 +13,7 @@ clients can learn to look: nothing in this package sends anything anywhere.
 """
 
 from .features import Bin, bisect_features, feature_fishing, feature_range
+from .fingerprint import fingerprint
 from .fishing import class_fishing, silenced
 from .imprint import Imprinted, imprint, read_imprint
 from .inspection import Finding, Inspection, SuspiciousModel, inspect_model
@@ -30,6 +31,7 @@ __all__ = [
     "class_fishing",
     "feature_fishing",
     "feature_range",
+    "fingerprint",
     "imprint",
     "inspect_model",
     "lora_spanning",

@@ -93,8 +93,8 @@ def silenced(model: nn.Module, *, anatomy: Anatomy | None = None) -> dict[str, T
     *What it costs the federation*: the silenced clients' round.
 
     *How it can be seen*: a silenced client sees a head of zeros, as some libraries initialize it, and an update that
-    is zero below it. *The one who is read sees an honest model*: no check of its own model can help. That all
-    clients were sent the same, a hash of the model that they compare, can.
+    is zero below it. *The one who is read sees an honest model*: no check of its own model can help. Clients that
+    compare what they were sent (:func:`~aprillab.dishonest.fingerprint`) see it.
 
     *Whose idea*: different models to different clients, against secure aggregation: Pasquini, Francati and
     Ateniese ("Eluding Secure Aggregation", CCS 2022). The head of zeros is the simplest of their kind in a ViT.
