@@ -217,7 +217,7 @@ def _of_layers(model: nn.Module, anatomy: Anatomy) -> list[Finding]:
     worst, where = 1.0, "none"
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and min(parameter.shape) >= _MATRIX and name not in skipped and "lora_" not in name:
-            worst, where = max((worst, where), (lost_directions(parameter.detach().float()), name))
+            worst, where = max((worst, where), (lost_directions(parameter.detach()), name))
     words = f"So many times fewer directions than a matrix of that shape can have, in {where}."
     return [_finding("layer directions", worst, LAYERS, words)]
 

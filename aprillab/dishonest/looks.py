@@ -31,7 +31,7 @@ def lost_directions(weight: Tensor, *, centred: bool = False) -> float:
     >>> lost_directions(torch.eye(4)), lost_directions(torch.ones(4, 4)), lost_directions(torch.zeros(4, 4))
     (1.0, 4.0, 1.0)
     """
-    rows = weight.double()
+    rows = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
     rows = rows - rows.mean(0) if centred else rows
     gram = rows.T @ rows if rows.shape[1] < len(rows) else rows @ rows.T
     squares = float(gram.square().sum())

@@ -24,7 +24,7 @@ from .clients import SMALL, batch_of, best_psnr, crops, loaded, model_of, read, 
 FILE = "cheating.csv"
 SHARP, THERE = 90.0, 30.0  # dB
 CLIENTS, OF_EACH = 100, 8
-NOISE = ("noise 1e-7", "noise 1e-6", "noise 1e-5", "noise 1e-4")
+NOISE = ("noise 1e-7", "noise 1e-6", "noise 1e-5", "noise 1e-4", "noise 1e-3")
 CHANGES = ("none", "clip", *NOISE, "bfloat16", "float16")
 ADAPTERS = ((8, 256, 4, "query value"), (8, 256, 8, "query value"), (4, 384, 32, "query key value"))
 
@@ -288,7 +288,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
             fished[(fished.strength == 2) & (fished.model == "random")].psnr.median(),
             most=60,
         ),
-        between("Noise of 1e-4 ends it", noisy[noisy.setting == NOISE[-1]].psnr.median(), most=30),
+        between("Noise of 1e-3 ends it", noisy[noisy.setting == NOISE[-1]].psnr.median(), most=30),
         between("nearly all of a batch", (parts["features"].there / parts["features"].batch).min(), 0.9),
         between("at least 15 of 64", imprinted.there.min(), 14.5),
         between("one round is enough", parts["LoRA"][parts["LoRA"].rounds == 1].psnr.min(), 60),
