@@ -29,12 +29,13 @@ def class_fishing(
 
     *What it does*: of a batch, or of a sum over clients, the image of this class comes back by
     :func:`~aprillab.embedding_closed_form` as if it had been alone, up to e^−L of the others. Two images of the
-    class come back as a mixture. Secure aggregation hides who sent the picture, and not the picture.
+    class come back as a mixture. What classes the others have does not matter. Secure aggregation hides who sent
+    the picture, and not the picture. Measured in data/results/cheating.md.
 
     *What it costs the federation*: a round. The head is lost and the loss of that class is L + log(K − 1) nats.
 
-    *How it can be seen*: before answering, all rows but one are zero and one bias stands out
-    (:func:`~aprillab.dishonest.inspect_model`); after training, the others' loss hardly moved anything.
+    *How it can be seen*: all rows but one are zero and one bias stands out, and of the client's own batch one image
+    passes all of the gradient (:func:`~aprillab.dishonest.inspect_model`).
 
     *Whose idea*: class fishing is Wen et al.'s ("Fishing for User Data", ICML 2022), who also combined it with a
     closed form, on a ViT modified for it, in the notebooks of their library breaching. That an unmodified

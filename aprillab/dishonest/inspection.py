@@ -117,8 +117,8 @@ def inspect_model(
     themselves, and with ``images`` one forward and backward pass of the batch.
 
     *What it cannot see*: that other clients were sent another model (:func:`~aprillab.dishonest.silenced`: the one
-    who is read has an honest model); an attacker who knows it, and stays below each limit
-    (data/results/cheating.md).
+    who is read has an honest model); a head that looks trained because it is, as long as the client does not look at its
+    own batch; differences of rounds of which each looks harmless. data/results/cheating.md has the numbers.
 
     Parameters
     ----------

@@ -61,21 +61,22 @@ def crops(count: int, size: int, seed: int, *, public: bool = False) -> Tensor:
     return torch.stack(found).clamp(0, 1)
 
 
-def batch_of(name: str, count: int, seed: int, kind: str, wanted: int) -> tuple[Tensor, Tensor, int]:
+def batch_of(name: str, count: int, seed: int, kind: str, wanted: int, client: int = 0) -> tuple[Tensor, Tensor, int]:
     """Images in model-input space, labels, and the class that image ``wanted`` alone has.
 
-    ``kind``: ``distinct`` labels, or ``repeated``: the others share four classes.
+    ``kind``: ``distinct`` labels, or ``repeated``: the others share four classes. Each client has others.
     """
     if name == "digits":
         images, labels = digits("test")
         c = seed % 10
         own, others = images[labels == c], images[labels != c]
-        chosen = others[count * seed : count * seed + count].clone()
-        given = labels[labels != c][count * seed : count * seed + count].clone()
+        start = count * (seed + client) % (len(others) - count)
+        chosen = others[start : start + count].clone()
+        given = labels[labels != c][start : start + count].clone()
         chosen[wanted], given[wanted] = own[seed], c
         return chosen, given, c
     anatomy = al.dissect(model_of(name))
-    images = anatomy.preprocessing.to_input(crops(count, anatomy.image_size[0], seed))
+    images = anatomy.preprocessing.to_input(crops(count, anatomy.image_size[0], seed + 1000 * client))
     labels = torch.arange(count) + 10 if kind == "distinct" else torch.arange(count) % 4
     labels[wanted] = 7
     return images, labels, 7

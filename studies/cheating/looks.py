@@ -249,6 +249,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     honest_ones, sent_ones, race = kinds["honest"], kinds["sent"], kinds["race"]
     quiet = race[~race.seen.fillna("").str.contains("isolation")]
     loud = race[race.seen.fillna("").str.contains("isolation")]
+    plain = race[(race.change == "bias") & (race.strength == race.strength.min())]
     fished = sent_ones[sent_ones.change.isin(["class fishing", "feature fishing", "imprint"])]
     bare = honest_ones[honest_ones.by_weights.eq(True)]
     fields = {
@@ -258,9 +259,11 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         "race": markdown(grouped(race, ("change", "strength"), _raced)),
         "honest_count": len(honest_ones), "false_alarms": honest_ones.seen.fillna("").ne("").sum(),
         "quiet_median": quiet.psnr.median(), "quiet_most": quiet.psnr.max(),
-        "loud_median": loud.psnr.median(),
+        "loud_median": loud.psnr.median(), "loud_most": loud.psnr.max(), "honest_most": plain.psnr.max(),
+        "honest_loud": plain.seen.fillna("").str.contains("isolation").sum(), "honest_races": len(plain),
     }  # fmt: skip
     return fields, [
         between("No honest model's weights were suspicious", len(bare), most=0.5),
         between("every fished or imprinted model was", fished.by_weights.eq(True).mean(), 0.999),
+        between("was not evaded within one round", quiet.psnr.max(), most=30),
     ]
