@@ -117,7 +117,7 @@ def inspect_model(
     themselves, and with ``images`` one forward and backward pass of the batch.
 
     *What it cannot see*: that other clients were sent another model (:func:`~aprillab.dishonest.silenced`: the one
-    who is read has an honest model); a head that looks trained because it is, as long as the client does not look at its
+    who is read has an honest model); a head that looks trained because it is, while the client does not look at its
     own batch; differences of rounds of which each looks harmless. data/results/cheating.md has the numbers.
 
     Parameters

@@ -261,6 +261,8 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     parts = dict(iter(rows.groupby("part", sort=False)))
     fished, settings = parts["class"], ("model", "setting", "batch", "strength")
     strong = fished[fished.strength >= 20]
+    weak = fished[(fished.strength == 2) & (fished.model == "random")]
+    medians = strong[strong.model != "vit_b_16"].groupby(list(settings)).psnr.median()
     empty = rows.iloc[:0]
     summed_up = parts.get("sum", empty)
     large = strong[strong.model == "vit_b_16"]
@@ -276,18 +278,15 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         "lora": markdown(grouped(parts["LoRA"], ("setting",), _of_lora)),
         "silenced": markdown(grouped(parts["silenced"], ("model", "setting"), _of_pictures)),
     }
+    claims: list[Claim] = []
+    if len(eight := large[large.batch == 8]):
+        claims = [between("with 90 dB and more in the median of eight", eight.psnr.median(), 90)]
     imprinted = parts["imprint"]
     wide = imprinted[imprinted.setting == "width 384"] if (imprinted.setting == "width 384").any() else imprinted
-    claims: list[Claim] = [
-        between(
-            "at least 90 dB in the median of every setting", strong.groupby(list(settings)).psnr.median().min(), 90
-        ),
-        between("a sum over a hundred clients alike", summed_up[summed_up.strength >= 20].psnr.median(), 90),
-        between(
-            "at L = 2 it is a mixture",
-            fished[(fished.strength == 2) & (fished.model == "random")].psnr.median(),
-            most=60,
-        ),
+    claims += [
+        between("at least 90 dB in the median of every setting", medians.min(), 90),
+        between("So does a sum over a hundred clients", summed_up[summed_up.strength >= 20].psnr.median(), 90),
+        between("at L = 2 it is a mixture", weak.psnr.median(), most=60),
         between("Noise of 1e-3 ends it", noisy[noisy.setting == NOISE[-1]].psnr.median(), most=30),
         between("nearly all of a batch", (parts["features"].there / parts["features"].batch).min(), 0.9),
         between("at least 15 of 64 at width 384", wide.there.min(), 14.5),
