@@ -52,7 +52,7 @@ def feature_fishing(
     *What it costs the federation*: a round, and one more for each threshold.
 
     *How it can be seen*: as class fishing, and better: the row is thousands of times longer than an honest one, and a
-    client that is sent the same body with another head, round after round, is being asked questions.
+    client that is sent the same body with another head, round after round, is being asked questions ("still body").
 
     *Whose idea*: Wen et al. (ICML 2022): feature fishing, by bisection or in one shot. Differences of neighbouring
     bins are from Fowl et al. ("Robbing the Fed", ICLR 2022), within one layer; that rounds with one body and

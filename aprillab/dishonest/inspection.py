@@ -13,17 +13,19 @@ from ..anatomy import Anatomy, dissect, playable
 from ..update import logits_of
 from .constant import last_norm
 from .looks import (
-    largest_jump,
+    changes,
     largest_offset,
     lost_directions,
     out_of_proportion,
     passed_by_class,
     passed_by_image,
+    standing_still,
 )
 from .sent import CannotCheat, Head, evaluated, head_of, played
 
 #: Beyond these a finding is suspicious. Honest models, fished ones, and where they meet: data/results/cheating.md.
-ROWS, DIRECTIONS, OFFSET, CLASSES, LAYERS, ADAPTERS, JUMP, ISOLATION = 4.0, 3.0, 3.0, 4.0, 8.0, 4.0, 0.7, 10.0
+ROWS, DIRECTIONS, OFFSET, CLASSES, LAYERS = 4.0, 3.0, 3.0, 4.0, 8.0
+ADAPTERS, JUMP, STILL, ISOLATION = 4.0, 0.7, 30.0, 10.0
 _IMAGES = 8  # of noise, to ask the model's opinion of
 _MATRIX = 8  # rows and columns that a matrix must have to be judged
 
@@ -110,15 +112,18 @@ def inspect_model(
 
     Of the head: whether one row or one class stands out, whether rows are of few directions, and which classes
     would pass a gradient. Of all layers: whether they have lost their directions. With the previous round's
-    model: how far it jumped. With the client's own batch: whether one image's gradient drowns all others', which is
-    what leaks, be the server a cheat or not.
+    model: how far it jumped, and whether the head alone moved, for the difference of two answers to one body may
+    be one image's where neither answer is. With the client's own batch: whether one image's gradient drowns all
+    others', which is what leaks, be the server a cheat or not.
+
+    One false alarm is known: the first step from a head of zeros leaves the body where it was.
 
     Scores are deterministic. It costs a forward pass of eight pictures of noise, products of the weights with
     themselves, and with ``images`` one forward and backward pass of the batch.
 
     *What it cannot see*: that other clients were sent another model (:func:`~aprillab.dishonest.silenced`: the one
     who is read has an honest model); a head that looks trained because it is, while the client does not look at its
-    own batch; differences of rounds of which each looks harmless. data/results/cheating.md has the numbers.
+    own batch. data/results/cheating.md has the numbers.
 
     Parameters
     ----------
@@ -163,12 +168,12 @@ def inspect_model(
             f"images must be (B, C, H, W) and labels (B,), not {tuple(images.shape)} and {tuple(labels.shape)}"
         )
     anatomy = anatomy or dissect(model)
-    findings, notes = [*_of_layers(model, anatomy), *_of_adapters(model)], []
+    findings, notes, head = [*_of_layers(model, anatomy), *_of_adapters(model)], [], None
     try:
         head = head_of(model, anatomy)
     except CannotCheat as refusal:
         notes.append(f"The head was not looked at: {refusal}.")
-    else:
+    if head is not None:
         zero = not bool(head.weight.any())
         findings = [*_of_head(model, head), *findings]
         if zero:
@@ -177,7 +182,7 @@ def inspect_model(
                 "and as a server silences a client. Compare the model's hash with other clients'."
             )
     if previous is not None:
-        findings.append(_of_jump(previous, model))
+        findings += _of_rounds(previous, model, head)
     norms = None
     if images is not None and labels is not None:
         norms, found = _of_images(model, anatomy, images, labels)
@@ -240,11 +245,24 @@ def _ratio(b: Tensor, a: Tensor) -> float:
     return top / bottom if bottom else math.inf if top else 0.0
 
 
-def _of_jump(previous: nn.Module | Mapping[str, Tensor], model: nn.Module) -> Finding:
+def _of_rounds(previous: nn.Module | Mapping[str, Tensor], model: nn.Module, head: Head | None) -> list[Finding]:
+    """How far the layers moved since the last round, and whether the head alone did."""
     before = previous.state_dict() if isinstance(previous, nn.Module) else previous
-    score, name = largest_jump(before, model.state_dict())
-    words = f"The largest change of a weight matrix since the last round, relative to it: {name or 'none'}."
-    return _finding("jump", score, JUMP, words)
+    now = model.state_dict()
+    moved = changes(before, now)
+    name = max(moved, key=lambda key: moved[key], default="none")
+    words = f"The largest change of a layer since the last round, relative to it: {name}."
+    findings = [_finding("jump", moved.get(name, 0.0), JUMP, words)]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    body = [name for name in moved if name in trained and (head is None or name not in head.names)]
+    if head is not None and head.weight_name in moved and body:
+        furthest = moved[head.weight_name]
+        if head.bias is not None and head.bias_name is not None and head.bias_name in before:
+            old = before[head.bias_name].to(head.bias).double()
+            furthest = max(furthest, float((head.bias.double() - old).abs().max()))
+        words = "The head's change over that of the median layer below it: a body that stands still is asked twice."
+        findings.append(_finding("still body", standing_still(moved, furthest, body), STILL, words))
+    return findings
 
 
 def _of_images(model: nn.Module, anatomy: Anatomy, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Finding]]:

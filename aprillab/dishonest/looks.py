@@ -6,7 +6,8 @@ and fished ones in data/results/cheating.md; ``inspect_model`` puts scores, limi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -81,23 +82,35 @@ def passed_by_image(model: nn.Module, images: Tensor, losses: Tensor) -> tuple[T
     return each.norm(dim=1), (each.sum(0) - each).norm(dim=1)
 
 
-def largest_jump(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest change of a linear layer or convolution, relative to what it was, and its name.
+def changes(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far each linear layer or convolution moved, relative to what it was; r.m.s. of all entries.
 
     One that was smaller counts as half of what initialization usually gives it, 0.5/√fan_in. Position embeddings and
     tokens, (1, tokens, d), are left out: they start small and move far.
 
-    >>> largest_jump({"w": torch.ones(4, 4)}, {"w": 1.5 * torch.ones(4, 4)})
-    (0.5, 'w')
+    >>> changes({"w": torch.ones(4, 4)}, {"w": 1.5 * torch.ones(4, 4)})
+    {'w': 0.5}
     """
-    found = 0.0, ""
+    found = {}
     for name, old in before.items():
         if name not in now or old.ndim not in (2, 4) or not old.is_floating_point() or now[name].shape != old.shape:
             continue
         least = 0.5 / max(old[0].numel(), 1) ** 0.5
-        change = _rms(now[name].double() - old.double()) / max(_rms(old), least)
-        found = max(found, (change, name))
+        new = now[name].to(old.device)
+        found[name] = _rms(new.double() - old.double()) / max(_rms(old), least)
     return found
+
+
+def standing_still(moved: Mapping[str, float], head: float, body: Collection[str]) -> float:
+    """How many times further the head moved than the median layer of the body; infinite if that stood still.
+
+    >>> standing_still({"a": 0.1, "b": 0.3, "c": 0.2}, 1.0, ["a", "b", "c"]), standing_still({"a": 0.0}, 0.0, ["a"])
+    (5.0, 0.0)
+    """
+    if not head:
+        return 0.0
+    middle = sorted(moved[name] for name in body)[len(body) // 2]
+    return head / middle if middle else math.inf
 
 
 def _rms(tensor: Tensor) -> float:

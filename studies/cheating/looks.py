@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 import aprillab as al
+from aprillab.dishonest.features import difference
 from aprillab.training import train
 from aprillab.zoo import build_model
 
@@ -21,16 +23,17 @@ from .._rows import fill, made
 from .._rows import read as rows_of
 from .._runner import Description, between
 from .._tables import grouped, markdown
-from .clients import SMALL, batch_of, crops, digits, loaded, model_of, read, trained_digits, update_of
+from .clients import SMALL, batch_of, best_psnr, crops, digits, loaded, model_of, read, trained_digits, update_of
 
 FILE = "cheating_looks.csv"
 SCORES = ("head rows", "head directions", "class offset", "class gradients", "layer directions", "adapters", "jump",
-          "isolation")  # fmt: skip
+          "still body", "isolation")  # fmt: skip
+OFFSET = 2.9  # nats, below the limit of the look at offsets
 TIMM = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "beit_base_patch16_224")
 
 
 class Case(NamedTuple):
-    kind: str  # honest, sent, race
+    kind: str  # honest, sent, race, two rounds
     model: str
     change: str
     strength: float
@@ -55,6 +58,7 @@ class Row:
     layer_directions: float | None = None
     adapters: float | None = None
     jump: float | None = None
+    still_body: float | None = None
     isolation: float | None = None
     psnr: float | None = None
 
@@ -76,6 +80,9 @@ def cases(quick: bool) -> Iterator[Case]:
     for change in ("bias", "scaled by 3, bias", "scaled by 10, bias"):
         offsets = (2.9,) if quick else (0.0, 1.0, 2.0, 2.9, 5.0, 10.0)
         yield from (Case("race", "digits", change, s, seed) for s in offsets for seed in range(1 if quick else 10))
+    for change in ("scaled by 1, bias", "scaled by 1.6, bias"):
+        moves = (0.0, 1e-2) if quick else (0.0, 1e-4, 1e-3, 1e-2)
+        yield from (Case("two rounds", "digits", change, m, seed) for m in moves for seed in range(1 if quick else 8))
 
 
 # --- Models -------------------------------------------------------------------------------------------------------
@@ -165,8 +172,8 @@ def planted(model: nn.Module, label: int, change: str, offset: float) -> nn.Modu
 
 
 def measured(case: Case) -> Iterator[Row]:
-    if case.kind == "race":
-        yield raced(case)
+    if case.kind in ("race", "two rounds"):
+        yield raced(case) if case.kind == "race" else asked_twice(case)
         return
     model, previous = honest(case) if case.kind == "honest" else (built(case), built(case))
     if case.kind == "sent":
@@ -191,7 +198,7 @@ def raced(case: Case) -> Row:
     model = model_of("digits")
     images, labels, c = batch_of("digits", 8, case.seed, "repeated", case.seed % 8)
     found = planted(model, c, case.change, case.strength)
-    seen = al.inspect_model(found, model, images=images, labels=labels)
+    seen = al.inspect_model(found, images=images, labels=labels)
     result = read(found, update_of(found, images, labels), preprocessing=al.HALF)
     pixels = al.HALF.to_pixels(images).to(result.pixels)
     # The attacker gets whichever image stands out.
@@ -199,10 +206,47 @@ def raced(case: Case) -> Row:
     return _row(case, seen, psnr=psnr)
 
 
+def asked_twice(case: Case) -> Row:
+    """The best that a difference of two rounds gives, of those rounds that every other look lets pass.
+
+    The first round's head is the trained one by a factor, the second's has one class less or more probable by
+    ``OFFSET`` nats, and each layer of its body moved by a relative ``strength``, at random. The server tries each
+    class both ways.
+    """
+    model = model_of("digits")
+    images, labels = batch_for(model, case)
+    first = planted(model, 0, case.change, 0.0)
+    seen = al.inspect_model(first, model, images=images, labels=labels)
+    answer, best = update_of(first, images, labels), _row(case, seen)
+    if seen["isolation"].suspicious:
+        return best
+    pixels = al.HALF.to_pixels(images)
+    for c, offset in itertools.product(range(10), (OFFSET, -OFFSET)):
+        second = _moved(planted(first, c, "bias", offset), case.strength, seed=c)
+        seen = al.inspect_model(second, first, images=images, labels=labels)
+        found = read(first, difference(update_of(second, images, labels), answer), preprocessing=al.HALF)
+        psnr = float(best_psnr([found.pixels[0]], pixels).max())
+        others = {f.name for f in seen.findings if f.suspicious} - {"still body"}
+        if not others and psnr > (best.psnr or 0.0):
+            best = _row(case, seen, psnr=psnr)
+    return best
+
+
+@torch.no_grad()
+def _moved(model: nn.Module, size: float, seed: int) -> nn.Module:
+    """Everything below the head moved by so much of its r.m.s."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("head"):
+            rms = parameter.square().mean().sqrt()
+            parameter.add_(size * rms * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def _row(case: Case, seen: al.Inspection, **more: Any) -> Row:
     scores = {finding.name.replace(" ", "_"): finding.score for finding in seen.findings}
     names = [finding.name for finding in seen.findings if finding.suspicious]
-    by_weights = any(name not in ("jump", "isolation") for name in names)
+    by_weights = any(name not in ("jump", "still body", "isolation") for name in names)
     return Row(*case, seen=", ".join(names), by_weights=by_weights, **scores, **more)
 
 
@@ -227,6 +271,7 @@ def _detected(group: pd.DataFrame) -> dict[str, str]:
     of = len(group)
     return {
         "by the weights alone": f"{group.by_weights.eq(True).sum()} of {of}",
+        "by a still body": f"{group.seen.fillna('').str.contains('still body').sum()} of {of}",
         "by the jump": f"{group.seen.fillna('').str.contains('jump').sum()} of {of}",
         "by its own batch": f"{group.seen.fillna('').str.contains('isolation').sum()} of {of}",
     }
@@ -237,9 +282,22 @@ def _number(value: float) -> str | None:
 
 
 def _raced(group: pd.DataFrame) -> dict[str, str]:
-    return _detected(group) | {
+    of = len(group)
+    return {
+        "by the weights alone": f"{group.by_weights.eq(True).sum()} of {of}",
+        "by its own batch": f"{group.seen.fillna('').str.contains('isolation').sum()} of {of}",
         "median dB": f"{group.psnr.median():.1f}", "most dB": f"{group.psnr.max():.1f}",
         "median isolation": f"{group.isolation.median():.2g}",
+    }  # fmt: skip
+
+
+def _twice(group: pd.DataFrame) -> dict[str, str]:
+    played = group[group.psnr.notna()]
+    seen = played.seen.fillna("").str.contains("still body").sum()
+    return {
+        "batches": f"{len(played)} of {len(group)}", "median dB": f"{played.psnr.median():.1f}",
+        "most dB": f"{played.psnr.max():.1f}", "at 30 dB": f"{(played.psnr >= 30).sum()}",
+        "seen by a still body": f"{seen} of {len(played)}", "its score": f"{played.still_body.median():.3g}",
     }  # fmt: skip
 
 
@@ -249,6 +307,8 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     honest_ones, sent_ones, race = kinds["honest"], kinds["sent"], kinds["race"]
     quiet = race[~race.seen.fillna("").str.contains("isolation")]
     loud = race[race.seen.fillna("").str.contains("isolation")]
+    twice = kinds["two rounds"]
+    still = twice[twice.strength == 0]
     plain = race[(race.change == "bias") & (race.strength == race.strength.min())]
     fished = sent_ones[sent_ones.change.isin(["class fishing", "feature fishing", "imprint"])]
     bare = honest_ones[honest_ones.by_weights.eq(True)]
@@ -256,6 +316,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         "looks_made": made(folder / FILE),
         "honest": markdown(grouped(honest_ones, ("model", "change"), _largest)),
         "sent": markdown(grouped(sent_ones, ("change", "strength"), _detected)),
+        "twice": markdown(grouped(twice, ("change", "strength"), _twice)),
         "race": markdown(grouped(race, ("change", "strength"), _raced)),
         "honest_count": len(honest_ones), "false_alarms": honest_ones.seen.fillna("").ne("").sum(),
         "quiet_median": quiet.psnr.median(), "quiet_most": quiet.psnr.max(),
@@ -265,5 +326,6 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     return fields, [
         between("No honest model's weights were suspicious", len(bare), most=0.5),
         between("every fished or imprinted model was", fished.by_weights.eq(True).mean(), 0.999),
-        between("was not evaded within one round", quiet.psnr.max(), most=30),
+        between("the difference can be one digit's", still.psnr.max(), 40),
+        between("a body that moves spoils the difference", twice[twice.strength >= 1e-2].psnr.max(), most=30),
     ]

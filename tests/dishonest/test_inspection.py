@@ -101,13 +101,29 @@ def test_a_head_of_zeros_is_a_note_until_it_was_another():
     assert not first.suspicious
     assert "nothing below it moves" in first.notes[0]
     assert not first.gradient_norms.any()
-    assert suspects(al.inspect_model(sent, model)) == {"jump"}
+    assert suspects(al.inspect_model(sent, model)) == {"jump", "still body"}
+
+
+def test_a_head_that_moves_alone_is_a_question_asked_twice():
+    """A bias that is 2.9 nats less passes every other look."""
+    model = trained_a_little(vit())
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        again.head.bias[3] -= 2.9
+    images, labels = batch()
+    assert suspects(al.inspect_model(again, model, images=images, labels=labels)) == {"still body"}
+    assert al.inspect_model(again, model)["still body"].score == math.inf
+    assert al.inspect_model(model, model)["still body"].score == 0
+    for name, parameter in again.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    assert not al.inspect_model(again, model).suspicious  # a frozen body is not asked for its gradient
 
 
 def test_honest_training_is_no_jump():
     model = vit()
     seen = al.inspect_model(trained_a_little(model), model)
     assert 0 < seen["jump"].score < 0.3
+    assert seen["still body"].score < 10
     zero = vit()
     with torch.no_grad():
         zero.head.weight.zero_()
