@@ -20,7 +20,7 @@ from .version import __version__
 
 # dissect, invert and told_errors by their modules, whose names they share: mypy would take them for the modules.
 if TYPE_CHECKING:
-    from . import defenses, privacy, training
+    from . import defenses, dishonest, privacy, training
     from .anatomy import Anatomy, Rows, UnknownModelError, tensors_of
     from .anatomy.dissect import dissect
     from .attacks import (
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .attacks.invert import invert
     from .attacks.told_errors import told_errors
     from .data import load_victim, load_victims, mnist5k, read_picture, torchvision_dataset, victim_info, victims
+    from .dishonest import Inspection, inspect_model
     from .metrics import EXACT_TO_8_BITS_DB, match_batch, mse, psnr, score, ssim
     from .models import VisionTransformer, patchify, sinusoidal_1d, sinusoidal_2d, unpatchify
     from .preprocessing import HALF, IMAGENET, UNIT, Preprocessing
@@ -75,6 +76,7 @@ __all__ = [
     "AttackNotApplicable",
     "ClientUpdate",
     "Count",
+    "Inspection",
     "Labels",
     "LeakMap",
     "LeakRow",
@@ -94,9 +96,11 @@ __all__ = [
     "check_update",
     "client_update",
     "defenses",
+    "dishonest",
     "dissect",
     "embedding_closed_form",
     "gradient_residual",
+    "inspect_model",
     "invert",
     "is_batch",
     "leak_map",
@@ -133,10 +137,10 @@ __all__ = [
 
 #: The modules that are part of the face, and those whose names are, in the order they are looked through.
 _MODULES = (
-    "anatomy", "attacks", "data", "defenses", "metrics", "models", "preprocessing", "privacy", "sharing", "training",
-    "update",
+    "anatomy", "attacks", "data", "defenses", "dishonest", "metrics", "models", "preprocessing", "privacy", "sharing",
+    "training", "update",
 )  # fmt: skip
-_HOMES = ("preprocessing", "metrics", "models", "update", "data", "anatomy", "attacks", "sharing")
+_HOMES = ("preprocessing", "metrics", "models", "update", "data", "anatomy", "attacks", "dishonest", "sharing")
 
 # A type checker that saw this function would take every name for one of the package's.
 if not TYPE_CHECKING:

@@ -31,6 +31,7 @@ from ..update import ClientUpdate, Round, Updates, listed
 from .choices import choices_of
 from .findings import Audit, Finding, Part, noise_of
 from .progress import Progress, steps
+from .sent_model import of_sent_model
 from .words import Trust
 
 # Replays measured at 32×32: below 1e-5 of the gradient at 90 dB, below 1e-3 at 36 to 57 dB, 0.03 to
@@ -307,6 +308,7 @@ def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, findings: S
         notes.append(
             f"Rounding of the weights leaves about {update.rounding:.0e} of the update, in which no more can be read."
         )
+    notes += of_sent_model(model, update, anatomy, findings)
     notes += _of_the_model(model, update, anatomy)
     failed = [f.result.replay for f in findings if f.result is not None and f.result.replay is not None]
     notes += [f"{replay.words[0].upper()}{replay.words[1:]}." for replay in failed if "failed" in replay.words]

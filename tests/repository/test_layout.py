@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "aprillab"
 FLOORS = (
     {"version", "models", "preprocessing", "data", "metrics", "viz", "update"},
     {"anatomy", "training", "widgets"},
-    {"attacks", "defenses", "privacy"},
+    {"attacks", "defenses", "dishonest", "privacy"},
     {"zoo", "exercises", "sharing"},
     {"comparison", "audit", "federation", "__init__"},
     {"commands"},

@@ -1,0 +1,42 @@
+"""What a server that cheats gets, and what a client sees of it: `python -m studies.cheating`.
+
+Writes cheating.csv and cheating_looks.csv, and from them cheating.md. Float32; solved in float64; no server and no
+client but functions of this process. Random weights of a ViT of 32×32 (patch 8, width 192, two blocks, 100 classes),
+the same trained on MNIST-5k's digits, and ViT-B/16 at 224 with random weights.
+
+    python -m studies.cheating            # about half an hour of one thread, most of it ViT-B/16
+    python -m studies.cheating --small    # without ViT-B/16
+    python -m studies.cheating --quick    # the smallest study that has every part
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .._runner import Description, run_study, study_parser
+from . import looks, pictures
+
+
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    pictures.measure(folder, options)
+    looks.measure(folder, options)
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    fields, claims = pictures.describe(folder, options)
+    more, claimed = looks.describe(folder, options)
+    return {**fields, **more}, [*claims, *claimed]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = study_parser("cheating", __doc__)
+    parser.add_argument("--small", action="store_true", help="without ViT-B/16")
+    options = parser.parse_args(argv)
+    options.large = not (options.small or options.quick)
+    run_study("cheating", options, measure=measure, describe=describe)
+
+
+if __name__ == "__main__":
+    main()

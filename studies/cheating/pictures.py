@@ -1,0 +1,296 @@
+"""What comes back: class fishing of batches and sums, under noise; features, imprint, LoRA, silenced clients."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+import aprillab as al
+
+from .._rows import fill, made
+from .._rows import read as rows_of
+from .._runner import Claim, Description, between
+from .._tables import grouped, markdown
+from .clients import SMALL, batch_of, best_psnr, crops, loaded, model_of, read, summed, update_of
+
+FILE = "cheating.csv"
+SHARP, THERE = 90.0, 30.0  # dB
+CLIENTS, OF_EACH = 100, 8
+NOISE = ("noise 1e-7", "noise 1e-6", "noise 1e-5", "noise 1e-4", "noise 1e-3")
+CHANGES = ("none", "clip", *NOISE, "bfloat16", "float16")
+ADAPTERS = ((8, 256, 4, "query value"), (8, 256, 8, "query value"), (4, 384, 32, "query key value"))
+
+
+class Case(NamedTuple):
+    """``victim`` is the seed of the batch, and the place of the wanted picture in it."""
+
+    part: str
+    model: str
+    setting: str
+    strength: float
+    batch: int
+    victim: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """``psnr`` of the wanted picture, or the median of those with 30 dB; ``there`` and ``sharp`` count a batch's."""
+
+    part: str
+    model: str
+    setting: str
+    strength: float
+    batch: int
+    victim: int
+    psnr: float | None = None
+    predicted: float | None = None
+    one_image: str = ""
+    there: int | None = None
+    sharp: int | None = None
+    told: int | None = None
+    rounds: int = 1
+
+
+def cases(quick: bool, large: bool) -> Iterator[Case]:
+    victims = range(1 if quick else 8)
+    batches, strengths = ((8,), (20.0,)) if quick else ((8, 32, 64), (2.0, 5.0, 10.0, 20.0, 40.0))
+    for model, kinds in {"random": ("distinct", "repeated"), "digits": ("repeated",)}.items():
+        yield from (
+            Case("class", model, kind, strength, batch, victim)
+            for kind in kinds for batch in batches for strength in strengths for victim in victims
+        )  # fmt: skip
+        yield from (Case("changes", model, change, 20.0, 8, v) for change in CHANGES for v in victims)
+        if not quick:
+            yield from (Case("sum", model, "100 clients", s, 800, v) for s in (10.0, 20.0) for v in range(4))
+        yield from (Case("silenced", model, "2 of 3", 0.0, 17, v) for v in list(victims)[:4])
+    for seed in list(victims)[:3]:
+        yield from (Case("features", "random", "one class", 1e4, b, seed) for b in batches)
+        yield from (
+            Case("imprint", "random", f"width {w}", 0.0, 64, seed) for w in ((256,) if quick else (192, 256, 384))
+        )
+        yield from (Case("LoRA", "random", _lora(a), 1.0, 1, seed) for a in (ADAPTERS[1:2] if quick else ADAPTERS))
+    if large:
+        yield from (Case("class", "vit_b_16", "distinct", 20.0, 8, v) for v in range(8))
+        yield from (Case("class", "vit_b_16", "distinct", 10.0, 8, v) for v in range(2))
+        yield from (Case("class", "vit_b_16", "distinct", 20.0, 32, v) for v in range(2))
+        yield Case("class", "vit_b_16", "repeated", 20.0, 32, 0)
+        yield Case("class", "vit_b_16", "distinct", 20.0, 64, 0)
+        yield Case("sum", "vit_b_16", "100 clients", 20.0, 800, 0)
+
+
+def _lora(adapters: tuple[int, int, int, str]) -> str:
+    patch, width, rank, targets = adapters
+    return f"patch {patch}, width {width}, rank {rank} on {targets}"
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------------
+
+
+def measured(case: Case) -> Iterator[Row]:
+    yield Row(*case, **MEASURES[case.part](case))
+
+
+def of_class(case: Case) -> dict[str, Any]:
+    model = model_of(case.model)
+    images, labels, c = batch_of(case.model, case.batch, case.victim, case.setting, case.victim)
+    sent = loaded(model, al.dishonest.class_fishing(model, c, strength=case.strength))
+    return _of_one(sent, update_of(sent, images, labels), images[case.victim])
+
+
+def of_changes(case: Case) -> dict[str, Any]:
+    """The client clips, adds noise to what it clipped to 1, or rounds."""
+    model = model_of(case.model)
+    images, labels, c = batch_of(case.model, case.batch, case.victim, "repeated", case.victim)
+    sent = loaded(model, al.dishonest.class_fishing(model, c, strength=case.strength))
+    update, options = update_of(sent, images, labels), {}
+    if case.setting == "clip" or case.setting in NOISE:
+        update = al.defenses.clip(update, 1.0)
+    if case.setting in NOISE:
+        sigma = float(case.setting.split()[1])
+        update = al.defenses.gaussian_noise(update, sigma, seed=case.victim)
+        options = {"noise": sigma}
+    elif case.setting in ("bfloat16", "float16"):
+        update = al.defenses.to_precision(update, getattr(torch, case.setting))
+    return _of_one(sent, update, images[case.victim], **options)
+
+
+def of_sum(case: Case) -> dict[str, Any]:
+    """The wanted picture is one client's; the class is nobody else's."""
+    model = model_of(case.model)
+    images, _, c = batch_of(case.model, OF_EACH, case.victim, "repeated", case.victim)
+    sent = loaded(model, al.dishonest.class_fishing(model, c, strength=case.strength))
+
+    def updates() -> Iterator[al.ClientUpdate]:
+        for client in range(CLIENTS):
+            x, y, _ = batch_of(case.model, OF_EACH, case.victim, "repeated", case.victim, client)
+            yield update_of(sent, *((x, y) if client == 0 else _without(x, y, c)))
+
+    return _of_one(sent, summed(updates()), images[case.victim])
+
+
+def _without(images: Tensor, labels: Tensor, c: int) -> tuple[Tensor, Tensor]:
+    """The same number of images, none of the class."""
+    kept = (labels != c).nonzero().flatten()
+    kept = torch.cat([kept, kept[: len(labels) - len(kept)]])
+    return images[kept], labels[kept]
+
+
+def of_silenced(case: Case) -> dict[str, Any]:
+    """Three clients: one with one picture and the honest model, two with eight and a silenced one."""
+    model = model_of(case.model)
+    images, labels, _ = batch_of(case.model, case.batch, case.victim, "repeated", case.victim)
+    quiet = loaded(model, al.dishonest.silenced(model))
+    parts = [(model, slice(0, 1)), (quiet, slice(1, 9)), (quiet, slice(9, 17))]
+    total = summed(update_of(sent, images[rows], labels[rows]) for sent, rows in parts)
+    return _of_one(model, total, images[0])
+
+
+def of_features(case: Case) -> dict[str, Any]:
+    model = model_of(case.model)
+    pixels = crops(case.batch, 32, case.victim)
+    images, labels, asked = al.HALF.to_input(pixels), torch.full((case.batch,), 3), []
+    sent = loaded(model, model.state_dict())
+
+    def ask(state: Mapping[str, Tensor]) -> al.ClientUpdate:
+        asked.append(1)
+        sent.load_state_dict(state)
+        return update_of(sent, images, labels)
+
+    bins = al.dishonest.bisect_features(model, ask, case.batch, rounds=6 * case.batch, strength=case.strength)
+    alone = [read(model, found.update, preprocessing=al.HALF).pixels[0] for found in bins if found.count == 1]
+    return _of_batch(alone, pixels, told=len(alone)) | {"rounds": len(asked)}
+
+
+def of_imprint(case: Case) -> dict[str, Any]:
+    width = int(case.setting.split()[1])
+    model = al.VisionTransformer(**SMALL | {"width": width}, classes=100, seed=0).eval()
+    pixels = crops(case.batch, 32, case.victim)
+    known = al.HALF.to_input(crops(400, 32, 99, public=True)).mean((1, 2, 3))
+    sent = loaded(model, al.dishonest.imprint(model, brightness=known))
+    update = update_of(sent, al.HALF.to_input(pixels), torch.arange(case.batch))
+    found = al.dishonest.read_imprint(model, update, preprocessing=al.HALF)
+    return _of_batch([one.pixels for one in found], pixels, told=sum(one.alone for one in found))
+
+
+def of_lora(case: Case) -> dict[str, Any]:
+    import peft
+
+    patch, width, rank, targets = next(a for a in ADAPTERS if _lora(a) == case.setting)
+    base = al.VisionTransformer(**SMALL | {"patch_size": patch, "width": width}, classes=100, seed=0)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets.split(), modules_to_save=["head"])
+    model = peft.get_peft_model(base, config).eval()
+    pixels = crops(1, 32, case.victim)
+    needed = math.ceil((32 // patch) ** 2 / (rank * len(targets.split())))
+    rounds = []
+    for number in range(needed):
+        state = al.dishonest.lora_spanning(model, seed=number)
+        model.load_state_dict(state)
+        rounds.append(al.Round(state, al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))))
+    result = al.span_closed_form(model, rounds, preprocessing=al.HALF, verify=False)
+    return {"psnr": float(al.psnr(result.pixels[0], pixels[0])), "predicted": result.predicted_psnr, "rounds": needed}
+
+
+def _of_one(model: Any, update: al.ClientUpdate, image: Tensor, **options: Any) -> dict[str, Any]:
+    recipe = al.dissect(model).preprocessing if image.shape[-1] == 224 else al.HALF
+    result = read(model, update, preprocessing=recipe, **options)
+    one = next(condition for condition in result.conditions if condition.name == "one image")
+    truth = recipe.to_pixels(image[None])[0].to(result.pixels)
+    return {
+        "psnr": float(al.psnr(result.pixels[0], truth)),
+        "predicted": result.predicted_psnr,
+        "one_image": one.state,
+    }
+
+
+def _of_batch(found: list[Tensor], pixels: Tensor, told: int) -> dict[str, Any]:
+    best = best_psnr(found, pixels)
+    there = best[best >= THERE]
+    median = float(there.median()) if len(there) else None
+    return {"psnr": median, "there": len(there), "sharp": int((best >= SHARP).sum()), "told": told}
+
+
+MEASURES = {
+    "class": of_class, "changes": of_changes, "sum": of_sum, "silenced": of_silenced, "features": of_features,
+    "imprint": of_imprint, "LoRA": of_lora,
+}  # fmt: skip
+
+
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    found = cases(options.quick, options.large)
+    fill(folder / FILE, Row, found, measured, key=Case._fields, workers=options.workers)
+
+
+# --- Its share of the page ----------------------------------------------------------------------------------------
+
+
+def _of_pictures(group: pd.DataFrame) -> dict[str, str]:
+    told = group.one_image.eq("shown").sum()
+    return {
+        "pictures": str(len(group)), "median dB": f"{group.psnr.median():.1f}", "least": f"{group.psnr.min():.1f}",
+        "most": f"{group.psnr.max():.1f}", "one image by the system": f"{told} of {len(group)}",
+    }  # fmt: skip
+
+
+def _of_batches(group: pd.DataFrame) -> dict[str, str]:
+    def span(values: pd.Series) -> str:
+        return " to ".join(dict.fromkeys(f"{v:.0f}" for v in (values.min(), values.max())))
+
+    return {
+        "batches": str(len(group)), "rounds": span(group.rounds), "at 30 dB": span(group.there),
+        "at 90 dB": span(group.sharp), "told alone": span(group.told), "median dB": f"{group.psnr.median():.1f}",
+    }  # fmt: skip
+
+
+def _of_lora(group: pd.DataFrame) -> dict[str, str]:
+    return {
+        "rounds": f"{group.rounds.max()}", "median dB": f"{group.psnr.median():.1f}",
+        "least": f"{group.psnr.min():.1f}", "most": f"{group.psnr.max():.1f}",
+    }  # fmt: skip
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    rows = rows_of(folder / FILE, Row)
+    parts = dict(iter(rows.groupby("part", sort=False)))
+    fished, settings = parts["class"], ("model", "setting", "batch", "strength")
+    strong = fished[fished.strength >= 20]
+    weak = fished[(fished.strength == 2) & (fished.model == "random")]
+    medians = strong[strong.model != "vit_b_16"].groupby(list(settings)).psnr.median()
+    empty = rows.iloc[:0]
+    summed_up = parts.get("sum", empty)
+    large = strong[strong.model == "vit_b_16"]
+    noisy = parts["changes"]
+    fields = {
+        "pictures_made": made(folder / FILE),
+        "class": markdown(grouped(fished[fished.model != "vit_b_16"], settings, _of_pictures)),
+        "large": markdown(grouped(fished[fished.model == "vit_b_16"], settings, _of_pictures)) if len(large) else "–",
+        "sum": markdown(grouped(summed_up, settings, _of_pictures)) if len(summed_up) else "–",
+        "changes": markdown(grouped(noisy, ("model", "setting"), _of_pictures)),
+        "features": markdown(grouped(parts["features"], ("setting", "batch"), _of_batches)),
+        "imprint": markdown(grouped(parts["imprint"], ("setting", "batch"), _of_batches)),
+        "lora": markdown(grouped(parts["LoRA"], ("setting",), _of_lora)),
+        "silenced": markdown(grouped(parts["silenced"], ("model", "setting"), _of_pictures)),
+    }
+    claims: list[Claim] = []
+    if len(eight := large[large.batch == 8]):
+        claims = [between("with 90 dB and more in the median of eight", eight.psnr.median(), 90)]
+    imprinted = parts["imprint"]
+    wide = imprinted[imprinted.setting == "width 384"] if (imprinted.setting == "width 384").any() else imprinted
+    claims += [
+        between("at least 90 dB in the median of every setting", medians.min(), 90),
+        between("So does a sum over a hundred clients", summed_up[summed_up.strength >= 20].psnr.median(), 90),
+        between("at L = 2 it is a mixture", weak.psnr.median(), most=60),
+        between("Noise of 1e-3 ends it", noisy[noisy.setting == NOISE[-1]].psnr.median(), most=30),
+        between("nearly all of a batch", (parts["features"].there / parts["features"].batch).min(), 0.9),
+        between("at least 15 of 64 at width 384", wide.there.min(), 14.5),
+        between("one round is enough", parts["LoRA"][parts["LoRA"].rounds == 1].psnr.min(), 60),
+        between("at least 60 dB, exactly", parts["silenced"].psnr.min(), 60),
+    ]
+    return fields, claims
