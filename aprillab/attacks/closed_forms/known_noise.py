@@ -33,15 +33,16 @@ from torch import Tensor
 from ...anatomy import Anatomy
 from ...models import unpatchify
 from ...preprocessing import Preprocessing
-from ..result import AttackNotApplicable
+from ..result import AttackNotApplicable, Condition, shown_if
 from .inputs import grey_patches
 from .linear_algebra import thin_svd
 from .natural_pictures import NaturalPictures
-from .stacked_patches import Equations
+from .stacked_patches import Equations, noise_of_entries
 
 _LEAST = 1e-3  # of σ²: γ where noise is all there is
 _CHANCE = 0.5  # deviations of a column's energy that noise may have by chance
 _BY_LUCK = 4.0  # deviations by which the mean square of noise may be more
+_AS_TOLD = 3.0  # times σ², that what is left may have
 _PASSES, _STEPS, _SETTLED = 3, 60, 1e-4
 
 
@@ -225,6 +226,45 @@ def unmoved(
         else:
             found.append((r.dW, r.G, bias, 1))
     return found
+
+
+def noise_as_told(
+    rounds: Sequence[Equations],
+    biases: Sequence[Tensor | None],
+    sigma: float,
+    X: Tensor,
+    mse: float,
+    *,
+    centred: bool,
+) -> Condition:
+    """That σ is no less than what is left: of equations to spare, where noise in G is carried by the patches X
+    (n, p), known up to ``mse``; and of sums that vanish without noise. Told too little, or with another defence
+    besides, predictions are far too high.
+
+    Examples
+    --------
+    >>> G, X = (torch.randn(4, k, generator=torch.Generator().manual_seed(k)).double() for k in (50, 9))
+    >>> e = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)).double()
+    >>> one = Equations(G.T @ X + 0.1 * e.T, G, 0.1, 0.1)
+    >>> [noise_as_told([one], [None], sigma, X, 0.0, centred=False).state for sigma in (0.1, 0.01)]
+    ['shown', 'contradicted']
+    """
+    carried, left, told = 1 + float(X.square().sum(0).mean()) + len(X) * mse, 0.0, 0
+    for r, bias in zip(rounds, biases, strict=True):
+        if (rows := len(r.dW) - centred - len(r.G)) > 0:
+            U = thin_svd(r.G.T)[0]
+            left += float((r.dW - U @ (U.T @ r.dW)).square().sum()) / carried
+            told += rows * r.dW.shape[1]
+        if (entry := noise_of_entries(r.G, None if bias is None else bias.to(r.G), centred=centred)) is not None:
+            sums = centred * len(r.G) + (bias is not None) * len(r.dW)
+            left, told = left + sums * entry**2, told + sums
+    if not told:
+        return Condition("noise is as told", "not checked", {}, "no equation and no sum is there to tell noise by")
+    misfit = left / told / sigma**2
+    words = "what is left is {misfit:.2g} times the variance that noise={sigma:.3g} explains"
+    if misfit > _AS_TOLD:
+        words += ": it is more, or something else was done besides. al.told_errors takes several defences together"
+    return Condition("noise is as told", shown_if(misfit <= _AS_TOLD), {"misfit": misfit, "sigma": sigma}, words)
 
 
 def check_noise(noise: float | None) -> None:

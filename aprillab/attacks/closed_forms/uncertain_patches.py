@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ...anatomy import Anatomy
 from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
+from ..rounds import RoundRead
 from .inputs import grey_patches
 from .natural_pictures import NaturalPictures
 
@@ -294,3 +295,14 @@ def natural_patches_of(
     pixels = unpatchify(((X - grey) / (light - dark) + 0.5)[None], tiling.patch_size, tiling.image_size)
     of_pixels = sum(std**2 for std in preprocessing.std) / len(preprocessing.std)
     return tiling.patches(preprocessing.to_input(pixels))[0], mse / of_pixels
+
+
+def with_errors(read: RoundRead, anatomy: Anatomy) -> ClientUpdate:
+    """The round's update; where it has no errors, as one among others that do, with those of its noise."""
+    update, noise = read.reading.update, read.reading.noise
+    if update.errors is not None:
+        return update
+    sizes = {name: noise * float(g.double().square().mean().sqrt()) for name, g in update.gradients.items()}
+    if anatomy.position in sizes:
+        sizes[anatomy.position] = read.reading.noise_of_position
+    return replace(update, errors={name: torch.full_like(g, sizes[name]) for name, g in update.gradients.items()})

@@ -35,7 +35,7 @@ from ..result import AttackNotApplicable, Condition, Reconstruction, State, marg
 from ..rounds import Left, RoundRead, agreeing
 from ..verify import verified
 from .inputs import grey_patches, pixel_variance, refuse_rows, refuse_zero, shared_gradients
-from .uncertain_patches import natural_patches_of
+from .uncertain_patches import natural_patches_of, with_errors
 
 _ITERATIONS, _BY_THEMSELVES = 12, 2  # the first ones weigh by the errors as they are told
 _LEAST_SPREAD = 1e-4  # of the pixels' variance: what patches of a nearly flat picture differ by
@@ -253,8 +253,7 @@ def weighted_closed_form(
         refuse_rows(name, n, d, len(kept), equations=d - anatomy.ignores_mean)
     found = most_probable_weighted(system, prior)
     if _expects_more(found, agreed.kept, system, pixel_variance(preprocessing) * _SHARP):
-        updates = [r.reading.update for r in agreed.kept]
-        X, mse = natural_patches_of(updates, anatomy, preprocessing, found.X)
+        X, mse = natural_patches_of([with_errors(r, anatomy) for r in agreed.kept], anatomy, preprocessing, found.X)
         found = replace(found, X=X, mse=mse)
     update, steps = agreed.kept[0].reading.update, max(r.reading.update.local_steps for r in agreed.kept)
     one = one_image(anatomy, update, noise=_explained(system, found), system=_evidence(system, found, kept, anatomy))

@@ -201,6 +201,28 @@ def test_other_weights_miss_by_more_than_noise():
     assert al.embedding_closed_form(other, noisy, noise=1e-4).replay.state == "contradicted"
 
 
+@pytest.mark.parametrize("defence", ["noise", "bfloat16", "bits", "pruned"])
+def test_where_more_was_done_than_told_nothing_is_exact_and_the_prediction_is_that_without(defence):
+    model = al.VisionTransformer(
+        image_size=12, patch_size=4, width=192, depth=1, heads=3, classes=10, block="april", class_token=False
+    )
+    pixels = al.load_victim("grace_hopper", 12)[None]
+    update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([1]))
+    sigma = 2e-3 * al.defenses.update_norm(update) / sum(g.numel() for g in update.gradients.values()) ** 0.5
+    shared = {
+        "noise": lambda: al.defenses.gaussian_noise(update, sigma, seed=0),
+        "bfloat16": lambda: al.defenses.to_precision(update, torch.bfloat16),
+        "bits": lambda: al.defenses.quantize(update, 8),
+        "pruned": lambda: al.defenses.prune(update, 0.7),
+    }[defence]()
+    plain, known = (al.embedding_closed_form(model, shared, noise=noise) for noise in (None, 1e-4 * sigma))
+    (told,) = (c for c in known.conditions if c.name == "noise is as told")
+    assert told.state == "contradicted"
+    assert "al.told_errors" in known.reason
+    assert not known.exact
+    assert known.predicted_psnr <= plain.diagnostics["predicted_by_system"]
+
+
 def test_rounds_of_known_noise_add_up():
     model = al.VisionTransformer(image_size=32, patch_size=8, width=192, depth=1, heads=3, classes=10)
     pixels = al.load_victim("coffee", 32)[None]

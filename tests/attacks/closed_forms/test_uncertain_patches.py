@@ -127,3 +127,15 @@ def test_pruning_that_leaves_the_embeddings_alone_gives_the_picture():
     told = al.told_errors(al.defenses.prune(update, 0.5), pruned=True)
     found = al.embedding_closed_form(model, told)
     assert al.psnr(found.pixels[0], pixels[0]) > 60
+
+
+@pytest.mark.parametrize("first", ["clean", "noisy"])
+def test_a_round_that_was_shared_as_it_is_goes_with_one_of_which_a_defence_is_told(first):
+    model = al.VisionTransformer(image_size=16, patch_size=4, width=24, depth=1, heads=3, classes=10)
+    pixels = al.load_victim("coffee", 16)[None]
+    update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([1]))
+    sigma = 0.1 * al.defenses.update_norm(update) / sum(g.numel() for g in update.gradients.values()) ** 0.5
+    told = al.told_errors(al.defenses.gaussian_noise(update, sigma, seed=0), noise=sigma)
+    rounds = [update, told] if first == "clean" else [told, update]
+    alone, both = (al.embedding_closed_form(model, some) for some in (told, rounds))
+    assert al.psnr(both.pixels[0], pixels[0]) > al.psnr(alone.pixels[0], pixels[0]) + 3
