@@ -121,7 +121,8 @@ SITUATIONS: list[tuple[Callable[[], Audit], str, dict[str, str]]] = [
     }),
     (wide, "picture", {
         BITS: "in part", STEPS: "no", IMAGES: "in part", POSITION_ALONE: "no", EMBEDDINGS: "no",
-        FIRST_ATTENTION: "no", POSITION_AND_ATTENTION: "yes", SUMS: "in part", LORA: "in part", HEAD: "yes", NOISE: "yes",
+        FIRST_ATTENTION: "no", POSITION_AND_ATTENTION: "yes", SUMS: "in part", LORA: "in part", HEAD: "yes",
+        NOISE: "yes",
     }),
     (narrow, "picture", {
         BITS: "in part", STEPS: "no", IMAGES: "in part", POSITION_ALONE: "in part", EMBEDDINGS: "yes",

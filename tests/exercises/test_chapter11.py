@@ -14,7 +14,7 @@ WITHIN = "math.floor((sigma / one) ** 2)"
 NOISE = "photographs * rounds**0.5 * one"
 NEAREST = "distance = sum((rows - y).square().sum(1) for y, rows in rounds)\n    return int(distance.argmin())"
 KEPT = "kept = column != 0"
-FITS = "if al.privacy.epsilon(z, rounds=offer[\"rounds\"]) <= most_epsilon:"
+FITS = 'if al.privacy.epsilon(z, rounds=offer["rounds"]) <= most_epsilon:'
 MUTANTS = [
     ("check_clipped_sum", CLIPPED, "gradients.sum(0)", "none was clipped"),
     ("check_clipped_sum", CLIPPED, "(lambda s: s * min(1.0, C / float(s.norm())))(gradients.sum(0))",
