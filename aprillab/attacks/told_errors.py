@@ -133,7 +133,10 @@ def _thresholds(update: ClientUpdate) -> Mapping[str, float]:
     least = min(smallest.values(), default=math.inf)
     if least == math.inf:
         raise UpdateError("told_errors: every entry is zero, so that no threshold can be read off the update")
-    return smallest if _one_share(shares) else dict.fromkeys(smallest, least)
+    if not _one_share(shares):
+        return dict.fromkeys(smallest, least)
+    most = max(t for t in smallest.values() if t < math.inf)  # where nothing stayed
+    return {name: min(t, most) for name, t in smallest.items()}
 
 
 def _one_share(shares: list[tuple[float, float]]) -> bool:
@@ -141,7 +144,7 @@ def _one_share(shares: list[tuple[float, float]]) -> bool:
     if len(shares) < 2 or min(share for share, _ in shares) == 1.0:
         return False
     finest = min(shares, key=lambda share: share[1])[0]
-    return all(abs(share - finest) <= entry + 1e-12 for share, entry in shares)
+    return finest > 0 and all(abs(share - finest) <= entry + 1e-12 for share, entry in shares)
 
 
 def _of_levels(name: str, g: Tensor, bits: int, *, stochastic: bool, exact: bool) -> Tensor:

@@ -65,6 +65,12 @@ def test_tensors_that_were_pruned_one_by_one_have_thresholds_of_their_own():
     assert largest[2] == pytest.approx(100 * largest[0], rel=0.2)
 
 
+@pytest.mark.parametrize("keep", [1e-5, 1e-4])
+def test_where_next_to_nothing_stayed_errors_are_finite(update, keep):
+    told = al.told_errors(al.defenses.prune(update, keep), pruned=True)
+    assert all(bool(torch.isfinite(error).all()) for error in told.errors.values())
+
+
 def test_what_is_told_adds_up(update):
     shared = al.defenses.quantize(al.defenses.prune(update, 0.3), 8)
     both = al.told_errors(shared, pruned=True, bits=8)

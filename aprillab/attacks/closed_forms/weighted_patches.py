@@ -94,7 +94,7 @@ def with_bias(weighted: Weighted, bias: Tensor, bias_error: Tensor) -> Weighted:
     """
     variance = weighted.G_error.square()
     total = (variance.sum(0) + bias_error.square()).clamp_min(torch.finfo(torch.float64).tiny)
-    G = weighted.G + variance * ((bias - weighted.G.sum(0)) / total)
+    G = weighted.G + variance / total * (bias - weighted.G.sum(0))
     return Weighted(weighted.dW, weighted.dW_error, G, weighted.G_error, total, weighted.scale)
 
 

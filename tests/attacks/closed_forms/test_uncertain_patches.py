@@ -139,3 +139,12 @@ def test_a_round_that_was_shared_as_it_is_goes_with_one_of_which_a_defence_is_to
     rounds = [update, told] if first == "clean" else [told, update]
     alone, both = (al.embedding_closed_form(model, some) for some in (told, rounds))
     assert al.psnr(both.pixels[0], pixels[0]) > al.psnr(alone.pixels[0], pixels[0]) + 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e8])
+def test_where_the_embeddings_bias_alone_was_kept_there_is_nothing_to_read(scale):
+    model = al.VisionTransformer(image_size=16, patch_size=4, width=24, depth=1, heads=3, classes=10)
+    update = al.client_update(model, torch.zeros(1, 3, 16, 16), torch.tensor([1]))
+    kept = {name: g * scale * (name == "patch_embedding.bias") for name, g in update.gradients.items()}
+    with pytest.raises(al.AttackNotApplicable, match="is zero"):
+        al.embedding_closed_form(model, al.told_errors(al.ClientUpdate(kept), pruned=True))
