@@ -40,6 +40,7 @@ from .natural_pictures import NaturalPictures
 from .stacked_patches import Equations, noise_of_entries
 
 _LEAST = 1e-3  # of σ²: γ where noise is all there is
+_BY_CHANCE = 3.0  # deviations of the energy of G's entries, all together
 _CHANCE = 0.5  # deviations of a column's energy that noise may have by chance
 _BY_LUCK = 4.0  # deviations by which the mean square of noise may be more
 _AS_TOLD = 3.0  # times σ², that what is left may have
@@ -265,6 +266,16 @@ def noise_as_told(
     if misfit > _AS_TOLD:
         words += ": it is more, or something else was done besides. al.told_errors takes several defences together"
     return Condition("noise is as told", shown_if(misfit <= _AS_TOLD), {"misfit": misfit, "sigma": sigma}, words)
+
+
+def is_noise(G: Tensor, sigma: float) -> bool:
+    """Whether G has no more energy than noise of deviation ``sigma``, as under a head that is zero.
+
+    >>> noise = torch.randn(8, 30, generator=torch.Generator().manual_seed(0)).double()
+    >>> is_noise(noise, 1.0), is_noise(2 * noise, 1.0)
+    (True, False)
+    """
+    return float(G.square().mean()) <= sigma**2 * (1 + _BY_CHANCE * (2 / G.numel()) ** 0.5)
 
 
 def check_noise(noise: float | None) -> None:

@@ -30,7 +30,7 @@ from ..result import Condition, Reconstruction, margin, predicted_psnr, report, 
 from ..rounds import Left, RoundRead, agreeing, known, read_rounds
 from ..verify import verified
 from .inputs import grey_patches, pixel_variance, refuse_rows, refuse_zero, shared_gradients
-from .known_noise import check_noise, natural_patches, noise_as_told, refuse_noise
+from .known_noise import check_noise, is_noise, natural_patches, noise_as_told, refuse_noise
 from .linear_algebra import condition_number, thin_svd
 from .stacked_patches import ROUNDING, Equations, most_probable_of, noise_of_entries, residuals_of, stacked
 from .weighted_patches import weighted_closed_form
@@ -285,11 +285,13 @@ def embedding_closed_form(
     as_told: tuple[Condition, ...] = ()
     if noise is not None:
         refuse_noise(NAME, noise if anatomy.resampling else None, "the position embedding was interpolated")
-        if predicted_psnr(found.mse, preprocessing) < _SHARP_DB:
+        unseen = all(is_noise(r.G, noise) for r in kept)
+        if unseen or predicted_psnr(found.mse, preprocessing) < _SHARP_DB:
             biases = [r.reading.update.gradients.get(anatomy.patch_bias or "") for r in agreed.kept]
             X, mse = natural_patches(kept, biases, noise, anatomy, preprocessing)
             as_told = (noise_as_told(kept, biases, noise, X, mse, centred=anatomy.ignores_mean),)
-            found = replace(found, X=X, mse=max(mse, found.mse) if as_told[0].state == "contradicted" else mse)
+            mse = max(mse, found.mse) if as_told[0].state == "contradicted" else mse
+            found = replace(found, X=X, mse=mse, rank=0 if unseen else found.rank)
     elif found.rank < n and (smaller := _of_another_size(model, update, anatomy, found.rank, options)) is not None:
         return smaller
     read, over = agreed.kept[0].reading, f" over {len(kept)} rounds" if len(kept) > 1 else ""

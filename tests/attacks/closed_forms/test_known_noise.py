@@ -223,6 +223,19 @@ def test_where_more_was_done_than_told_nothing_is_exact_and_the_prediction_is_th
     assert known.predicted_psnr <= plain.diagnostics["predicted_by_system"]
 
 
+@pytest.mark.parametrize("width", [64, 192])  # 64: as many features as patches, and no equation to spare
+def test_under_a_zero_head_noise_is_no_picture(width):
+    model = al.VisionTransformer(image_size=32, patch_size=4, width=width, depth=1, heads=4, classes=10)
+    torch.nn.init.zeros_(model.head.weight)
+    pixels = al.load_victim("coffee", 32)[None]
+    update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))
+    sigma = 1e-6 * al.defenses.update_norm(update)
+    found = al.embedding_closed_form(model, al.defenses.gaussian_noise(update, sigma, seed=1), noise=sigma)
+    assert not found.exact
+    assert not found.determined
+    assert found.predicted_psnr < float(al.psnr(found.pixels[0], pixels[0])) + 10
+
+
 def test_rounds_of_known_noise_add_up():
     model = al.VisionTransformer(image_size=32, patch_size=8, width=192, depth=1, heads=3, classes=10)
     pixels = al.load_victim("coffee", 32)[None]
