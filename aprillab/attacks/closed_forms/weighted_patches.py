@@ -254,7 +254,7 @@ def weighted_closed_form(
     found = most_probable_weighted(system, prior)
     if _expects_more(found, agreed.kept, system, pixel_variance(preprocessing) * _SHARP):
         X, mse = natural_patches_of([with_errors(r, anatomy) for r in agreed.kept], anatomy, preprocessing, found.X)
-        found = replace(found, X=X, mse=mse)
+        found = replace(found, X=X, mse=mse if found.misfit <= _AS_TOLD else max(mse, found.mse))
     update, steps = agreed.kept[0].reading.update, max(r.reading.update.local_steps for r in agreed.kept)
     one = one_image(anatomy, update, noise=_explained(system, found), system=_evidence(system, found, kept, anatomy))
     predicted = predicted_psnr(found.mse, preprocessing)
