@@ -33,7 +33,6 @@ Situation = Literal["picture", "mixture", "noise", "unclear", "nothing"]
 
 BROKEN, FEDERATION, LESS = "07_breaking_the_defence", "09_a_real_federation", "10_sharing_less"
 HOLDS = "11_defences_that_hold"
-UNWRITTEN = "chapter 12, not written yet"
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def _images(found: Audit) -> Iterator[Advice]:
         f"{'still ' * bool(now)}more images in each step", "in part", "none, where a client has them", FEDERATION,
         f"{now}From two images on a closed form returns a mixture, in which parts of one may be seen: no number says "
         "what is left. The head goes on to name labels, a search took two small pictures apart again (chapter 07), "
-        f"and a server that changes the model can fish one image out of a batch ({UNWRITTEN}). A client's last "
+        "and a server that changes the model can fish one image out of a batch (chapter 12). A client's last "
         "batch may be of one image.",
     )  # fmt: skip
 
@@ -368,7 +367,7 @@ def _aggregation(found: Audit) -> Iterator[Advice]:
         "The server gets the sum over clients, a larger batch, and all that is said of batches holds. It takes the "
         "server at its word: that it sends every client the same model, and that the other clients are not its own. "
         "One that knew the others' updates had 16 dB at Flower's default and 72 dB at max_weight = 1. A client alone "
-        f"in a round gains nothing, and a server that lies gets round it ({UNWRITTEN}).",
+        "in a round gains nothing, and a server that lies gets round it (chapter 12).",
     )  # fmt: skip
 
 

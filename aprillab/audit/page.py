@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from ..attacks.result import Reconstruction
 from ..update import ClientUpdate
 from ..version import __version__
-from .advice import UNWRITTEN, Advice, advice, introduction, reading
+from .advice import Advice, advice, introduction, reading
 from .findings import Audit, Finding, Part
 from .words import NOT_SAFE, TRUST_WORDS
 
@@ -81,7 +81,7 @@ _AFTER_ADVICE = (
     "*A guarantee* holds against every attacker, under its assumptions and with its number. *No closed form* says "
     "that the attacks of this course have no equations left, for this model and one image: searches need none, "
     "candidates can be told apart by what is left, and a server that prepares the model has other ways "
-    f"({UNWRITTEN}).",
+    "(chapter 12).",
     "",
     "**Audit again** after each change, with several updates: a rare picture, a batch of one or the first round may "
     "give away what others do not.",

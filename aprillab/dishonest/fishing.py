@@ -30,7 +30,8 @@ def class_fishing(
     *What it does*: of a batch, or of a sum over clients, the image of this class comes back by
     :func:`~aprillab.embedding_closed_form` as if it had been alone, up to e^−L of the others. Two images of the
     class come back as a mixture. What classes the others have does not matter. Secure aggregation hides who sent
-    the picture, and not the picture. Measured in data/results/cheating.md.
+    the picture, and not the picture. Measured in data/results/cheating.md. It takes clients of one local step: in
+    further ones the other rows learn, and pictures of their classes pass those (chapter 12).
 
     *What it costs the federation*: a round. The head is lost and the loss of that class is L + log(K − 1) nats.
 
