@@ -3,7 +3,7 @@
 Three clients, one round, played three ways: by an honest server, by one that silences all but the first client, and
 by one that fishes for a class. Prints what each client saw and what the server got, and writes silenced.png. The
 protocol is Flower's (pip install "aprillab[federation]"), the photographs the project's, server and clients functions
-of this process: nothing is sent anywhere. About half a minute.
+of this process: nothing is sent anywhere. It takes less than a minute.
 
     python -m studies.cheating.secure --out runs/silenced
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 import aprillab as al
+from aprillab.commands.files import writable_folder
+from aprillab.commands.messages import RESPONSIBLE_USE, CommandError
 from aprillab.dishonest.sent import head_of
 from aprillab.federation import FlowerMissing, LocalTraining
 from aprillab.federation.flower import need_flower
 
 from .._rows import StudyError, fill, made
 from .._rows import read as rows_of
-from .._runner import Description, between
+from .._runner import Claim, Description, between
 from .._tables import grouped, markdown
 from .clients import batch_of, best_psnr, loaded, model_of, read
 
@@ -89,8 +91,8 @@ def cases(quick: bool) -> Iterator[Case]:
             few = settings[4:5] if quick else settings[:1] + settings[4:5] if way == HONEST else settings
             yield from (Case(way, model, DEFAULT, w, r, 1, others, *seed) for w, r in few for seed in seeds)
         yield from () if quick else (
-            Case(way, model, FINE, others, 0.1, 1, others, *seed)
-            for way, others in {SILENCED: 1.0, FISHED: 4.0}.items() for seed in seeds
+            Case(way, model, FINE, float(others), 0.1, 1, others, *seed)
+            for way, others in {SILENCED: 1, FISHED: 4}.items() for seed in seeds
         )  # fmt: skip
     for way in (SILENCED, FOR_GOOD, FISHED):
         yield from (Case(way, "random", DEFAULT, 1.0, 0.1, 5, 4, *seed) for seed in seeds)
@@ -127,9 +129,9 @@ def measured(case: Case) -> Iterator[Row]:
     from .secure_sum import Precision, foretold, picture_of, play
 
     model, (everyone, wanted) = model_of(case.model), owners(case)
-    how, precision = LocalTraining(learning_rate=case.rate, steps=case.steps), Precision(case.max_weight, case.clipping)
+    how, told = LocalTraining(learning_rate=case.rate, steps=case.steps), Precision(case.max_weight, case.clipping)
     sent = sent_to(model, case.way, wanted, len(everyone))
-    played = play(model, sent, everyone, how, precision=precision, seed=case.seed)
+    played = play(model, sent, everyone, how, precision=told, seed=case.seed)
     result = picture_of(model, played)
     own = everyone if case.way == HONEST else everyone[:1]
     truth = al.HALF.to_pixels(torch.cat([owner.images[:1] for owner in own])).to(result.pixels)
@@ -142,8 +144,6 @@ def measured(case: Case) -> Iterator[Row]:
 
 def of_replies(model: nn.Module, played: Round, everyone: Sequence[Owner], truth: Tensor) -> dict[str, Any]:
     """What only who has the replies can tell."""
-    from dataclasses import replace
-
     from .secure_sum import update_of
 
     replies = [owner.trained(model, s, played.how) for owner, s in zip(everyone, played.sent, strict=True)]
@@ -176,3 +176,131 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         return
     settings, found = {"flwr": version("flwr")}, cases(options.quick)
     fill(folder / FILE, Row, found, measured, key=Case._fields, settings=settings, workers=options.workers)
+
+
+# --- Its share of the page ----------------------------------------------------------------------------------------
+
+SETTING = ("way", "model", "max_weight", "rate")
+
+
+def _of_rounds(group: pd.DataFrame) -> dict[str, str]:
+    told = group.way.iloc[0] != HONEST  # of several pictures nothing is foretold
+    return {
+        "rounds": str(len(group)), "median dB": f"{group.psnr.median():.1f}", "least": f"{group.psnr.min():.1f}",
+        "most": f"{group.psnr.max():.1f}", "predicted": f"{group.predicted.median():.1f}" if told else "–",
+        "unrounded": f"{group.unrounded.median():.1f}", "off": f"{group.floor.median():.2g}",
+        "foretold": f"{group.foretold.median():.2g}",
+        "one image by the system": f"{group.one_image.eq('shown').sum()} of {len(group)}",
+    }  # fmt: skip
+
+
+def _table(rows: pd.DataFrame, names: Sequence[str] = SETTING) -> str:
+    texts = rows.assign(**{name: rows[name].map("{:g}".format) for name in ("max_weight", "rate", "clipping")})
+    return markdown(grouped(texts, names, _of_rounds)) if len(rows) else "–"
+
+
+def describe(folder: Path, options: argparse.Namespace) -> Description:
+    rows = rows_of(folder / FILE, Row)
+    once, coarse, five = rows.steps == 1, rows.clipping == DEFAULT, rows[rows.steps > 1]
+    plain, fine = rows[once & coarse], rows[once & ~coarse]
+    read_ones = plain[plain.way != HONEST]
+    random, digits = (read_ones[read_ones.model == name] for name in ("random", "digits"))
+    honest = plain[(plain.way == HONEST) & (plain.model == "random")]
+    sharp = random[random.max_weight == 1]
+    settings = random.groupby(list(SETTING))
+    medians, rough = settings.psnr.median(), random[random.max_weight == 1000].groupby(list(SETTING)).psnr.median()
+    apart = (medians - settings.predicted.median()).abs().max()
+    off = (100 * (plain.floor / plain.foretold - 1).abs()).groupby([plain[name] for name in SETTING]).median().max()
+
+    def middle(frame: pd.DataFrame, way: str, rate: float = 0.1, weight: float = 1.0) -> float:
+        chosen = (frame.way == way) & (frame.rate == rate) & (frame.max_weight == weight)
+        return float(frame[chosen].psnr.median())
+
+    both = [(way, rate) for way in (SILENCED, FISHED) for rate in (0.1, 1.0)]
+    ten = [middle(random, *one) - middle(random, *one, 10.0) for one in both]
+    gain = middle(fine[fine.model == "random"], SILENCED) - middle(random, SILENCED)
+    quiet = rows[once & (rows.way == SILENCED)].moved
+    for_good, for_once = middle(five, FOR_GOOD), middle(five, SILENCED)
+    fields = {
+        "secure_made": made(folder / FILE), "secure": _table(plain), "secure_fine": _table(fine),
+        "secure_steps": _table(five, ("way", "model", "steps", "rate")),
+        "secure_honest": honest.psnr.max(), "secure_least": sharp.psnr.min(), "secure_default_least": rough.min(),
+        "secure_default_most": rough.max(), "secure_off": off, "secure_apart": apart,
+        "secure_unrounded": random.unrounded.median(), "secure_gain": gain,
+        "secure_digits": middle(digits, SILENCED), "secure_digits_fished": middle(digits, FISHED),
+        "secure_digits_faster": middle(digits, FISHED, 1.0),
+    }  # fmt: skip
+    return fields, [
+        between("the honest sum gives at most {secure_honest:.0f} dB", honest.psnr.max(), most=15),
+        between("came back with at least {secure_least:.0f} dB", sharp.psnr.min(), 60),
+        between("at Flower's default of 1000", rough.max(), most=45),
+        Claim("a silenced client's u_k is zero below the head", quiet.max(), bool(quiet.eq(0).all())),
+        between("to {secure_off:.1f} % in the median of each setting", off, most=3),
+        between("within {secure_apart:.0f} dB in the median of each setting with random weights", apart, most=3.5),
+        between("is 20 dB", max(abs(gained - 20) for gained in ten), most=3),
+        between("the random weights' picture gains {secure_gain:.0f} dB", gain, 10),
+        between("Fishing makes the class improbable", middle(digits, FISHED) - middle(digits, SILENCED), 5),
+        between("Silence lasts one step", for_once, most=40),
+        between("a head of zeros stays one", for_good, 60),
+        between("A fished head moves as well", middle(five, FISHED), most=40),
+    ]
+
+
+# --- By one command -----------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Play the three rounds, print what was seen, write the picture."""
+    parser = parser_of()
+    options = parser.parse_args(argv)
+    if len(set(options.clients)) != 3 or not set(options.clients) <= set(al.victims()):
+        parser.error(f"--clients takes three different photographs of {', '.join(al.victims())}")
+    if options.max_weight is not None and not 1 <= options.max_weight <= 1e4:
+        parser.error(f"--max-weight {options.max_weight:g} is not between 1 and 10000")
+    try:
+        need_flower()
+        folder = writable_folder(options.out)
+        LocalTraining(learning_rate=options.learning_rate)
+    except (FlowerMissing, CommandError, al.UpdateError) as error:
+        raise SystemExit(f"secure: {error}") from None
+    show(options, folder)
+
+
+def parser_of() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m studies.cheating.secure", description=__doc__, formatter_class=raw, epilog=RESPONSIBLE_USE
+    )
+    three = ["astronaut", "coffee", "chelsea"]
+    parser.add_argument("--out", type=Path, default=Path("runs/silenced"), metavar="FOLDER", help="(%(default)s)")
+    parser.add_argument(
+        "--clients", nargs=3, default=three, metavar="PHOTOGRAPH", help=f"one of each ({' '.join(three)})"
+    )
+    parser.add_argument("--learning-rate", type=float, default=0.1, metavar="RATE", help="asked for (%(default)s)")
+    help = "of the protocol: Flower's default is 1000; here it is, if not given, how many pictures a client has"
+    parser.add_argument("--max-weight", type=float, metavar="WEIGHT", help=help)
+    return parser
+
+
+def show(options: argparse.Namespace, folder: Path) -> None:
+    from aprillab import viz
+
+    from . import secure_shown
+
+    print(f"Flower {version('flwr')}'s SecAgg+, three clients of a ViT of 32×32: one round, three ways.")
+    print("Server, clients and protocol run in this process: nothing is sent anywhere.\n")
+    print(secure_shown.heading())
+    shown = []
+    for one in secure_shown.rounds(options.clients, options.learning_rate, options.max_weight):
+        print(*one.clients, sep="\n", flush=True)
+        shown.append(one)
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "silenced.png"
+    picture.write_bytes(viz.to_png(secure_shown.figure(shown, options.clients), dpi=110))
+    print("\nfingerprint: of the model that this client was sent, and whether most clients have the same")
+    print("dB: PSNR of the one picture that the server makes of the sum, and this client's photograph")
+    print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    main()

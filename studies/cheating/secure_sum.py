@@ -2,8 +2,8 @@
 
 Protocol, masks, quantization and FedAvg are Flower's. The server follows the protocol, and cheats by one method of
 its strategy: ``configure_fit`` gives each node a model of its own. Node k is sent θ_k and sends back, masked,
-n_k (θ_k − η u_k). The server gets the average A alone, knows each θ_k, and n_k, which goes beside in plain text. So it
-has Σ n_k θ_k − N A = η Σ n_k u_k; and where all but one u_k are zero, one client's update.
+n_k (θ_k − η u_k). The server gets the average A alone, and knows each θ_k, and n_k, which goes beside in plain text.
+So it has Σ n_k θ_k − N A = η Σ n_k u_k; and where all but one u_k are zero, one client's update.
 """
 
 from __future__ import annotations
