@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FILE = "cheating_secure.csv"
 HONEST, SILENCED, FOR_GOOD, FISHED = "honest", "silenced", "silenced for good", "fished"
-DEFAULT, FINE = 8.0, 1.0  # clipping ranges: Flower's, and one that all weights are just within
+DEFAULT, FINE = 8.0, 1.0  # clipping ranges: Flower's, and one that the embeddings are well within
 
 
 class Case(NamedTuple):
@@ -184,7 +184,7 @@ SETTING = ("way", "model", "max_weight", "rate")
 
 
 def _of_rounds(group: pd.DataFrame) -> dict[str, str]:
-    told = group.way.iloc[0] != HONEST  # of several pictures nothing is foretold
+    told = group.moved.max() < 1e-6  # what is foretold is of one picture
     return {
         "rounds": str(len(group)), "median dB": f"{group.psnr.median():.1f}", "least": f"{group.psnr.min():.1f}",
         "most": f"{group.psnr.max():.1f}", "predicted": f"{group.predicted.median():.1f}" if told else "–",
@@ -227,6 +227,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         "secure_honest": honest.psnr.max(), "secure_least": sharp.psnr.min(), "secure_default_least": rough.min(),
         "secure_default_most": rough.max(), "secure_off": off, "secure_apart": apart,
         "secure_unrounded": random.unrounded.median(), "secure_gain": gain,
+        "secure_digits_unrounded": digits[(digits.way == SILENCED) & (digits.rate == 0.1)].unrounded.median(),
         "secure_digits": middle(digits, SILENCED), "secure_digits_fished": middle(digits, FISHED),
         "secure_digits_faster": middle(digits, FISHED, 1.0),
     }  # fmt: skip
@@ -238,7 +239,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         between("to {secure_off:.1f} % in the median of each setting", off, most=3),
         between("within {secure_apart:.0f} dB in the median of each setting with random weights", apart, most=3.5),
         between("is 20 dB", max(abs(gained - 20) for gained in ten), most=3),
-        between("the random weights' picture gains {secure_gain:.0f} dB", gain, 10),
+        between("with random weights it gains {secure_gain:.0f} dB", gain, 10),
         between("Fishing makes the class improbable", middle(digits, FISHED) - middle(digits, SILENCED), 5),
         between("Silence lasts one step", for_once, most=40),
         between("a head of zeros stays one", for_good, 60),

@@ -19,6 +19,8 @@ import aprillab as al
 from aprillab.comparison.parallel import HERE
 from aprillab.federation import FlowerMissing, LocalTraining
 from studies._rows import StudyError
+from studies._rows import read as rows_of
+from studies._runner import RESULTS
 from studies.cheating import clients, secure, secure_shown
 from studies.cheating.secure import FISHED, HONEST, SILENCED, Case, measured, owners, sent_to
 from studies.cheating.secure_sum import (
@@ -156,6 +158,29 @@ def test_a_case_is_measured() -> None:
     assert row.psnr == pytest.approx(row.predicted, abs=8)
     assert row.floor == pytest.approx(row.foretold, rel=0.05)
     assert row.moved == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"psnr": 50.0}, "the honest sum gives at most"),
+        ({"psnr": 50.0}, "at Flower's default of 1000"),
+        ({"psnr": 50.0}, "Silence lasts one step"),
+        ({"psnr": 20.0}, "came back with at least"),
+        ({"psnr": 20.0}, "is 20 dB"),
+        ({"psnr": 20.0}, "a head of zeros stays one"),
+        ({"predicted": 20.0}, "within {secure_apart:.0f} dB"),
+        ({"floor": 1.0}, "to {secure_off:.1f} %"),
+        ({"moved": 0.1}, "zero below the head"),
+    ],
+)
+def test_claims_can_fail(tmp_path: Path, change: dict[str, float], phrase: str) -> None:
+    def broken(folder: Path) -> list[str]:
+        return [claim.phrase for claim in secure.describe(folder, argparse.Namespace())[1] if not claim.holds]
+
+    assert broken(RESULTS) == []
+    rows_of(RESULTS / secure.FILE, secure.Row).assign(**change).to_csv(tmp_path / secure.FILE, index=False)
+    assert any(phrase in said for said in broken(tmp_path))
 
 
 def missing() -> None:
