@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint federation lab notebooks studies wheel clean
+.PHONY: help demo test lint federation silenced lab notebooks studies wheel clean
 
 help:  ## list the commands
 	@echo 'aprillab: how shared gradients give away the images of a Vision Transformer'\''s users'
@@ -36,6 +36,9 @@ lint: $(VENV)/.installed-test  ## check style, formatting and types
 
 federation: $(VENV)/.installed-federation  ## run a real federation with a server that looks; writes runs/federation
 	$(BIN)/aprillab federation --out runs/federation
+
+silenced: $(VENV)/.installed-federation $(VENV)/.installed-studies  ## cheat through Flower's secure sum, in one process; writes runs/silenced
+	$(BIN)/python -m studies.cheating.secure --out runs/silenced
 
 lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

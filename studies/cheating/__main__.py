@@ -1,8 +1,9 @@
 """What a server that cheats gets, and what a client sees of it: `python -m studies.cheating`.
 
-Writes cheating.csv and cheating_looks.csv, and from them cheating.md. Float32; solved in float64; no server and no
-client but functions of this process. Random weights of a ViT of 32×32 (patch 8, width 192, two blocks, 100 classes),
-the same trained on MNIST-5k's digits, and ViT-B/16 at 224 with random weights.
+Writes cheating.csv, cheating_looks.csv and cheating_secure.csv, and from them cheating.md. Float32; solved in
+float64; no server and no client but functions of this process. Random weights of a ViT of 32×32 (patch 8, width 192,
+two blocks, 100 classes), the same trained on MNIST-5k's digits, and ViT-B/16 at 224 with random weights. The secure
+sums are by Flower's SecAgg+ (the extra "federation"); without it, those that were measured are described.
 
     python -m studies.cheating            # about half an hour of one thread, most of it ViT-B/16
     python -m studies.cheating --small    # without ViT-B/16
@@ -16,18 +17,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._runner import Description, run_study, study_parser
-from . import looks, pictures
+from . import looks, pictures, secure
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     pictures.measure(folder, options)
     looks.measure(folder, options)
+    secure.measure(folder, options)
 
 
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     fields, claims = pictures.describe(folder, options)
     more, claimed = looks.describe(folder, options)
-    return {**fields, **more}, [*claims, *claimed]
+    sums, of_sums = secure.describe(folder, options)
+    return {**fields, **more, **sums}, [*claims, *claimed, *of_sums]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
