@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from .constant import constant_feature
-from .sent import Head, check_label, check_strength, head_of, sent_state
+from .constant import constant_feature, last_norm
+from .sent import CannotCheat, Head, check_label, check_strength, head_of, sent_state
 
 
 def class_fishing(
@@ -83,10 +83,12 @@ def class_fishing(
     return head_sent(model, head, label, row_or_direction(head, label), -strength)
 
 
-def silenced(model: nn.Module, *, anatomy: Anatomy | None = None) -> dict[str, Tensor]:
+def silenced(model: nn.Module, *, for_good: bool = False, anatomy: Anatomy | None = None) -> dict[str, Tensor]:
     """The model with a head of zeros, for every client but one: nothing below the head moves.
 
-    *What it changes*: the head's weight and bias are zero, so that ∂l/∂f = Wᵀ(p − y) is zero for any image.
+    *What it changes*: the head's weight and bias are zero, so that ∂l/∂f = Wᵀ(p − y) is zero for any image. In the
+    client's first step the head moves, r fᵀ, and in the second what is below it: where clients take several, the
+    last LayerNorm has to be zero as well (``for_good``). Then f = 0, and the head's bias alone ever moves.
 
     *What it does*: sent to all clients of a secure sum but one, it leaves of the sum that one's gradient below the
     head, exactly. The head's gradient stays a sum: r fᵀ needs no W. Its bias, p − y with p = 1/K, gives
@@ -105,6 +107,8 @@ def silenced(model: nn.Module, *, anatomy: Anatomy | None = None) -> dict[str, T
     ----------
     model : nn.Module
         Any that :func:`~aprillab.dissect` knows, with a linear head; left unchanged.
+    for_good : bool
+        For any number of local steps, and not for the first alone.
     anatomy : Anatomy, optional
         Default is ``dissect(model)``.
 
@@ -116,7 +120,7 @@ def silenced(model: nn.Module, *, anatomy: Anatomy | None = None) -> dict[str, T
     Raises
     ------
     CannotCheat
-        If there is no linear head.
+        If there is no linear head; with ``for_good``, if no LayerNorm stands right before it.
 
     Examples
     --------
@@ -126,7 +130,17 @@ def silenced(model: nn.Module, *, anatomy: Anatomy | None = None) -> dict[str, T
     (False, True)
     """
     head = head_of(model, anatomy)
-    return sent_state(model, {name: torch.zeros_like(model.state_dict()[name]) for name in head.names})
+    names = set(head.names)
+    if for_good:
+        path, norm = last_norm(model, head)
+        if norm is None:
+            raise CannotCheat(
+                f"no LayerNorm with a weight stands right before the head {head.weight_name}: the features cannot be "
+                "set to zero, and a head of zeros alone (for_good=False) is silent for one local step"
+            )
+        names |= {f"{path}.weight"} | ({f"{path}.bias"} if norm.bias is not None else set())
+    state = model.state_dict()
+    return sent_state(model, {name: torch.zeros_like(state[name]) for name in names})
 
 
 # --- Heads of one row ---------------------------------------------------------------------------------------------

@@ -116,12 +116,10 @@ def owners(case: Case) -> tuple[list[Owner], int]:
 
 def sent_to(model: nn.Module, way: str, wanted: int, count: int) -> list[dict[str, Tensor]]:
     """What each client is sent."""
-    from .secure_sum import silenced_for_good
-
-    honest = model.state_dict()
     if way == FISHED:
         return [al.dishonest.class_fishing(model, wanted)] * count
-    quiet = {HONEST: lambda _: honest, SILENCED: al.dishonest.silenced, FOR_GOOD: silenced_for_good}[way](model)
+    honest = model.state_dict()
+    quiet = honest if way == HONEST else al.dishonest.silenced(model, for_good=way == FOR_GOOD)
     return [honest, *[quiet] * (count - 1)]
 
 

@@ -26,8 +26,6 @@ from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
 from torch import Tensor, nn
 
 import aprillab as al
-from aprillab.dishonest.constant import last_norm
-from aprillab.dishonest.sent import head_of
 from aprillab.federation import LocalTraining, train_locally
 
 from ..protections.wire import Wire
@@ -152,16 +150,6 @@ def app_of(owner: Owner, model: nn.Module) -> ClientApp:
 
 
 # --- What is sent -------------------------------------------------------------------------------------------------
-
-
-def silenced_for_good(model: nn.Module) -> dict[str, Tensor]:
-    """A head of zeros, and a last LayerNorm of zeros: the features are zero, so that the head stays zero, too.
-
-    A silenced head moves in the client's first step, and what is below it from the second on.
-    """
-    norm, _ = last_norm(model, head_of(model))
-    state = al.dishonest.silenced(model)
-    return state | {name: torch.zeros_like(state[name]) for name in (f"{norm}.weight", f"{norm}.bias")}
 
 
 # --- What a server makes of it ------------------------------------------------------------------------------------

@@ -127,6 +127,26 @@ def test_a_silenced_client_leaves_its_head_alone():
     assert torch.allclose(counts, torch.tensor([0.0, 2, 1, 1, 0, 0, 0, 0, 0, 0]), atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"head_bias": False}])
+def test_for_good_is_silent_for_more_than_one_step(changes):
+    model = vit()
+    if changes:
+        model.head = nn.Linear(96, 10, bias=False)
+    x, y = al.HALF.to_input(pictures(4)), torch.tensor([1, 1, 2, 3])
+
+    def moved(state):
+        local = loaded(model, state)
+        optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(local(x), y).backward()
+            optimizer.step()
+        return {name for name, value in local.state_dict().items() if not torch.equal(value, state[name])}
+
+    assert moved(silenced(model, for_good=True)) == (set() if changes else {"head.bias"})
+    assert "patch_embedding.weight" in moved(silenced(model))
+
+
 def test_a_sum_with_silenced_clients_is_one_clients():
     model = vit()
     pixels, others = pictures(1, seed=9), loaded(model, silenced(model))
@@ -198,3 +218,11 @@ def test_neither_a_bias_nor_a_norm():
     model.norm = nn.LayerNorm(96, bias=False)
     with pytest.raises(CannotCheat, match="no bias, and no LayerNorm with weight and bias"):
         class_fishing(model, 3)
+
+
+def test_for_good_needs_a_norm_before_the_head():
+    model = vit()
+    model.norm = nn.Identity()
+    with pytest.raises(CannotCheat, match="silent for one local step"):
+        silenced(model, for_good=True)
+    assert not silenced(model)["head.weight"].any()

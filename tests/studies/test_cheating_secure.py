@@ -32,7 +32,6 @@ from studies.cheating.secure_sum import (
     noise_of,
     picture_of,
     play,
-    silenced_for_good,
     update_of,
 )
 
@@ -107,7 +106,7 @@ def test_silence_for_good_outlasts_the_first_step(model: nn.Module) -> None:
         reply = owner.trained(model, state, how)
         return {name for name in state if not torch.equal(reply[name], state[name])}
 
-    assert moved(silenced_for_good(model)) == {"head.bias"}
+    assert moved(al.dishonest.silenced(model, for_good=True)) == {"head.bias"}
     assert "patch_embedding.weight" in moved(al.dishonest.silenced(model))
 
 
