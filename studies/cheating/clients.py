@@ -144,7 +144,9 @@ class Others:
 
     def joined_by(self, images: Tensor, labels: Tensor, count: int, *, clients: int = 1) -> al.ClientUpdate:
         """The update of these others and some victims: one client's mean, or the sum of many clients' means."""
-        total, each = dict(self.of(count)), (count + len(images)) // clients
+        total, (each, left) = dict(self.of(count)), divmod(count + len(images), clients)
+        if left or not each:
+            raise ValueError(f"{count + len(images)} pictures are not {clients} clients' equal shares")
         for image, label in zip(images, labels, strict=True):
             for name, g in al.client_update(self.sent, image[None], label[None]).gradients.items():
                 total[name] = total[name] + g if name in total else g

@@ -40,13 +40,13 @@ def cases() -> Iterator[Case]:
     yield from (Case("alone", MODEL, "alone", 20.0, 1, v) for v in victims)
     yield from batches("distinct", 20.0, (8, 32, 64))
     yield from batches(AGAIN, 20.0, (32,))
+    for strength in (10.0, 2.0, 5.0, 15.0):
+        yield from batches("distinct", strength, (8,))
     yield from (Case("why", MODEL, setting, 20.0, 1, v) for setting in ONE_THING for v in victims)
     yield from (Case("two", MODEL, TWO, 20.0, 8, v) for v in victims)
     yield from (Case("changes", MODEL, change, 20.0, 8, v) for v in victims for change in CHANGES_HERE)
     yield from batches("repeated", 20.0, (8, 32, 64))
     yield from (Case("sum", MODEL, SUM, 20.0, CLIENTS * OF_EACH, v) for v in victims)
-    for strength in (10.0, 2.0, 5.0, 15.0):
-        yield from batches("distinct", strength, (8, 32, 64))
 
 
 def sharing_others(case: Case) -> Hashable:

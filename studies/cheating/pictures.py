@@ -16,9 +16,9 @@ import aprillab as al
 
 from .._rows import fill, made
 from .._rows import read as rows_of
-from .._runner import Claim, Description, between
+from .._runner import Description, between
 from .._tables import grouped, markdown
-from . import large
+from . import large, one_picture
 from .clients import (
     SMALL,
     batch_of,
@@ -34,7 +34,7 @@ from .clients import (
     summed,
     update_of,
 )  # fmt: skip
-from .records import CHANGES, CLIENTS, FILE, NOISE, OF_EACH, SUM, TWO, Case, Row
+from .records import CHANGES, CLIENTS, FILE, OF_EACH, SUM, TWO, Case, Row
 
 SMALL_ONES = ("random", "digits", "pieces")
 SHARP, THERE = 90.0, 30.0  # dB
@@ -126,17 +126,20 @@ def of_pair(case: Case) -> Iterator[Row]:
 
 
 def of_sum(case: Case) -> dict[str, Any]:
-    """The wanted picture is one client's; the class is nobody else's."""
-    model = model_of(case.model)
-    images, _, c = batch_of(case.model, OF_EACH, case.victim, "repeated", case.victim)
-    sent = loaded(model, al.dishonest.class_fishing(model, c, strength=case.strength))
+    return of_one(*sum_of(case, CLIENTS))
+
+
+def sum_of(case: Case, clients: int) -> tuple[torch.nn.Module, al.ClientUpdate, Tensor]:
+    """Sent model, sum and wanted picture, which is the first client's; the class is nobody else's."""
+    sent, images, labels = fished(case, OF_EACH)
+    c = int(labels[case.victim])
 
     def updates() -> Iterator[al.ClientUpdate]:
-        for client in range(CLIENTS):
+        for client in range(clients):
             x, y, _ = batch_of(case.model, OF_EACH, case.victim, "repeated", case.victim, client)
             yield update_of(sent, *((x, y) if client == 0 else _without(x, y, c)))
 
-    return of_one(sent, summed(updates()), images[case.victim])
+    return sent, summed(updates()), images[case.victim]
 
 
 def _without(images: Tensor, labels: Tensor, c: int) -> tuple[Tensor, Tensor]:
@@ -224,14 +227,6 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 # --- Its share of the page ----------------------------------------------------------------------------------------
 
 
-def _of_pictures(group: pd.DataFrame) -> dict[str, str]:
-    told = group.one_image.eq("shown").sum()
-    return {
-        "pictures": str(len(group)), "median dB": f"{group.psnr.median():.1f}", "least": f"{group.psnr.min():.1f}",
-        "most": f"{group.psnr.max():.1f}", "one image by the system": f"{told} of {len(group)}",
-    }  # fmt: skip
-
-
 def _of_batches(group: pd.DataFrame) -> dict[str, str]:
     def span(values: pd.Series) -> str:
         return " to ".join(dict.fromkeys(f"{v:.0f}" for v in (values.min(), values.max())))
@@ -252,38 +247,20 @@ def _of_lora(group: pd.DataFrame) -> dict[str, str]:
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     rows = rows_of(folder / FILE, Row)
     parts = dict(iter(rows.groupby("part", sort=False)))
-    fished, settings = parts["class"], ("model", "setting", "batch", "strength")
-    strong = fished[fished.strength >= 20]
-    weak = fished[(fished.strength == 2) & (fished.model == "random")]
-    medians = strong[strong.model != "vit_b_16"].groupby(list(settings)).psnr.median()
-    empty = rows.iloc[:0]
-    summed_up = parts.get("sum", empty)
-    large = strong[strong.model == "vit_b_16"]
-    noisy = parts["changes"]
+    fields, claims = one_picture.describe(rows)
     fields = {
-        "pictures_made": made(folder / FILE),
-        "class": markdown(grouped(fished[fished.model != "vit_b_16"], settings, _of_pictures)),
-        "large": markdown(grouped(fished[fished.model == "vit_b_16"], settings, _of_pictures)) if len(large) else "–",
-        "sum": markdown(grouped(summed_up, settings, _of_pictures)) if len(summed_up) else "–",
-        "changes": markdown(grouped(noisy, ("model", "setting"), _of_pictures)),
+        **fields, "pictures_made": made(folder / FILE),
         "features": markdown(grouped(parts["features"], ("setting", "batch"), _of_batches)),
         "imprint": markdown(grouped(parts["imprint"], ("setting", "batch"), _of_batches)),
         "lora": markdown(grouped(parts["LoRA"], ("setting",), _of_lora)),
-        "silenced": markdown(grouped(parts["silenced"], ("model", "setting"), _of_pictures)),
-    }
-    claims: list[Claim] = []
-    if len(eight := large[large.batch == 8]):
-        claims = [between("with 90 dB and more in the median of eight", eight.psnr.median(), 90)]
+        "silenced": markdown(grouped(parts["silenced"], ("model", "setting"), one_picture.of_pictures)),
+    }  # fmt: skip
     imprinted = parts["imprint"]
     wide = imprinted[imprinted.setting == "width 384"] if (imprinted.setting == "width 384").any() else imprinted
-    claims += [
-        between("at least 90 dB in the median of every setting", medians.min(), 90),
-        between("So does a sum over a hundred clients", summed_up[summed_up.strength >= 20].psnr.median(), 90),
-        between("at L = 2 it is a mixture", weak.psnr.median(), most=60),
-        between("Noise of 1e-3 ends it", noisy[noisy.setting == NOISE[-1]].psnr.median(), most=30),
+    return fields, [
+        *claims,
         between("nearly all of a batch", (parts["features"].there / parts["features"].batch).min(), 0.9),
         between("at least 15 of 64 at width 384", wide.there.min(), 14.5),
         between("one round is enough", parts["LoRA"][parts["LoRA"].rounds == 1].psnr.min(), 60),
         between("at least 60 dB, exactly", parts["silenced"].psnr.min(), 60),
     ]
-    return fields, claims
