@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,59 +16,47 @@ import aprillab as al
 
 from .._rows import fill, made
 from .._rows import read as rows_of
-from .._runner import Claim, Description, between
+from .._runner import Description, between
 from .._tables import grouped, markdown
-from .clients import SMALL, batch_of, best_psnr, crops, loaded, model_of, read, summed, update_of
+from . import large, one_picture
+from .clients import (
+    SMALL,
+    batch_of,
+    best_psnr,
+    changed,
+    crops,
+    digits,
+    loaded,
+    model_of,
+    of_one,
+    of_two,
+    read,
+    summed,
+    update_of,
+)  # fmt: skip
+from .records import CHANGES, CLIENTS, FILE, OF_EACH, SUM, TWO, Case, Row
 
-FILE = "cheating.csv"
+SMALL_ONES = ("random", "digits", "pieces")
 SHARP, THERE = 90.0, 30.0  # dB
-CLIENTS, OF_EACH = 100, 8
-NOISE = ("noise 1e-7", "noise 1e-6", "noise 1e-5", "noise 1e-4", "noise 1e-3")
-CHANGES = ("none", "clip", *NOISE, "bfloat16", "float16")
 ADAPTERS = ((8, 256, 4, "query value"), (8, 256, 8, "query value"), (4, 384, 32, "query key value"))
 
 
-class Case(NamedTuple):
-    """``victim`` is the seed of the batch, and the place of the wanted picture in it."""
-
-    part: str
-    model: str
-    setting: str
-    strength: float
-    batch: int
-    victim: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """``psnr`` of the wanted picture, or the median of those with 30 dB; ``there`` and ``sharp`` count a batch's."""
-
-    part: str
-    model: str
-    setting: str
-    strength: float
-    batch: int
-    victim: int
-    psnr: float | None = None
-    predicted: float | None = None
-    one_image: str = ""
-    there: int | None = None
-    sharp: int | None = None
-    told: int | None = None
-    rounds: int = 1
-
-
-def cases(quick: bool, large: bool) -> Iterator[Case]:
+def cases(quick: bool, with_large: bool) -> Iterator[Case]:
     victims = range(1 if quick else 8)
-    batches, strengths = ((8,), (20.0,)) if quick else ((8, 32, 64), (2.0, 5.0, 10.0, 20.0, 40.0))
-    for model, kinds in {"random": ("distinct", "repeated"), "digits": ("repeated",)}.items():
+    batches, strengths = ((8,), (20.0,)) if quick else ((8, 32, 64), (2.0, 5.0, 10.0, 15.0, 20.0, 40.0))
+    for model in SMALL_ONES:
+        kinds = ("distinct", "repeated") if model == "random" else ("repeated",)
         yield from (
             Case("class", model, kind, strength, batch, victim)
             for kind in kinds for batch in batches for strength in strengths for victim in victims
         )  # fmt: skip
-        yield from (Case("changes", model, change, 20.0, 8, v) for change in CHANGES for v in victims)
+        yield from (Case("alone", model, "alone", 20.0, 1, v) for v in victims)
+        yield from (Case("two", model, TWO, 20.0, 8, v) for v in victims)
         if not quick:
-            yield from (Case("sum", model, "100 clients", s, 800, v) for s in (10.0, 20.0) for v in range(4))
+            yield from (Case("sum", model, SUM, s, CLIENTS * OF_EACH, v) for s in (10.0, 20.0, 40.0) for v in victims)
+        if model == "pieces":
+            continue
+        yield from (Case("changes", model, change, 20.0, 8, v) for change in CHANGES for v in victims)
         yield from (Case("silenced", model, "2 of 3", 0.0, 17, v) for v in list(victims)[:4])
     for seed in list(victims)[:3]:
         yield from (Case("features", "random", "one class", 1e4, b, seed) for b in batches)
@@ -77,13 +64,8 @@ def cases(quick: bool, large: bool) -> Iterator[Case]:
             Case("imprint", "random", f"width {w}", 0.0, 64, seed) for w in ((256,) if quick else (192, 256, 384))
         )
         yield from (Case("LoRA", "random", _lora(a), 1.0, 1, seed) for a in (ADAPTERS[1:2] if quick else ADAPTERS))
-    if large:
-        yield from (Case("class", "vit_b_16", "distinct", 20.0, 8, v) for v in range(8))
-        yield from (Case("class", "vit_b_16", "distinct", 10.0, 8, v) for v in range(2))
-        yield from (Case("class", "vit_b_16", "distinct", 20.0, 32, v) for v in range(2))
-        yield Case("class", "vit_b_16", "repeated", 20.0, 32, 0)
-        yield Case("class", "vit_b_16", "distinct", 20.0, 64, 0)
-        yield Case("sum", "vit_b_16", "100 clients", 20.0, 800, 0)
+    if with_large:
+        yield from large.cases()
 
 
 def _lora(adapters: tuple[int, int, int, str]) -> str:
@@ -95,45 +77,69 @@ def _lora(adapters: tuple[int, int, int, str]) -> str:
 
 
 def measured(case: Case) -> Iterator[Row]:
-    yield Row(*case, **MEASURES[case.part](case))
+    if case.model == large.MODEL:
+        yield from large.measured(case)
+    elif case.part == "two":
+        yield from of_pair(case)
+    else:
+        yield Row(*case, **MEASURES[case.part](case))
+
+
+def fished(case: Case, batch: int) -> tuple[torch.nn.Module, Tensor, Tensor]:
+    """The sent model, and a batch in which the wanted picture is in place ``victim``."""
+    model = model_of(case.model)
+    images, labels, c = batch_of(case.model, batch, case.victim, kind_of(case), case.victim)
+    return loaded(model, al.dishonest.class_fishing(model, c, strength=case.strength)), images, labels
+
+
+def kind_of(case: Case) -> str:
+    return "distinct" if case.setting == "distinct" else "repeated"
 
 
 def of_class(case: Case) -> dict[str, Any]:
-    model = model_of(case.model)
-    images, labels, c = batch_of(case.model, case.batch, case.victim, case.setting, case.victim)
-    sent = loaded(model, al.dishonest.class_fishing(model, c, strength=case.strength))
-    return _of_one(sent, update_of(sent, images, labels), images[case.victim])
+    sent, images, labels = fished(case, case.batch)
+    return of_one(sent, update_of(sent, images, labels), images[case.victim])
+
+
+def of_itself(case: Case) -> dict[str, Any]:
+    """The picture of a batch of eight in a batch of one."""
+    sent, images, labels = fished(case, OF_EACH)
+    own = slice(case.victim, case.victim + 1)
+    return of_one(sent, update_of(sent, images[own], labels[own]), images[case.victim])
 
 
 def of_changes(case: Case) -> dict[str, Any]:
-    """The client clips, adds noise to what it clipped to 1, or rounds."""
-    model = model_of(case.model)
-    images, labels, c = batch_of(case.model, case.batch, case.victim, "repeated", case.victim)
-    sent = loaded(model, al.dishonest.class_fishing(model, c, strength=case.strength))
-    update, options = update_of(sent, images, labels), {}
-    if case.setting == "clip" or case.setting in NOISE:
-        update = al.defenses.clip(update, 1.0)
-    if case.setting in NOISE:
-        sigma = float(case.setting.split()[1])
-        update = al.defenses.gaussian_noise(update, sigma, seed=case.victim)
-        options = {"noise": sigma}
-    elif case.setting in ("bfloat16", "float16"):
-        update = al.defenses.to_precision(update, getattr(torch, case.setting))
-    return _of_one(sent, update, images[case.victim], **options)
+    sent, images, labels = fished(case, case.batch)
+    update, known = changed(update_of(sent, images, labels), case.setting, case.victim)
+    return of_one(sent, update, images[case.victim], **known)
+
+
+def of_pair(case: Case) -> Iterator[Row]:
+    """Another picture of the batch has the wanted class, too."""
+    sent, images, labels = fished(case, case.batch)
+    second = (case.victim + 1) % case.batch
+    labels[second] = labels[case.victim]
+    if case.model == "digits":
+        own, given = digits("test")
+        images[second] = own[given == labels[second]][case.victim + 10]
+    yield from of_two(case, sent, update_of(sent, images, labels), images[[case.victim, second]])
 
 
 def of_sum(case: Case) -> dict[str, Any]:
-    """The wanted picture is one client's; the class is nobody else's."""
-    model = model_of(case.model)
-    images, _, c = batch_of(case.model, OF_EACH, case.victim, "repeated", case.victim)
-    sent = loaded(model, al.dishonest.class_fishing(model, c, strength=case.strength))
+    return of_one(*sum_of(case, CLIENTS))
+
+
+def sum_of(case: Case, clients: int) -> tuple[torch.nn.Module, al.ClientUpdate, Tensor]:
+    """Sent model, sum and wanted picture, which is the first client's; the class is nobody else's."""
+    sent, images, labels = fished(case, OF_EACH)
+    c = int(labels[case.victim])
 
     def updates() -> Iterator[al.ClientUpdate]:
-        for client in range(CLIENTS):
+        for client in range(clients):
             x, y, _ = batch_of(case.model, OF_EACH, case.victim, "repeated", case.victim, client)
             yield update_of(sent, *((x, y) if client == 0 else _without(x, y, c)))
 
-    return _of_one(sent, summed(updates()), images[case.victim])
+    return sent, summed(updates()), images[case.victim]
 
 
 def _without(images: Tensor, labels: Tensor, c: int) -> tuple[Tensor, Tensor]:
@@ -150,7 +156,7 @@ def of_silenced(case: Case) -> dict[str, Any]:
     quiet = loaded(model, al.dishonest.silenced(model))
     parts = [(model, slice(0, 1)), (quiet, slice(1, 9)), (quiet, slice(9, 17))]
     total = summed(update_of(sent, images[rows], labels[rows]) for sent, rows in parts)
-    return _of_one(model, total, images[0])
+    return of_one(model, total, images[0])
 
 
 def of_features(case: Case) -> dict[str, Any]:
@@ -198,18 +204,6 @@ def of_lora(case: Case) -> dict[str, Any]:
     return {"psnr": float(al.psnr(result.pixels[0], pixels[0])), "predicted": result.predicted_psnr, "rounds": needed}
 
 
-def _of_one(model: Any, update: al.ClientUpdate, image: Tensor, **options: Any) -> dict[str, Any]:
-    recipe = al.dissect(model).preprocessing if image.shape[-1] == 224 else al.HALF
-    result = read(model, update, preprocessing=recipe, **options)
-    one = next(condition for condition in result.conditions if condition.name == "one image")
-    truth = recipe.to_pixels(image[None])[0].to(result.pixels)
-    return {
-        "psnr": float(al.psnr(result.pixels[0], truth)),
-        "predicted": result.predicted_psnr,
-        "one_image": one.state,
-    }
-
-
 def _of_batch(found: list[Tensor], pixels: Tensor, told: int) -> dict[str, Any]:
     best = best_psnr(found, pixels)
     there = best[best >= THERE]
@@ -218,25 +212,19 @@ def _of_batch(found: list[Tensor], pixels: Tensor, told: int) -> dict[str, Any]:
 
 
 MEASURES = {
-    "class": of_class, "changes": of_changes, "sum": of_sum, "silenced": of_silenced, "features": of_features,
-    "imprint": of_imprint, "LoRA": of_lora,
+    "class": of_class, "alone": of_itself, "changes": of_changes, "sum": of_sum, "silenced": of_silenced,
+    "features": of_features, "imprint": of_imprint, "LoRA": of_lora,
 }  # fmt: skip
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     found = cases(options.quick, options.large)
-    fill(folder / FILE, Row, found, measured, key=Case._fields, workers=options.workers)
+    fill(
+        folder / FILE, Row, found, measured, key=Case._fields, workers=options.workers, together=large.sharing_others
+    )  # fmt: skip
 
 
 # --- Its share of the page ----------------------------------------------------------------------------------------
-
-
-def _of_pictures(group: pd.DataFrame) -> dict[str, str]:
-    told = group.one_image.eq("shown").sum()
-    return {
-        "pictures": str(len(group)), "median dB": f"{group.psnr.median():.1f}", "least": f"{group.psnr.min():.1f}",
-        "most": f"{group.psnr.max():.1f}", "one image by the system": f"{told} of {len(group)}",
-    }  # fmt: skip
 
 
 def _of_batches(group: pd.DataFrame) -> dict[str, str]:
@@ -259,38 +247,20 @@ def _of_lora(group: pd.DataFrame) -> dict[str, str]:
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     rows = rows_of(folder / FILE, Row)
     parts = dict(iter(rows.groupby("part", sort=False)))
-    fished, settings = parts["class"], ("model", "setting", "batch", "strength")
-    strong = fished[fished.strength >= 20]
-    weak = fished[(fished.strength == 2) & (fished.model == "random")]
-    medians = strong[strong.model != "vit_b_16"].groupby(list(settings)).psnr.median()
-    empty = rows.iloc[:0]
-    summed_up = parts.get("sum", empty)
-    large = strong[strong.model == "vit_b_16"]
-    noisy = parts["changes"]
+    fields, claims = one_picture.describe(rows)
     fields = {
-        "pictures_made": made(folder / FILE),
-        "class": markdown(grouped(fished[fished.model != "vit_b_16"], settings, _of_pictures)),
-        "large": markdown(grouped(fished[fished.model == "vit_b_16"], settings, _of_pictures)) if len(large) else "–",
-        "sum": markdown(grouped(summed_up, settings, _of_pictures)) if len(summed_up) else "–",
-        "changes": markdown(grouped(noisy, ("model", "setting"), _of_pictures)),
+        **fields, "pictures_made": made(folder / FILE),
         "features": markdown(grouped(parts["features"], ("setting", "batch"), _of_batches)),
         "imprint": markdown(grouped(parts["imprint"], ("setting", "batch"), _of_batches)),
         "lora": markdown(grouped(parts["LoRA"], ("setting",), _of_lora)),
-        "silenced": markdown(grouped(parts["silenced"], ("model", "setting"), _of_pictures)),
-    }
-    claims: list[Claim] = []
-    if len(eight := large[large.batch == 8]):
-        claims = [between("with 90 dB and more in the median of eight", eight.psnr.median(), 90)]
+        "silenced": markdown(grouped(parts["silenced"], ("model", "setting"), one_picture.of_pictures)),
+    }  # fmt: skip
     imprinted = parts["imprint"]
     wide = imprinted[imprinted.setting == "width 384"] if (imprinted.setting == "width 384").any() else imprinted
-    claims += [
-        between("at least 90 dB in the median of every setting", medians.min(), 90),
-        between("So does a sum over a hundred clients", summed_up[summed_up.strength >= 20].psnr.median(), 90),
-        between("at L = 2 it is a mixture", weak.psnr.median(), most=60),
-        between("Noise of 1e-3 ends it", noisy[noisy.setting == NOISE[-1]].psnr.median(), most=30),
+    return fields, [
+        *claims,
         between("nearly all of a batch", (parts["features"].there / parts["features"].batch).min(), 0.9),
         between("at least 15 of 64 at width 384", wide.there.min(), 14.5),
         between("one round is enough", parts["LoRA"][parts["LoRA"].rounds == 1].psnr.min(), 60),
         between("at least 60 dB, exactly", parts["silenced"].psnr.min(), 60),
     ]
-    return fields, claims
