@@ -6,7 +6,7 @@ unless asked for, and no data set silently stands in for another.
 """
 
 from .datasets import DatasetMissing, mnist5k, torchvision_dataset
-from .folders import result_file
+from .folders import recorded, result_file
 from .pictures import PICTURE_FORMATS, PictureError, PictureWarning, read_picture
 from .victims import VictimInfo, load_victim, load_victims, victim_info, victims
 
@@ -20,6 +20,7 @@ __all__ = [
     "load_victims",
     "mnist5k",
     "read_picture",
+    "recorded",
     "result_file",
     "torchvision_dataset",
     "victim_info",

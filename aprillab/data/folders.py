@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -52,3 +54,41 @@ def result_file(name: str) -> Traversable:
     'data'
     """
     return data_folder("results", name) / name
+
+
+def recorded(name: str, **wanted: str | float) -> list[dict[str, str]]:
+    """Rows of a study's table in ``data/results``: those that have the wanted values.
+
+    Parameters
+    ----------
+    name : str
+        Of the CSV file.
+    **wanted : str or float, by column
+        Strings are compared as they stand, numbers as numbers.
+
+    Returns
+    -------
+    list of dict
+        From column to text, in the file's order.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    KeyError
+        If the table has no such column.
+
+    Examples
+    --------
+    >>> len(recorded("cheating_looks.csv", kind="honest", model="april", seed=0))
+    1
+    """
+    reader = csv.DictReader(io.StringIO(result_file(name).read_text(encoding="utf-8")))
+    columns = reader.fieldnames or []
+    if missing := [key for key in wanted if key not in columns]:
+        raise KeyError(f"{name} has no column {', '.join(missing)}: there are {', '.join(columns)}")
+    return [row for row in reader if all(_same(row[key], value) for key, value in wanted.items())]
+
+
+def _same(text: str, value: str | float) -> bool:
+    return text == value if isinstance(value, str) else text != "" and float(text) == value

@@ -24,8 +24,10 @@ from .looks import (
 from .sent import CannotCheat, Head, evaluated, head_of, played
 
 #: Beyond these a finding is suspicious. Honest models, fished ones, and where they meet: data/results/cheating.md.
-ROWS, DIRECTIONS, OFFSET, CLASSES, LAYERS = 4.0, 3.0, 3.0, 4.0, 8.0
-ADAPTERS, JUMP, STILL, ISOLATION = 4.0, 0.7, 30.0, 10.0
+LIMITS = {
+    "head rows": 4.0, "head directions": 3.0, "class offset": 3.0, "class gradients": 4.0, "layer directions": 8.0,
+    "adapters": 4.0, "jump": 0.7, "still body": 30.0, "isolation": 10.0,
+}  # fmt: skip
 _IMAGES = 8  # of noise, to ask the model's opinion of
 _MATRIX = 8  # rows and columns that a matrix must have to be judged
 
@@ -69,7 +71,7 @@ class Inspection:
     ----------
     findings : tuple of Finding
     gradient_norms : Tensor of shape (B,), or None
-        Of each of the client's images, below the head (at the images); None without images.
+        Of each of the client's images, at the patch embedding's output; None without images.
     notes : tuple of str
         What could not be looked at, and why.
     """
@@ -121,9 +123,10 @@ def inspect_model(
     Scores are deterministic. It costs a forward pass of eight pictures of noise, products of the weights with
     themselves, and with ``images`` one forward and backward pass of the batch.
 
-    *What it cannot see*: that other clients were sent another model (:func:`~aprillab.dishonest.silenced`: the one
-    who is read has an honest model); a head that looks trained because it is, while the client does not look at its
-    own batch. data/results/cheating.md has the numbers.
+    *What it cannot see*: one image that is there in several copies; one that is alone in a row of one layer and
+    drowns nothing in the whole (an imprint, known by its weights); that other clients were sent another model
+    (:func:`~aprillab.dishonest.silenced`: the one who is read has an honest model); a head that looks trained
+    because it is, while the client does not look at its own batch. data/results/cheating.md has the numbers.
 
     Parameters
     ----------
@@ -187,14 +190,15 @@ def inspect_model(
     if images is not None and labels is not None:
         norms, found = _of_images(model, anatomy, images, labels)
         findings += found
+        notes += _of_norms(norms)
     return Inspection(tuple(findings), norms, tuple(notes))
 
 
 # --- One look after another ---------------------------------------------------------------------------------------
 
 
-def _finding(name: str, score: float, threshold: float, words: str) -> Finding:
-    return Finding(name, score, threshold, not score <= threshold, words)
+def _finding(name: str, score: float, words: str) -> Finding:
+    return Finding(name, score, LIMITS[name], not score <= LIMITS[name], words)
 
 
 def _of_head(model: nn.Module, head: Head) -> list[Finding]:
@@ -203,14 +207,14 @@ def _of_head(model: nn.Module, head: Head) -> list[Finding]:
     passed = passed_by_class(weight, played(model, head, {}, images=_IMAGES))
     offset = largest_offset(weight, head.bias, None if norm is None or norm.bias is None else norm.bias.detach())
     return [
-        _finding("head rows", out_of_proportion(weight), ROWS, "The longest row over the median one."),
+        _finding("head rows", out_of_proportion(weight), "The longest row over the median one."),
         _finding(
-            "head directions", lost_directions(weight, centred=True), DIRECTIONS,
+            "head directions", lost_directions(weight, centred=True),
             f"Its rows less their mean could have {min(head.classes - 1, weight.shape[1])}: so many times fewer.",
         ),
-        _finding("class offset", offset, OFFSET, "Nats between the oddest class and the median, before any picture."),
+        _finding("class offset", offset, "Nats between the oddest class and the median, before any picture."),
         _finding(
-            "class gradients", float(passed.max() / passed.quantile(0.5)) if passed.any() else 1.0, CLASSES,
+            "class gradients", float(passed.max() / passed.quantile(0.5)) if passed.any() else 1.0,
             f"Class {int(passed.argmax())} passes the largest gradient below the head, over the median class.",
         ),
     ]  # fmt: skip
@@ -224,7 +228,7 @@ def _of_layers(model: nn.Module, anatomy: Anatomy) -> list[Finding]:
         if parameter.ndim == 2 and min(parameter.shape) >= _MATRIX and name not in skipped and "lora_" not in name:
             worst, where = max((worst, where), (lost_directions(parameter.detach()), name))
     words = f"So many times fewer directions than a matrix of that shape can have, in {where}."
-    return [_finding("layer directions", worst, LAYERS, words)]
+    return [_finding("layer directions", worst, words)]
 
 
 def _of_adapters(model: nn.Module) -> list[Finding]:
@@ -237,7 +241,7 @@ def _of_adapters(model: nn.Module) -> list[Finding]:
     scores = {b: _ratio(parameters[b], parameters[a]) for a, b in pairs}
     worst = max(scores, key=lambda name: scores[name])
     words = f"The largest LoRA factor B over its A, r.m.s. of the entries: {worst}. B starts at zero."
-    return [_finding("adapters", scores[worst], ADAPTERS, words)]
+    return [_finding("adapters", scores[worst], words)]
 
 
 def _ratio(b: Tensor, a: Tensor) -> float:
@@ -252,7 +256,7 @@ def _of_rounds(previous: nn.Module | Mapping[str, Tensor], model: nn.Module, hea
     moved = changes(before, now)
     name = max(moved, key=lambda key: moved[key], default="none")
     words = f"The largest change of a layer since the last round, relative to it: {name}."
-    findings = [_finding("jump", moved.get(name, 0.0), JUMP, words)]
+    findings = [_finding("jump", moved.get(name, 0.0), words)]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     body = [name for name in moved if name in trained and (head is None or name not in head.names)]
     if head is not None and head.weight_name in moved and body:
@@ -261,16 +265,21 @@ def _of_rounds(previous: nn.Module | Mapping[str, Tensor], model: nn.Module, hea
             old = before[head.bias_name].to(head.bias).double()
             furthest = max(furthest, float((head.bias.double() - old).abs().max()))
         words = "The head's change over that of the median layer below it: a body that stands still is asked twice."
-        findings.append(_finding("still body", standing_still(moved, furthest, body), STILL, words))
+        findings.append(_finding("still body", standing_still(moved, furthest, body), words))
     return findings
 
 
 def _of_images(model: nn.Module, anatomy: Anatomy, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Finding]]:
-    """The norm of each image's gradient, and whether one drowns the others."""
-    given = images.detach().clone().requires_grad_()
-    with evaluated(model), playable(model, anatomy), torch.enable_grad():
-        losses = nn.functional.cross_entropy(logits_of(model, given), labels, reduction="none")
-        each, others = passed_by_image(model, given, losses)
+    """The norm of each image's gradient at the tokens, and whether one drowns the others."""
+    given, tokens = images.detach().clone().requires_grad_(), []
+    embedding = model.get_submodule(anatomy.patch_weight.rpartition(".")[0])
+    hook = embedding.register_forward_hook(lambda _, inputs, output: tokens.append(output))  # (B, …)
+    try:
+        with evaluated(model), playable(model, anatomy), torch.enable_grad():
+            losses = nn.functional.cross_entropy(logits_of(model, given), labels, reduction="none")
+            each, others = passed_by_image(tokens[-1] if tokens else given, losses)
+    finally:
+        hook.remove()
     if len(images) < 2:
         return each, []
     ratios = torch.where(each > 0, each / others, 0.0)  # a zero sum of others leaves infinity
@@ -278,4 +287,14 @@ def _of_images(model: nn.Module, anatomy: Anatomy, images: Tensor, labels: Tenso
     words = (
         f"The gradient of image {worst}, of class {int(labels[worst])}, over the {len(images) - 1} others' together."
     )
-    return each, [_finding("isolation", float(ratios.max()), ISOLATION, words)]
+    return each, [_finding("isolation", float(ratios.max()), words)]
+
+
+def _of_norms(norms: Tensor) -> list[str]:
+    """What stands beside isolation: there is one image only, or none passes anything."""
+    notes = []
+    if len(norms) == 1:
+        notes.append("The batch is one image: whatever the model is, there are no others for it to hide among.")
+    if not bool(norms.any()):
+        notes.append("No image passes any gradient to the patch embedding: below the head this update is empty.")
+    return notes

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def out_of_proportion(weight: Tensor) -> float:
@@ -70,14 +70,18 @@ def passed_by_class(weight: Tensor, logits: Tensor) -> Tensor:
     return squares.clamp_min(0).sqrt().mean(0)
 
 
-def passed_by_image(model: nn.Module, images: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """‖g_i‖ of each image, and of all others together ‖Σ_{j≠i} g_j‖, both (B,): gradients at the images.
+def passed_by_image(tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """‖G_i‖ of each image, and of all others together ‖Σ_{j≠i} G_j‖, both (B,): gradients at the tokens.
 
-    One backward pass: the images of a batch do not meet in the model. ``losses`` (B,) were computed from
-    ``images``, which require a gradient.
+    One backward pass: the images of a batch do not meet in the model. ``losses`` (B,) were computed by way of
+    ``tokens`` (B, …), the patch embedding's output: what arrives there is what chapter 04's system has of an image.
+
+    >>> tokens = torch.eye(2, requires_grad=True)
+    >>> passed_by_image(tokens, torch.tensor([3.0, 4.0]) * tokens.sum(1))
+    (tensor([4.2426, 5.6569], dtype=torch.float64), tensor([5.6569, 4.2426], dtype=torch.float64))
     """
-    (gradient,) = torch.autograd.grad(losses.sum(), images, allow_unused=True)
-    each = torch.zeros_like(images) if gradient is None else gradient
+    (gradient,) = torch.autograd.grad(losses.sum(), tokens, allow_unused=True)
+    each = torch.zeros_like(tokens) if gradient is None else gradient
     each = each.double().flatten(1)
     return each.norm(dim=1), (each.sum(0) - each).norm(dim=1)
 

@@ -29,6 +29,7 @@ FILE = "cheating_looks.csv"
 SCORES = ("head rows", "head directions", "class offset", "class gradients", "layer directions", "adapters", "jump",
           "still body", "isolation")  # fmt: skip
 OFFSET = 2.9  # nats, below the limit of the look at offsets
+EPOCH = 0.1  # by how much of itself an epoch at a rate of 1e-3 moves a layer
 TIMM = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224", "beit_base_patch16_224")
 
 
@@ -81,7 +82,7 @@ def cases(quick: bool) -> Iterator[Case]:
         offsets = (2.9,) if quick else (0.0, 1.0, 2.0, 2.9, 5.0, 10.0)
         yield from (Case("race", "digits", change, s, seed) for s in offsets for seed in range(1 if quick else 10))
     for change in ("scaled by 1, bias", "scaled by 1.6, bias"):
-        moves = (0.0, 1e-2) if quick else (0.0, 1e-4, 1e-3, 1e-2)
+        moves = (0.0, EPOCH) if quick else (0.0, 1e-4, 1e-3, 1e-2, EPOCH)
         yield from (Case("two rounds", "digits", change, m, seed) for m in moves for seed in range(1 if quick else 8))
 
 
@@ -209,16 +210,16 @@ def raced(case: Case) -> Row:
 def asked_twice(case: Case) -> Row:
     """The best that a difference of two rounds gives, of those rounds that every other look lets pass.
 
-    The first round's head is the trained one by a factor, the second's has one class less or more probable by
-    ``OFFSET`` nats, and each layer of its body moved by a relative ``strength``, at random. The server tries each
-    class both ways.
+    The first round's head is the trained one by a factor, an honest epoch after the trained one. The second's has one
+    class less or more probable by ``OFFSET`` nats, and each layer of its body moved by a relative ``strength``, at
+    random. The server tries each class both ways.
     """
     model = model_of("digits")
     images, labels = batch_for(model, case)
-    first = planted(model, 0, case.change, 0.0)
-    seen = al.inspect_model(first, model, images=images, labels=labels)
+    first, before = planted(model, 0, case.change, 0.0), _moved(model, EPOCH, seed=10)
+    seen = al.inspect_model(first, before, images=images, labels=labels)
     answer, best = update_of(first, images, labels), _row(case, seen)
-    if seen["isolation"].suspicious:
+    if seen.suspicious:
         return best
     pixels = al.HALF.to_pixels(images)
     for c, offset in itertools.product(range(10), (OFFSET, -OFFSET)):

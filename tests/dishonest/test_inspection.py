@@ -144,6 +144,33 @@ def test_one_image_that_drowns_the_others_of_an_honest_model():
     assert "image 5" in seen["isolation"].words
 
 
+def test_a_dead_patch_embedding_does_not_hide_who_is_alone():
+    """No gradient comes back to the pixels, and the fished picture does."""
+    model = vit()
+    images, labels = batch()
+    model.load_state_dict(class_fishing(model, 3))
+    with torch.no_grad():
+        model.patch_embedding.weight.zero_()
+    seen = al.inspect_model(model, images=images, labels=labels)
+    assert seen["isolation"].score > 1e6
+    assert "image 3" in seen["isolation"].words
+    update = al.client_update(model, images, labels)
+    found = al.embedding_closed_form(model, update, preprocessing=al.HALF, verify=False)
+    assert al.psnr(found.pixels[0], al.HALF.to_pixels(images)[3]) > 60
+
+
+def test_what_isolation_does_not_see_is_said():
+    model = vit()
+    images, labels = batch()
+    alone = al.inspect_model(model, images=images[:1], labels=labels[:1])
+    assert "The batch is one image" in alone.notes[0]
+    assert not any(finding.name == "isolation" for finding in alone.findings)
+    model.load_state_dict(class_fishing(model, 3))
+    twice = al.inspect_model(model, images=images[[3, 3, 4, 5]], labels=labels[[3, 3, 4, 5]])
+    assert twice["isolation"].score < 1.1  # a copy is another image
+    assert not al.inspect_model(model, images=images, labels=labels).notes
+
+
 def test_adapters_that_start_elsewhere_than_at_zero():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["head"])
@@ -174,7 +201,7 @@ def test_each_images_gradient_in_one_pass():
     images, labels = batch(4)
     images = images.double().requires_grad_()
     losses = nn.functional.cross_entropy(model(images), labels, reduction="none")
-    each, others = passed_by_image(model, images, losses)
+    each, others = passed_by_image(images, losses)
     own = []
     for i in range(4):
         one = images[i : i + 1].detach().requires_grad_()

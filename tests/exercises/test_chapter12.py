@@ -14,11 +14,13 @@ BOUND = "bits * math.log(2) + math.log(N) + float(most) - math.log(K - 1)"
 MOST = "w @ beta + len(w) ** 0.5 * (gamma * w).norm()"
 MEMBERS = "round(-B * float(bias[-1]))"
 BINS = "[round(B * float(low - high)) for low, high in zip(bias[:-1], bias[1:])]"
+EQUAL = "return float((weight[:, None] == weight[None]).all(-1).sum(1).max() > 1)\n"
 SCORE = "(weight - weight.median(dim=0).values).norm(dim=1)"
 MUTANTS = [
     ("check_without_bias", U, "u = torch.ones_like(beta) / beta.sum()", "γ stretches"),
     ("check_without_bias", U, "u = 1 / gamma", "what the sum then is"),
     ("check_without_bias", U, "u = beta / (beta @ beta)", "β itself"),
+    ("check_without_bias", U, "u = torch.ones_like(beta) / len(beta)", "Neither is known"),
     ("check_without_bias", ROW, "W[c] + L * u", "became probable"),
     ("check_without_bias", ROW, "W[c]", "−L is missing"),
     ("check_without_bias", ROW, "-L * u", "w is missing"),
@@ -27,6 +29,10 @@ MUTANTS = [
     ("check_without_bias", "return weight", "return weight.T", "transpose"),
     ("check_strength_for", "math.log(N)", "0", "N of them"),
     ("check_strength_for", "w @ beta + ", "", "w·β is missing"),
+    ("check_strength_for", "w @ beta", "(w @ beta).abs()", "has a sign"),
+    ("check_strength_for", "(gamma * w).norm()", "w.norm() * gamma.abs().max()", "times the largest γ"),
+    ("check_strength_for", BOUND, BOUND + " + 1", "more than is needed"),
+    ("check_strength_for", BOUND, BOUND + " - 1", "not enough"),
     ("check_strength_for", "len(w) ** 0.5 * ", "", "not up to 1"),
     ("check_strength_for", "len(w) ** 0.5", "len(w)", "not up to d"),
     ("check_strength_for", "(gamma * w).norm()", "w.norm()", "γ stretches x̂"),
@@ -44,6 +50,7 @@ MUTANTS = [
     ("check_counts", BINS, "[round(B * float(low - bias[-1])) for low in bias[:-1]]", "above each threshold"),
     ("check_counts", BINS, "[round(B * float(low - bias[-1])) for low in bias]", "you returned"),
     ("check_counts", BINS, "[int(B * float(low - high)) for low, high in zip(bias[:-1], bias[1:])]", "cuts off"),
+    ("check_counts", BINS, "3", "should be a list"),
     ("check_counts", BINS, "[B * float(low - high) for low, high in zip(bias[:-1], bias[1:])]", "should be an int"),
     ("check_disguised", "weight[c], bias[c] = -v, -L", "weight[c], bias[c] = v, -L", "hardly anything"),
     ("check_disguised", "weight[c], bias[c] = -v, -L", "weight[c], bias[c] = -v, 0.0", "+0.0 against"),
@@ -51,12 +58,13 @@ MUTANTS = [
     ("check_disguised", "v.repeat(len(W), 1)", "torch.zeros_like(W)", "has length 0.000"),
     ("check_disguised", "v.repeat(len(W), 1)", "W / W.norm(dim=1, keepdim=True) * v.norm()", "not the same"),
     ("check_disguised", "return weight, bias", "return weight.T, bias", "transpose"),
-    ("check_strangeness", SCORE, "weight.norm(dim=1)", "all have one length"),
+    ("check_strangeness", SCORE, "weight.norm(dim=1)", "have in common before"),
+    ("check_strangeness", "return float(rows", EQUAL + "    return float(rows", "to the last digit"),
     ("check_strangeness", "return float(rows", "return float(bias.abs().max())\n    return float(rows",
      "No threshold"),
     ("check_strangeness", "    if not rows.any():\n        return 0.0", "    if False:\n        return 0.0", "NaN"),
     ("check_strangeness", "        return 0.0", "        return 1e9", "passes anything"),
-    ("check_strangeness", "rows = " + SCORE, "return 1.0\n    rows = " + SCORE, "the same for all"),
+    ("check_strangeness", "rows = " + SCORE, "return 1.0\n    rows = " + SCORE, "the same for all heads"),
     ("check_strangeness", "rows.max() / rows.median().clamp_min(1e-6 * rows.max())", "rows.max()", "No threshold"),
     ("check_still_true", '"CE"', '"ACE"', "A follows from nothing"),
     ("check_still_true", '"CE"', '"BCE"', "opened with"),
@@ -88,6 +96,11 @@ TestExercises = exercise_tests(
          "    weight = torch.zeros_like(W)\n    weight[c] = W[c] - L * u / (u @ beta)\n    return weight"),
         ("check_counts", "above = (B * (bias - bias[-1])).round().int()\n"
          "    return int(-(B * bias[-1]).round()), (above[:-1] - above[1:]).tolist()"),
+        ("check_strength_for", "v = gamma * w\n    most = w @ beta + len(w) ** 0.5 * (v - v.mean()).norm()\n"
+         "    return bits * 0.6931471805599453 + math.log(N / (K - 1)) + float(most)"),
+        ("check_counts", "import numpy as np\n    above = np.round(B * (bias - bias[-1]).numpy()).astype(int)\n"
+         "    return np.int64(round(-B * float(bias[-1]))), above[:-1] - above[1:]"),
+        ("check_counts", "return (-B * bias[-1]).round(), (B * (bias[:-1] - bias[1:])).round()"),
         ("check_disguised", ROTATED),
         ("check_strangeness", SINGULAR),
         ("check_still_true", 'return "e, c"'),
