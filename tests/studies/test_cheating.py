@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ from studies.cheating.clients import Others, batch_of, best_psnr, crops, loaded,
 from studies.cheating.looks import Case as Look
 from studies.cheating.looks import measured as looked
 from studies.cheating.looks import planted
+from studies.cheating.one_picture import describe as describe_one
 from studies.cheating.one_picture import with_alone
 from studies.cheating.pictures import measured
 from studies.cheating.records import CLIENTS, FILE, MEAN, OTHER, TWO, Case, Row
@@ -126,7 +128,7 @@ def test_the_large_model_s_batches_only_grow_among_the_same_others() -> None:
 @pytest.fixture
 def small_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One block of ViT-B/16's patches, narrower."""
-    model = al.VisionTransformer(image_size=224, patch_size=16, width=256, depth=1, heads=4, classes=100, seed=0)
+    model = al.VisionTransformer(image_size=224, patch_size=16, width=208, depth=1, heads=4, classes=100, seed=0)
     for name in ("fished", "others_of"):
         getattr(large, name).cache_clear()
     monkeypatch.setattr(large, "model_of", lambda name: model.eval())
@@ -204,6 +206,15 @@ def test_alone_is_the_same_victim_s() -> None:
     (expected,) = rows[(rows.part == "alone") & (rows.model == "random") & (rows.victim == 3)].psnr
     assert len(chosen)
     assert (chosen.alone == expected).all()
+
+
+def test_a_study_without_the_large_model_says_nothing_of_it() -> None:
+    rows = read(RESULTS / FILE, Row)
+    fields, claims = describe_one(rows[rows.model != large.MODEL])
+    assert fields["large"] == fields["why"] == "–"
+    assert math.isnan(fields["least"])
+    _, with_it = describe_one(rows)
+    assert len(with_it) > len(claims)
 
 
 def test_the_figure_draws_what_the_files_say() -> None:
