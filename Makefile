@@ -6,7 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CHAPTERS = $(if $(NOTEBOOKS), --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks)
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+# pip compiles one file after the other, which takes as long as all else of an installation; this, one on each core.
+# What does not compile (some packages bring templates) is left, as pip leaves it.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -72,8 +75,10 @@ $(VENV)/.created:
 
 $(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-lab $(VENV)/.installed-studies $(VENV)/.installed-federation $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e ".[$*]"
+	@$(COMPILE)
 	@touch $@

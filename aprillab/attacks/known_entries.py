@@ -60,21 +60,66 @@ def known_entries(g: Tensor, error: Tensor) -> Tensor:
     return surely | (error <= _KNOWN * size)
 
 
-def compare_known(mine: Mapping[str, Tensor], update: ClientUpdate, reads: list[str]) -> Compared:
-    """A picture's gradients against the known entries of an update.
+@dataclass(frozen=True)
+class Known:
+    """What one tensor of an update says where it says something, on one device.
+
+    Attributes
+    ----------
+    places : Tensor (k,) of int64, or None
+        Of the known entries in the flattened tensor; None: all of them.
+    g : Tensor (k,), float64
+    size, error : float
+        Sums of squares of ``g`` and of its entries' errors.
+    """
+
+    places: Tensor | None
+    g: Tensor
+    size: float
+    error: float
+
+    @classmethod
+    def of(cls, g: Tensor, error: Tensor) -> Known:
+        """The known entries of a tensor of the update and of its errors, both float64."""
+        known = (known_entries(g, error) & ~g.isnan()).flatten()
+        places = None if known.all() else known.nonzero()[:, 0]
+        kept, told = _at(places, g), _at(places, error)
+        return cls(places, kept, float(kept.square().sum()), float(told.square().sum()))
+
+
+def _at(places: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor.flatten() if places is None else torch.take(tensor, places)
+
+
+def known_of(update: ClientUpdate, mine: Mapping[str, Tensor]) -> dict[str, Known]:
+    """The known entries of each of an update's tensors that a picture's gradient ``mine`` has too, on its device.
+
+    The same for every way to play the client: so it is looked up once.
+    """
+    found = {}
+    for name, error in (update.errors or {}).items():
+        if name in mine and name in update.gradients:
+            device = mine[name].device
+            found[name] = Known.of(update.gradients[name].to(device).double(), error.to(device).double())
+    return found
+
+
+def compare_known(mine: Mapping[str, Tensor], update: Mapping[str, Known], reads: list[str]) -> Compared:
+    """A picture's gradients against the known entries of an update, from :func:`known_of`.
 
     Examples
     --------
     >>> update = ClientUpdate({"w": torch.tensor([2.0, 9.0])}, errors={"w": torch.tensor([0.01, torch.inf])})
-    >>> found = compare_known({"w": torch.tensor([1.0, 1.0])}, update, ["w"])
+    >>> mine = {"w": torch.tensor([1.0, 1.0])}
+    >>> found = compare_known(mine, known_of(update, mine), ["w"])
     >>> found.residual, found.factor, found.entries
     (0.0, 2.0, 1)
     """
-    shared = [name for name in update.gradients if name in mine and update.errors is not None]
-    own = [_Sums.of(*_known(mine, update, name), factor=0.0) for name in shared]
-    squares = sum(one.own for one in own)
-    factor = sum(one.product for one in own) / squares if squares else 0.0
-    each = {name: _Sums.of(*_known(mine, update, name), factor=factor) for name in shared}
+    shared = {name: known for name, known in update.items() if name in mine}
+    products = [_product(mine[name], known) for name, known in shared.items()]
+    squares = sum(square for _, square in products)
+    factor = sum(product for product, _ in products) / squares if squares else 0.0
+    each = {name: _Sums.of(mine[name], known, factor) for name, known in shared.items()}
     groups = [sum(each.values(), start=_Sums()), *(each[name] for name in reads if name in each)]
     told = [group for group in groups if group.size] or [_Sums(off=1.0, error=1.0, size=1.0)]
     return Compared(
@@ -86,12 +131,10 @@ def compare_known(mine: Mapping[str, Tensor], update: ClientUpdate, reads: list[
     )
 
 
-def _known(mine: Mapping[str, Tensor], update: ClientUpdate, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A tensor of the picture's gradient, of the update's and of its errors, float64; NaN what is not known."""
-    own = mine[name].double()
-    g, error = update.gradients[name].to(own), (update.errors or {})[name].to(own)
-    known = known_entries(g, error)
-    return own, torch.where(known, g, torch.nan), error
+def _product(mine: Tensor, known: Known) -> tuple[float, float]:
+    """⟨g', g⟩ and ‖g'‖² over the known entries."""
+    own = _at(known.places, mine).double()
+    return float((own * known.g).sum()), float(own.square().sum())
 
 
 def noise_explains(
@@ -118,27 +161,22 @@ def noise_leaves(shared: Mapping[str, Tensor], sigma: float, reads: list[str]) -
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of squares, over the known entries of some tensors: of what s g' misses, of errors, of g and of g'; of
-    g g'; how many there are; and of all g', how many.
+    """Of squares, over the known entries of some tensors: of what s g' misses, of errors and of g; how many
+    there are; and of all g', how many.
     """
 
     off: float = 0.0
     error: float = 0.0
     size: float = 0.0
-    own: float = 0.0
-    product: float = 0.0
     entries: int = 0
     whole: float = 0.0
     all_entries: int = 0
 
     @classmethod
-    def of(cls, mine: Tensor, g: Tensor, error: Tensor, *, factor: float) -> _Sums:
-        known = ~g.isnan()
-        a, b, e = mine[known], g[known], error[known]
-        return cls(
-            float((factor * a - b).square().sum()), float(e.square().sum()), float(b.square().sum()),
-            float(a.square().sum()), float((a * b).sum()), len(a), float(mine.square().sum()), mine.numel(),
-        )  # fmt: skip
+    def of(cls, mine: Tensor, known: Known, factor: float) -> _Sums:
+        off = (factor * _at(known.places, mine).double() - known.g).square().sum()
+        whole = float(mine.double().square().sum())
+        return cls(float(off), known.error, known.size, len(known.g), whole, mine.numel())
 
     def __add__(self, other: _Sums) -> _Sums:
         return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -159,7 +197,12 @@ def replay_of_known(
     if not ways:
         why = "not played back: the head's gradient is not shared, and no label is known"
         return Replay("not checked", why)
-    tried = {how: compare_known(play(images), update, reads) for how, play in ways.items()}
+    tried: dict[str, Compared] = {}
+    known: dict[str, Known] | None = None
+    for how, play in ways.items():
+        mine = play(images)
+        known = known_of(update, mine) if known is None else known
+        tried[how] = compare_known(mine, known, reads)
     how = min(tried, key=lambda way: tried[way].residual)
     found = tried[how]
     if found.entries < _FEWEST:

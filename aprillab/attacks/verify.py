@@ -21,6 +21,7 @@ from ..anatomy import Anatomy, playable
 from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .client import Player, after_local_steps, draws, inner_client, name_within, ways_to_play
+from .compare import compare, own_factors
 from .evidence import ONE_IMAGE, one_image
 from .known_entries import noise_explains, replay_of_known
 from .pixels import normalization
@@ -35,7 +36,7 @@ _OF_NOISE, _OF_ERROR = 300.0, 10.0
 # A picture whose replay misses has about −20 log₁₀ of the miss, and so much more: half of those in
 # data/results/fuzz.csv 8 to 12 dB, one in twenty above 35. Others' weights or a wrong label tell less.
 _TYPICAL_FOR_MISS = 10.0  # dB
-_ROUNDING = 1e3  # ε: an entry this much smaller than other tensors' is rounding
+_ROUNDING = 1e3  # ε: a direction this much smaller than others is rounding
 _MOST_LIMIT = 0.1  # however noisy the update: what misses by more is not called the client's
 _HALF_LEVEL = 0.002  # of the range from black to white: half a grey level of 8 bits
 _BRIGHTNESSES = 15  # tried where tensors have factors of their own, in steps of √2 down from the brightest possible
@@ -237,52 +238,6 @@ def _limit(noise: float, predicted_psnr: float | None) -> float:
 # --- Judgement ----------------------------------------------------------------------------------------------------
 
 
-def compare(
-    mine: Mapping[str, Tensor], shared: Mapping[str, Tensor], reads: list[str] | None = None
-) -> tuple[float, float]:
-    """‖s g' − g‖ / ‖g‖ with the best s, the largest of all tensors' together and of each in ``reads``; and s.
-
-    >>> g = {"weight": torch.tensor([1.0, 2.0])}
-    >>> compare({"weight": torch.tensor([0.5, 1.0])}, g)
-    (0.0, 2.0)
-    """
-    pairs = {
-        name: (mine[name].double(), g.to(mine[name].device).double()) for name, g in shared.items() if name in mine
-    }
-    products = sum(float((a * b).sum()) for a, b in pairs.values())
-    squares = sum(float(a.square().sum()) for a, _ in pairs.values())
-    factor = products / squares if squares > 0 else 0.0
-    misses = {name: (float((factor * a - b).norm()), float(b.norm())) for name, (a, b) in pairs.items()}
-    size = sum(b**2 for _, b in misses.values()) ** 0.5
-    worst = [sum(a**2 for a, _ in misses.values()) ** 0.5 / max(size, 1e-300)]
-    worst += [
-        a / b for name in reads or () if name in misses and (b := misses[name][1]) > 0 for a in [misses[name][0]]
-    ]
-    return max(worst), factor
-
-
-def _own_factors(mine: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[float, float]:
-    """As :func:`compare`, with a factor for each tensor: the r.m.s. of the tensors' misses, weighted by the root
-    of their entries' number; and the largest factor over the least.
-    """
-    missed, size, factors = 0.0, 0.0, []
-    # A key's bias has no gradient but rounding, which no factor makes another's.
-    entries = {name: float(t.double().square().mean()) ** 0.5 for name, t in mine.items()}
-    eps = max(torch.finfo(t.dtype).eps for t in mine.values())
-    least = _ROUNDING * eps * max(entries.values())
-    for name, g in shared.items():
-        if not entries.get(name, 0.0) > least or not g.any():
-            continue
-        a, b = mine[name].double(), g.to(mine[name].device).double()
-        factor = float((a * b).sum() / a.square().sum())
-        length = float(b.norm())
-        # The norms say nothing once each has a factor; the numbers of entries do, a little.
-        weight = b.numel() ** 0.5
-        missed, size = missed + float((factor * a - b).norm() / length) ** 2 * weight, size + weight
-        factors.append(abs(factor))
-    return (missed / size) ** 0.5 if size else 1.0, max(factors) / max(min(factors), 1e-300) if factors else 1.0
-
-
 def _with_factors(
     found: Reconstruction, images: Tensor, play: Player, update: ClientUpdate, residual: float, limit: float,
     factor: float, preprocessing: Preprocessing,
@@ -294,7 +249,7 @@ def _with_factors(
     """
 
     def gap(brightness: float) -> float:
-        return _own_factors(play(brightness * images), update.gradients)[0]
+        return own_factors(play(brightness * images), update.gradients)[0]
 
     best, left = 1.0, gap(1.0)
     # Only the patch-embedding system takes a ratio of factors for brightness.
@@ -308,7 +263,7 @@ def _with_factors(
         )
         return found, _replay("contradicted", words, residual, limit, factor)
     blurred = [gap(best * (1 + sign * _HALF_LEVEL)) for sign in (-1, 1)] if found.attack == EMBEDDING else [math.inf]
-    spread = _own_factors(play(best * images), update.gradients)[1]
+    spread = own_factors(play(best * images), update.gradients)[1]
     if best != 1.0:
         # The errors grow with the brightness, which itself is as sure as the replay fits.
         predicted = (found.predicted_psnr or 0.0) - 20 * math.log10(max(best, 1.0))

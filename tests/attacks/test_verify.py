@@ -10,7 +10,7 @@ from attacked import db, make, private
 from torch import nn
 
 import aprillab as al
-from aprillab.attacks.verify import compare
+from aprillab.attacks.compare import compare
 
 LABEL = torch.tensor([3])
 

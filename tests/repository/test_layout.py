@@ -33,8 +33,8 @@ FLOORS = (
 )
 #: The same within attacks/. The files of the first floor may import each other, if there is no circle.
 ATTACK_FLOORS = (
-    {"result", "pixels", "reading", "rounds", "evidence", "labels", "replay", "client", "known_entries", "verify"}
-    | {"told_errors"},
+    {"result", "pixels", "reading", "rounds", "evidence", "labels", "replay", "client", "compare", "known_entries"}
+    | {"verify", "told_errors"},
     {"closed_forms"},
     {"searches"},
     {"grey_levels"},

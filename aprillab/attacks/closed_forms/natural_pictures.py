@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,14 +88,19 @@ class NaturalPictures:
         )
         return cls(patch, *(t.to(device) for t in (rows, columns, together[:, None, None] * spectrum, turn)))
 
+    @cached_property
+    def _within(self) -> tuple[Tensor, ...]:
+        """The transforms of a patch's columns (h, h) and rows (w, w)."""
+        return tuple(cosines(m).to(self.rows.device) for m in self.patch)
+
     def modes(self, patches: Tensor) -> Tensor:
         """Cosine modes of patches (m, p) in the order (channel, y, x); :meth:`pixels` turns them back."""
-        y, x = (cosines(m).to(patches) for m in self.patch)
+        y, x = (C.to(patches) for C in self._within)
         return torch.einsum("ac,mcij->maij", self.turn, y @ patches.unflatten(1, (-1, *self.patch)) @ x.T).flatten(1)
 
     def pixels(self, modes: Tensor) -> Tensor:
         """Patches (m, p) of their modes."""
-        y, x = (cosines(m).to(modes) for m in self.patch)
+        y, x = (C.to(modes) for C in self._within)
         return (y.T @ torch.einsum("ac,maij->mcij", self.turn, modes.unflatten(1, (-1, *self.patch))) @ x).flatten(1)
 
     def of_modes(self, channels: Tensor) -> Tensor:
