@@ -35,6 +35,7 @@ myst_dmath_allow_labels = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+viewcode_follow_imported_members = False
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 
@@ -46,6 +47,7 @@ html_theme = "furo"
 html_title = "aprillab"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_domain_indices = False
 html_copy_source = False
 html_show_sphinx = False
 html_extra_path = ["extra"]

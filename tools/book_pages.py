@@ -38,6 +38,8 @@ OWN = ("index.md", "measured.md", "api.md")
 CHAPTERS = "notebooks/*.ipynb"
 PARTS = {"I · The leak": range(5), "II · Attack and defence": range(5, 9), "III · In the field": range(9, 13)}
 APPENDICES = "Appendices"
+#: Rooms that no program calls: the command line, and the checks of exercises, which would tell the solutions.
+LEFT_OUT = ("__main__", "commands", "exercises")
 
 _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\]\()([^()\s]+)(\))")
 _CODE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
@@ -99,7 +101,7 @@ class Book:
     """The folder that is being written, and the files that its pages link to."""
 
     def __init__(self, root: Path, folder: Path) -> None:
-        self.root, self.folder = root, folder
+        self.root, self.folder, self.modules = root, folder, modules(root)
         self.pages: set[str] = set()
         self.shown: set[str] = set()
         self.own = {path.relative_to(root).as_posix() for pattern in PAGES for path in root.glob(pattern)}
@@ -137,9 +139,8 @@ class Book:
             page = path.name
         elif found in self.own:
             page = found
-        elif found == "aprillab" or found.startswith("aprillab/"):
-            parts = PurePosixPath(found).with_suffix("").parts
-            page = f"api/{'.'.join(part for part in parts if part != '__init__')}.rst"
+        elif (module := ".".join(PurePosixPath(found).with_suffix("").parts).removesuffix(".__init__")) in self.modules:
+            page = f"api/{module}.rst"
         else:
             self.shown.add(found)
             page = f"shown/{found}.md"
@@ -310,11 +311,11 @@ def part_of(name: str) -> str:
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Module by name, ``aprillab.attacks.evidence``, and its file; ``__main__`` left out."""
+    """Module by name, ``aprillab.attacks.evidence``, and its file; the rooms of ``LEFT_OUT`` are not among them."""
     found = {}
     for path in sorted((root / "aprillab").rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if parts[-1] != "__main__":
+        if parts[1] not in LEFT_OUT:
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
@@ -346,7 +347,7 @@ def api_page(module: str, path: Path, root: Path) -> str:
         above = module.rpartition(".")[0]
         text += f"In :doc:`{above} <{above}>`.\n\n"
     folder = path.name == "__init__.py"
-    options = "" if folder else "   :members:\n   :member-order: bysource\n"
+    options = "" if folder else "   :members:\n   :ignore-module-all:\n"
     text += f".. automodule:: {module}\n{options}\n"
     if folder and module != "aprillab":
         below = {name: inner for name, inner in modules(root).items() if name.rpartition(".")[0] == module}

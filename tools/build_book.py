@@ -57,8 +57,12 @@ def build(folder: Path, source: Path) -> int:
     if importlib.util.find_spec("sphinx") is None:
         raise BookError('Sphinx is not installed: pip install -e ".[book]"')
     write_source(source)
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "objects.inv").exists():
+            raise BookError(f"{folder} is not a site that this command built, and would be emptied: name another")
+        shutil.rmtree(folder)
     copy_mathjax(source / "_static" / "mathjax")
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-E"]
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-d", str(source / ".doctrees")]
     ran = subprocess.run([*command, str(source), str(folder)], cwd=ROOT)
     if ran.returncode:
         raise BookError("Sphinx had the warnings above; the source is in " + str(source))
