@@ -27,21 +27,23 @@ smartquotes = False
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "text/html", 0)]
-nb_code_prompt_show, nb_code_prompt_hide = "Show the {type}", "Hide the {type}"
+nb_code_prompt_show, nb_code_prompt_hide = "Show the set-up cell", "Hide the set-up cell"  # nothing else is folded
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 6
 myst_dmath_allow_labels = False
 
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 viewcode_follow_imported_members = False
 napoleon_google_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 # MathJax from the installed package, in one file: no network, neither here nor in the reader's browser.
 mathjax_path = "mathjax/tex-svg-full.js"
-mathjax3_config = {"svg": {"fontCache": "local"}, "options": {"enableMenu": True}}
+mathjax3_config = {"svg": {"fontCache": "local", "scale": 0.95}}
 
 html_theme = "furo"
 html_title = "aprillab"
@@ -65,6 +67,31 @@ class Displayed(SphinxTransform):
                 node["no-wrap"] = node["nowrap"] = True
                 node.children = [nodes.Text(text)]
                 node.rawsource = text
+
+
+class Unbroken(SphinxTransform):
+    """No line ends between a formula and the comma behind it, or the bracket before it."""
+
+    default_priority = 500
+
+    def apply(self, **_: Any) -> None:
+        for node in list(self.document.findall(nodes.math)):
+            parent, at = node.parent, node.parent.index(node)
+            behind = parent[at + 1] if at + 1 < len(parent) else None
+            before = parent[at - 1] if at else None
+            mark = re.match(r"[^\s\w(\[–—-]+", behind.astext()) if isinstance(behind, nodes.Text) else None
+            bracket = re.search(r"[(\[]+$", before.astext()) if isinstance(before, nodes.Text) else None
+            if not mark and not bracket:
+                continue
+            kept = nodes.inline(classes=["unbroken"])
+            if mark:
+                parent.replace(behind, nodes.Text(behind.astext()[mark.end() :]))
+            if bracket:
+                parent.replace(before, nodes.Text(before.astext()[: bracket.start()]))
+            parent.replace(node, kept)
+            kept += [nodes.Text(bracket[0])] if bracket else []
+            kept += node
+            kept += [nodes.Text(mark[0])] if mark else []
 
 
 class TypesInWords(SphinxTransform):
@@ -105,5 +132,6 @@ def _within_list(lines: list[str]) -> bool:
 
 def setup(app: Sphinx) -> None:
     app.add_transform(Displayed)
+    app.add_transform(Unbroken)
     app.add_transform(TypesInWords)
     app.connect("autodoc-process-docstring", as_written, priority=400)

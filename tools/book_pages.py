@@ -251,7 +251,7 @@ def linked_equations(text: str, equations: set[str]) -> str:
         return f"[({number})](#{anchor_of(number)})" if number in equations else match[0]
 
     def prose(text: str) -> str:
-        pieces = re.split(r"(\$\$.+?\$\$|\$[^$]+\$|!?\[[^\]]*\]\([^)]*\)|^#+ .*$|^<.*$)", text, flags=re.M | re.S)
+        pieces = re.split(r"(\$\$[^$]+\$\$|\$[^$]+\$|!?\[[^\]]*\]\([^)]*\)|^#+ .*$|^<.*$)", text, flags=re.M)
         # Even pieces are plain; what the pattern caught, formulas, links, headings and HTML, stays.
         pieces[::2] = [re.sub(r"(?<![\w\])])\((\w+\.\d+)\)", link, piece) for piece in pieces[::2]]
         return "".join(pieces)
@@ -342,7 +342,8 @@ def api_page(module: str, path: Path, root: Path) -> str:
     """A module's page: its docstring, its members, and for a folder the list of its modules."""
     room = module.count(".") <= 1
     text = "" if room else ":orphan:\n\n"
-    text += f"{module}\n{'=' * len(module)}\n\n"
+    title = module if room else module.rpartition(".")[2]
+    text += f"{title}\n{'=' * len(title)}\n\n"
     if not room:
         above = module.rpartition(".")[0]
         text += f"In :doc:`{above} <{above}>`.\n\n"
