@@ -61,12 +61,13 @@ class Displayed(SphinxTransform):
     default_priority = 500
 
     def apply(self, **_: Any) -> None:
-        for node in self.document.findall(nodes.math_block):
+        for node in list(self.document.findall(nodes.math_block)):
             if not node.get("no-wrap") and not node.get("nowrap"):
-                text = f"\\[{node.astext().strip()}\\]"
                 node["no-wrap"] = node["nowrap"] = True
-                node.children = [nodes.Text(text)]
-                node.rawsource = text
+                node.children = [nodes.Text(f"\\[{node.astext().strip()}\\]")]
+            if node["ids"]:  # the theme would write it twice
+                node.parent.insert(node.parent.index(node), nodes.target(ids=node["ids"]))
+                node["ids"] = []
 
 
 class Unbroken(SphinxTransform):

@@ -19,6 +19,7 @@ class Page(HTMLParser):
     links: list[str] = field(default_factory=list)
     fetched: list[str] = field(default_factory=list)
     anchors: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
     pictures: list[tuple[str, str]] = field(default_factory=list)
     opened: int = 0
 
@@ -28,7 +29,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attributes}
         if "id" in given:
-            self.anchors.add(given["id"])
+            (self.repeated if given["id"] in self.anchors else self.anchors).add(given["id"])
         if tag == "a" and "href" in given:
             self.links.append(given["href"])
         if tag == "a" and "name" in given:
@@ -64,6 +65,7 @@ def check_site(folder: Path) -> list[str]:
         wrong += [
             f"{name}: a picture without alternative text, {source[:60]}" for alt, source in page.pictures if len(alt) < 10
         ]
+        wrong += [f"{name}: two places are called {anchor}" for anchor in sorted(page.repeated)]
         if page.opened:
             wrong.append(f"{name}: {page.opened} folded parts are not closed")
     for path in sorted(folder.rglob("*.css")):
