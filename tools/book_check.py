@@ -63,7 +63,9 @@ def check_site(folder: Path) -> list[str]:
             elif not address.startswith("data:") and not _target(address, path).exists():
                 wrong.append(f"{name}: fetches {address}, which is not there")
         wrong += [
-            f"{name}: a picture without alternative text, {source[:60]}" for alt, source in page.pictures if len(alt) < 10
+            f"{name}: a picture without alternative text, {source[:60]}"
+            for alt, source in page.pictures
+            if len(alt) < 10
         ]
         wrong += [f"{name}: two places are called {anchor}" for anchor in sorted(page.repeated)]
         if page.opened:

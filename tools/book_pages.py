@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path, PurePosixPath
 
 import nbformat
@@ -40,6 +41,12 @@ PARTS = {"I · The leak": range(5), "II · Attack and defence": range(5, 9), "II
 APPENDICES = "Appendices"
 #: Rooms that no program calls: the command line, and the checks of exercises, which would tell the solutions.
 LEFT_OUT = ("__main__", "commands", "exercises")
+
+#: Under a figure that moves in Jupyter alone.
+SLIDERS = """```{admonition} Sliders
+This figure needs Python behind it and moves in Jupyter only, which `make lab` opens. A static one beside it shows the
+same at a few places.
+```"""
 
 _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\[\]]*\])*\]\()([^()\s]+)(\))")
 _CODE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
@@ -105,7 +112,9 @@ class Book:
         self.pages: set[str] = set()
         self.shown: set[str] = set()
         self.own = {path.relative_to(root).as_posix() for pattern in PAGES for path in root.glob(pattern)}
-        self.own |= {path.relative_to(root).as_posix() for pattern in (*PICTURES, CHAPTERS) for path in root.glob(pattern)}
+        self.own |= {
+            path.relative_to(root).as_posix() for pattern in (*PICTURES, CHAPTERS) for path in root.glob(pattern)
+        }
 
     def write(self, name: str, text: str) -> None:
         path = self.folder / name
@@ -139,7 +148,9 @@ class Book:
             page = path.name
         elif found in self.own:
             page = found
-        elif (module := ".".join(PurePosixPath(found).with_suffix("").parts).removesuffix(".__init__")) in self.modules:
+        elif (
+            module := ".".join(PurePosixPath(found).with_suffix("").parts).removesuffix(".__init__")
+        ) in self.modules:
             page = f"api/{module}.rst"
         else:
             self.shown.add(found)
@@ -212,21 +223,16 @@ def equations_of(root: Path) -> set[str]:
 
 def chapter_page(notebook: NotebookNode, name: str, equations: set[str]) -> NotebookNode:
     """A chapter as the book shows it: a line on where it runs, sliders explained, equations that can be linked to."""
-    page = nbformat.from_dict(notebook)
-    page.cells = []
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell = new_markdown_cell(linked_equations(cell.source, equations), metadata=cell.metadata)
-        elif "setup" in cell.metadata.get("tags", []):
-            cell.metadata.tags = [*cell.metadata.tags, "hide-cell"]
+    page = deepcopy(notebook)
+    cells, page.cells = page.cells, []
+    for cell in cells:
         page.cells.append(cell)
-        if cell.cell_type == "code" and moves_in_jupyter(cell):
-            page.cells.append(
-                new_markdown_cell(
-                    "```{admonition} Sliders\n:class: slider\nThis figure needs Python behind it and moves in Jupyter "
-                    "only, which `make lab` opens. A static one beside it shows the same at a few places.\n```"
-                )
-            )
+        if cell.cell_type == "markdown":
+            cell.source = linked_equations(cell.source, equations)
+        elif "setup" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("hide-cell")
+        elif cell.cell_type == "code" and moves_in_jupyter(cell):
+            page.cells.append(new_markdown_cell(SLIDERS))
     link = f'<a href="../downloads/{name}" download>Download the notebook</a>'
     page.cells.insert(
         1,
@@ -281,7 +287,9 @@ def chapter_map(root: Path) -> str:
     rows = {match[3]: match for match in row.finditer(syllabus)}
     notebooks = sorted(path.name for path in root.glob(CHAPTERS))
     if unknown := set(notebooks) - set(rows):
-        raise BookError(f"notebooks/README.md has no row for {', '.join(sorted(unknown))}: the book's map is made of it")
+        raise BookError(
+            f"notebooks/README.md has no row for {', '.join(sorted(unknown))}: the book's map is made of it"
+        )
     text = ""
     for part in (*PARTS, APPENDICES):
         chapters = [name for name in notebooks if part_of(name) == part]
@@ -352,7 +360,9 @@ def api_page(module: str, path: Path, root: Path) -> str:
     text += f".. automodule:: {module}\n{options}\n"
     if folder and module != "aprillab":
         below = {name: inner for name, inner in modules(root).items() if name.rpartition(".")[0] == module}
-        rows = "".join(f"   * - :doc:`{name} <{name}>`\n     - {first_sentence(inner)}\n" for name, inner in below.items())
+        rows = "".join(
+            f"   * - :doc:`{name} <{name}>`\n     - {first_sentence(inner)}\n" for name, inner in below.items()
+        )
         text += f".. list-table::\n   :widths: 40 60\n\n{rows}"
     exported = list(_exported(path)) if folder else []
     if exported:
@@ -364,7 +374,11 @@ def api_page(module: str, path: Path, root: Path) -> str:
 
 def _exported(path: Path) -> Iterator[tuple[str, str]]:
     """Names that a folder's ``__init__`` takes from its modules and shows in ``__all__``, with the module's name."""
-    root = next(folder for folder in path.parents if folder.name == "aprillab" and not (folder.parent / "__init__.py").exists())
+    root = next(
+        folder
+        for folder in path.parents
+        if folder.name == "aprillab" and not (folder.parent / "__init__.py").exists()
+    )
     package = ".".join(path.parent.relative_to(root.parent).parts)
     known = modules(root.parent)
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -3,19 +3,19 @@
     python tools/build_book.py                # into build/book; open build/book/index.html
     python tools/build_book.py --to FOLDER
 
-Needs the extra ``book`` (``pip install -e ".[book]"``) and no network. A warning of Sphinx, a link that leads nowhere,
-a picture without alternative text or a page that would fetch anything from elsewhere fails the build.
+Needs the extra ``book`` (``pip install -e ".[book]"``) and no network. A warning of Sphinx, a link that leads
+nowhere, a picture without alternative text or a page that would fetch anything from elsewhere fails the build.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from book_check import check_site
@@ -54,7 +54,7 @@ def build(folder: Path, source: Path) -> int:
     BookError
         With what is wrong, in words.
     """
-    if importlib.util.find_spec("sphinx") is None:
+    if find_spec("sphinx") is None:
         raise BookError('Sphinx is not installed: pip install -e ".[book]"')
     write_source(source)
     if folder.exists() and any(folder.iterdir()):
@@ -62,7 +62,18 @@ def build(folder: Path, source: Path) -> int:
             raise BookError(f"{folder} is not a site that this command built, and would be emptied: name another")
         shutil.rmtree(folder)
     copy_mathjax(source / "_static" / "mathjax")
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-d", str(source / ".doctrees")]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-b",
+        "html",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-d",
+        str(source / ".doctrees"),
+    ]
     ran = subprocess.run([*command, str(source), str(folder)], cwd=ROOT)
     if ran.returncode:
         raise BookError("Sphinx had the warnings above; the source is in " + str(source))
