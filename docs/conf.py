@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -50,6 +51,7 @@ html_title = "aprillab"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
 html_domain_indices = False
+html_search_scorer = str(Path(__file__).with_name("search_scorer.js"))
 html_copy_source = False
 html_show_sphinx = False
 html_extra_path = ["extra"]

@@ -74,7 +74,7 @@ def write_source(folder: Path, root: Path = ROOT) -> int:
         if not (folder / "conf.py").exists():
             raise BookError(f"{folder} is not a source of the book (no conf.py), and would be emptied: name another")
         shutil.rmtree(folder)
-    shutil.copytree(root / "docs", folder, ignore=shutil.ignore_patterns("__pycache__", *OWN))
+    shutil.copytree(root / "docs", folder, ignore=shutil.ignore_patterns("__pycache__", "*.png", *OWN))
     book = Book(root, folder)
     for pattern in PICTURES:
         for path in sorted(root.glob(pattern)):
