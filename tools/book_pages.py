@@ -11,7 +11,7 @@ import ast
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
 
@@ -355,32 +355,29 @@ def api_page(module: str, path: Path, root: Path) -> str:
     if not room:
         above = module.rpartition(".")[0]
         text += f"In :doc:`{above} <{above}>`.\n\n"
-    folder = path.name == "__init__.py"
-    options = "" if folder else "   :members:\n   :ignore-module-all:\n"
-    text += f".. automodule:: {module}\n{options}\n"
-    if folder and module != "aprillab":
-        below = {name: inner for name, inner in modules(root).items() if name.rpartition(".")[0] == module}
-        rows = "".join(
-            f"   * - :doc:`{name} <{name}>`\n     - {first_sentence(inner)}\n" for name, inner in below.items()
-        )
-        text += f".. list-table::\n   :widths: 40 60\n\n{rows}"
-    exported = list(_exported(path)) if folder else []
+    if path.name != "__init__.py":
+        return f"{text}.. automodule:: {module}\n   :members:\n   :ignore-module-all:\n"
+    text += f".. automodule:: {module}\n\n"
+    known = modules(root)
+    below = {name: inner for name, inner in known.items() if name.rpartition(".")[0] == module}
+    text += _table((f":doc:`{name} <{name}>`", first_sentence(inner)) for name, inner in below.items())
+    exported = list(_exported(module, path))
     if exported:
-        text += "\nNames that are reached from here:\n\n"
-        rows = "".join(f"   * - ``{name}``\n     - :doc:`{source} <{source}>`\n" for name, source in exported)
-        text += f".. list-table::\n   :widths: 40 60\n\n{rows}"
+        text += f"What ``{module}`` has by name:\n\n"
+        text += _table(
+            (f":doc:`{name} <{inner}>`" if inner in known else f":py:obj:`{name} <{inner}>`", first)
+            for name, inner, first in ((name, f"{source}.{name}", f":doc:`{source}`") for name, source in exported)
+        )
     return text
 
 
-def _exported(path: Path) -> Iterator[tuple[str, str]]:
-    """Names that a folder's ``__init__`` takes from its modules and shows in ``__all__``, with the module's name."""
-    root = next(
-        folder
-        for folder in path.parents
-        if folder.name == "aprillab" and not (folder.parent / "__init__.py").exists()
-    )
-    package = ".".join(path.parent.relative_to(root.parent).parts)
-    known = modules(root.parent)
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    lines = "".join(f"   * - {left}\n     - {right}\n" for left, right in rows)
+    return f".. list-table::\n   :widths: 40 60\n\n{lines}\n" if lines else ""
+
+
+def _exported(module: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Names that a folder's ``__init__`` takes from its modules and shows in ``__all__``, each with its module."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     shown: set[str] = set()
     for node in tree.body:
@@ -388,8 +385,5 @@ def _exported(path: Path) -> Iterator[tuple[str, str]]:
             shown = set(ast.literal_eval(node.value))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
-            source = f"{package}.{node.module}" if node.module else package
-            for alias in node.names:
-                if alias.name in shown:
-                    inner = f"{source}.{alias.name}"
-                    yield alias.name, inner if inner in known and not node.module else source
+            source = f"{module}.{node.module}" if node.module else module
+            yield from ((alias.name, source) for alias in node.names if alias.name in shown)

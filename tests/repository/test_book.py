@@ -152,7 +152,7 @@ def test_links_lead_to_the_reference_to_pages_and_to_files(repository: Path, tmp
     assert text.count("[code](nowhere.md)") == 2
     assert "ONE = 1" in (tmp_path / "source/shown/studies/one.md").read_text()
     face = (tmp_path / "source/api/aprillab.rst").read_text()
-    assert "``psnr``" in face
+    assert ":py:obj:`psnr <aprillab.metrics.psnr>`" in face
     assert ":doc:`aprillab.metrics <aprillab.metrics>`" in face
     assert (
         "[`aprillab.metrics`](api/aprillab.metrics.rst): Scores: `psnr`." in (tmp_path / "source/api.md").read_text()
