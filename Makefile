@@ -13,7 +13,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint federation silenced lab notebooks studies wheel clean
+.PHONY: help demo test lint federation silenced lab notebooks studies book wheel clean
 
 help:  ## list the commands
 	@echo 'aprillab: how shared gradients give away the images of a Vision Transformer'\''s users'
@@ -52,6 +52,9 @@ notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its out
 studies: $(VENV)/.installed-studies  ## measure what data/results lacks of the closed forms, and write their page
 	$(BIN)/python -m studies.closed_forms
 
+book: $(VENV)/.installed-book  ## build the site from chapters, results and docstrings; open build/book/index.html
+	$(BIN)/python tools/build_book.py
+
 wheel: $(VENV)/.created  ## build dist/aprillab-*.whl, with the pictures inside
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
@@ -78,7 +81,7 @@ $(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
 	@$(COMPILE)
 	@touch $@
 
-$(VENV)/.installed-lab $(VENV)/.installed-studies $(VENV)/.installed-federation $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
+$(VENV)/.installed-lab $(VENV)/.installed-studies $(VENV)/.installed-federation $(VENV)/.installed-book $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e ".[$*]"
 	@$(COMPILE)
 	@touch $@
