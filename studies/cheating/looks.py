@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -235,8 +236,8 @@ def asked_twice(case: Case) -> Row:
 
 @torch.no_grad()
 def _moved(model: nn.Module, size: float, seed: int) -> nn.Module:
-    """Everything below the head moved by so much of its r.m.s."""
-    generator = torch.Generator().manual_seed(seed)
+    """A copy with everything below the head moved by so much of its r.m.s."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if not name.startswith("head"):
             rms = parameter.square().mean().sqrt()
