@@ -293,12 +293,22 @@ def test_the_site_has_its_pages_and_every_equation(site: Path) -> None:
 
 
 WIDTHS = (1000, 400)
-LOOKED_AT = (
+LOOKED_AT = [
     "index.html",
-    "notebooks/04_unmodified_vits.html",
-    "notebooks/10_sharing_less.html",
+    "genindex.html",
     "data/results/defences.html",
-)
+    *(f"notebooks/{name}.html" for name in CHAPTERS),
+]
+#: What reaches beyond the window, other than inside a part that scrolls by itself. The theme clips it, so that the
+#: page's own width does not tell.
+BEYOND = """() => [...document.querySelectorAll('article *')].filter(element => {
+  if (element.closest('mjx-assistive-mml, svg')) return false
+  const box = element.getBoundingClientRect()
+  if (!box.width || box.right <= document.documentElement.clientWidth + 1) return false
+  for (let around = element.parentElement; around.tagName != 'ARTICLE'; around = around.parentElement)
+    if (['auto', 'scroll'].includes(getComputedStyle(around).overflowX)) return false
+  return true
+}).map(element => `${element.tagName} ${element.textContent.slice(0, 60)}`).slice(0, 5)"""
 
 
 @pytest.fixture(scope="module")
@@ -334,16 +344,16 @@ TYPESET = (
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", LOOKED_AT)
 def test_formulas_are_typeset_and_nothing_is_wider_than_the_page(site: Path, page: Any, name: str) -> None:
+    page.goto((site / name).as_uri())
+    page.wait_for_function(TYPESET)
+    page.evaluate("document.querySelectorAll('details').forEach(folded => folded.open = true)")
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
-        page.goto((site / name).as_uri())
-        page.wait_for_function(TYPESET)
-        wide, shown = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
-        assert wide <= shown, f"{name} is {wide} pixels wide in a window of {shown}"
+        assert page.evaluate(BEYOND) == [], f"{name} is wider than a window of {width} pixels"
     formulas = page.locator(".math").count()
     assert page.locator(".math mjx-container svg").count() >= formulas
     assert page.locator("[data-mml-node=merror]").count() == 0
-    assert formulas > 100 or not name.startswith("notebooks/")
+    assert formulas > 20 or not re.match(r"notebooks/(0[1-9]|1)", name)
     loaded = page.evaluate(
         "[...document.images].every(image => image.complete && image.naturalWidth > 0 || image.loading == 'lazy')"
     )
