@@ -16,11 +16,12 @@ from .features import Bin, bisect_features, feature_fishing, feature_range
 from .fingerprint import fingerprint
 from .fishing import class_fishing, silenced
 from .imprint import Imprinted, imprint, read_imprint
-from .inspection import Finding, Inspection, SuspiciousModel, inspect_model
+from .inspection import LIMITS, Finding, Inspection, SuspiciousModel, inspect_model
 from .lora import lora_spanning
 from .sent import CannotCheat
 
 __all__ = [
+    "LIMITS",
     "Bin",
     "CannotCheat",
     "Finding",
