@@ -164,3 +164,10 @@ def expect_whole(answer: Any, what: str) -> int:
     if isinstance(answer, bool) or not isinstance(answer, int):
         stop(f"{what} should be an int, not a {type(answer).__name__}.")
     return answer
+
+
+def plain(value: Any) -> Any:
+    """Tensors, arrays and their numbers as Python's; whole floats of a tensor as ints."""
+    if isinstance(value, Tensor) and value.is_floating_point() and bool((value == value.round()).all()):
+        value = value.long()
+    return value.tolist() if hasattr(value, "tolist") else value
