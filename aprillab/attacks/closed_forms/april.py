@@ -205,7 +205,7 @@ def april_closed_form(
         no original. A number is the damping λ itself, relative to the largest a².
     systems : {"attention", "row_space", "both"}, optional
         ``"attention"`` is APRIL's identity alone. ``"row_space"`` looks for the patches in the row
-        space of ∂l/∂W_e, of rank n, which determines them where p > d loses pixels. ``"both"``
+        space of ∂l/∂W_e, of rank n at most, which can determine them where p > d. ``"both"``
         stacks ∂l/∂W_e = Gᵀ X below (see ``embedding_closed_form``). Default: ``"attention"`` where
         p ≤ d, else ``"row_space"``.
     prior_pixel : float
@@ -222,8 +222,8 @@ def april_closed_form(
     Returns
     -------
     Reconstruction
-        With ``diagnostics``: ranks and condition numbers of G and W_e, the damping, ``pixels_lost``
-        for each patch (p − d, where the second step alone cannot know them), ``residual``.
+        With ``diagnostics``: ranks and condition numbers of G and W_e, the damping, ``directions_lost``
+        in each patch (p − d, of which the second step alone learns nothing), ``residual``.
 
     Raises
     ------
@@ -303,8 +303,13 @@ class _Solution:
     unknowns: int
 
     def mean_square_error(self, most: float) -> float:
-        """Of the pixels, each at most ``most``; that, too, where noise left no unknown to solve for."""
-        return float(self.error.clamp_max(most).mean()) if self.error.numel() else most
+        """Of the pixels: ``most`` where nothing is known, in a direction or, for noise, of all of them.
+
+        A direction that *is* divided may be off by more than ``most``: noise over next to nothing has no limit.
+        """
+        if not self.error.numel():
+            return most
+        return min(float(torch.where(self.error.isinf(), most, self.error).mean()), most)
 
 
 def _solve_in_two_steps(system: System) -> _Solution:
@@ -315,8 +320,10 @@ def _solve_in_two_steps(system: System) -> _Solution:
     X = patches_from(Z[system.prefix :], system.E[system.prefix :], system.W_e)  # (n, p)
     # What sticks out of the span of G's rows is noise, and every division enlarges it, (3.8).
     residual = (system.M - system.G.T @ Z).norm()
-    s, s_e = torch.linalg.svdvals(system.G)[: tokens - system.prefix], torch.linalg.svdvals(system.W_e)
+    s, s_e = torch.linalg.svdvals(system.G_p), torch.linalg.svdvals(system.W_e)
     noise = residual**2 / max(d * (d - tokens), 1)
+    # Least squares leaves out what is rounding beside the largest: nothing is known there.
+    s = torch.where(s > torch.finfo(s.dtype).eps * d * s[0], s, 0.0)
     error = nn.functional.pad(noise / (s[:, None] * s_e[None]) ** 2, (0, p - len(s_e)), value=torch.inf)
     return _Solution(X, error, residual, 0.0, s_e, p)
 
@@ -387,7 +394,7 @@ def _evidence(
         ),
     )  # fmt: skip
     return conditions, {
-        "pixels_lost": lost,
+        "directions_lost": lost,
         "rank": rank,
         "condition": condition_number(s),
         "condition_patch_embedding": condition_number(solution.patch_side),
