@@ -222,8 +222,8 @@ def april_closed_form(
     Returns
     -------
     Reconstruction
-        With ``diagnostics``: ranks and condition numbers of G and W_e, the damping, ``directions_lost``
-        in each patch (p − d, of which the second step alone learns nothing), ``residual``.
+        With ``diagnostics``: ranks and condition numbers of G and W_e, the damping, ``residual``, and
+        ``directions_lost`` in each patch (p − d, of which the second step alone learns nothing).
 
     Raises
     ------
@@ -303,13 +303,9 @@ class _Solution:
     unknowns: int
 
     def mean_square_error(self, most: float) -> float:
-        """Of the pixels: ``most`` where nothing is known, in a direction or, for noise, of all of them.
-
-        A direction that *is* divided may be off by more than ``most``: noise over next to nothing has no limit.
-        """
-        if not self.error.numel():
-            return most
-        return min(float(torch.where(self.error.isinf(), most, self.error).mean()), most)
+        """Of the pixels; ``most`` where nothing is known. What was divided may well be off by more."""
+        each = torch.where(self.error.isinf(), most, self.error)
+        return min(float(each.mean()), most) if each.numel() else most
 
 
 def _solve_in_two_steps(system: System) -> _Solution:
@@ -322,7 +318,7 @@ def _solve_in_two_steps(system: System) -> _Solution:
     residual = (system.M - system.G.T @ Z).norm()
     s, s_e = torch.linalg.svdvals(system.G_p), torch.linalg.svdvals(system.W_e)
     noise = residual**2 / max(d * (d - tokens), 1)
-    # Least squares leaves out what is rounding beside the largest: nothing is known there.
+    # What is rounding beside the largest is left out.
     s = torch.where(s > torch.finfo(s.dtype).eps * d * s[0], s, 0.0)
     error = nn.functional.pad(noise / (s[:, None] * s_e[None]) ** 2, (0, p - len(s_e)), value=torch.inf)
     return _Solution(X, error, residual, 0.0, s_e, p)
@@ -331,12 +327,9 @@ def _solve_in_two_steps(system: System) -> _Solution:
 def _solve_as_one(
     system: System, X0: Tensor, dW: Tensor, systems: Systems, regularization: Regularization | float, noise: float
 ) -> _Solution:
-    """Both steps at once, Gᵀ (X − X₀) W_eᵀ = B, diagonal in the singular vectors of G and W_e, and
-    damped there.
-    """
+    """Both steps at once, Gᵀ (X − X₀) W_eᵀ = B, diagonal in the singular vectors, and damped there."""
     n, p = X0.shape
-    # The deviations from grey, (3.4), of all pixels or in the patches' row space, (3.9), made
-    # diagonal, (3.5).
+    # Deviations from grey, (3.4), of all pixels or in the row space, (3.9), made diagonal, (3.5).
     B = system.known(X0)
     # A flat picture of model input zero leaves no row space at all.
     by_rows = systems == "row_space" and bool(dW.any())
