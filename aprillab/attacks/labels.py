@@ -1,8 +1,9 @@
 """The labels of a client's batch, read off the classifier's gradient.
 
 With cross-entropy the gradient that reaches the logits of one image is r = softmax(logits) −
-onehot(y): its only negative entry is the label. The head's bias gradient is the mean of the r of
-the batch; the head's weight gradient is the mean of r fᵀ, with f the features the head reads.
+onehot(y): its only negative entry is the label, where labels are not smoothed. The head's bias
+gradient is the mean of the r of the batch; the head's weight gradient is the mean of r fᵀ, with f
+the features the head reads.
 """
 
 from __future__ import annotations
@@ -60,9 +61,12 @@ def recover_labels(
     -------
     Labels
         For one image exact by the sign rule: the label is the one entry whose sign is not that of the
-        others, which holds for after − before, too. For a batch a greedy count: each label lowers its
-        entry of the bias gradient by 1/B, so labels are taken off one at a time where the entry is
-        lowest; right as long as the model is not yet confident, and never marked exact.
+        others, which holds for after − before, too. That takes a client whose labels are single classes:
+        smoothing by α makes others negative too (then nothing is exact), and the least entry is the
+        label's only while the model is less sure of it than 1 − α. For a batch a
+        greedy count: each label lowers its entry of the bias gradient by 1/B, so labels are taken off
+        one at a time where the entry is lowest; right as long as the model is not yet confident, and
+        never marked exact.
 
     Raises
     ------

@@ -27,6 +27,10 @@ def _integer(answer: Any, what: str) -> int:
     return answer
 
 
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
 def _residual(classes: int, label: int, generator: torch.Generator) -> Tensor:
     """softmax(logits) − onehot(label) for random logits, (classes,)."""
     r = torch.softmax(2 * _randn(classes, generator=generator), 0)
@@ -158,36 +162,51 @@ def check_invert_noisy(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback
     return run(body)
 
 
+def _miscount(count: int, batch: int, gradient: Tensor) -> str:
+    if count in gradient.shape:
+        return (
+            "Every singular value is counted, rounding errors included: count those above a tolerance. "
+            "float32 needs a larger one than float64."
+        )
+    if count > batch:
+        return "The tolerance is too small: a matrix product's rounding leaves several eps, relative to the largest."
+    image, rounding = (torch.linalg.svdvals(gradient)[k] for k in (batch - 1, batch))
+    return f"The tolerance is too large: the last image makes {image:.0e} here, and rounding {rounding:.0e}."
+
+
 def check_count_images(function: Callable[[Tensor], int]) -> Feedback:
     """Exercise 1.4: ``function(weight_gradient)`` counts images by the numerical rank of ∂l/∂W (m,
     k).
     """
 
+    def compare(delta: Tensor, x: Tensor, how: str = "") -> None:
+        gradient, batch = delta.T @ x, len(x)
+        count = _integer(function(gradient), "The count")
+        # By powers of two, which round nothing: a relative tolerance, whatever its size, gives the same count.
+        for factor in (2.0**-30, 2.0**20):
+            other = _integer(function(gradient * factor), "The count")
+            if other != count:
+                stop(
+                    f"The same gradient times {factor:.0e} changes your count from {count} to {other}: the "
+                    "tolerance must be relative to the largest singular value, not absolute."
+                )
+        if count != batch:
+            stop(
+                f"You count {count} ({_images(batch)}, {how}{str(x.dtype)[6:]}). {_miscount(count, batch, gradient)}"
+            )
+
     def body() -> str:
         if (count := _integer(function(torch.zeros(4, 6, dtype=FLOAT64)), "The count")) != 0:
             stop(f"A gradient of zeros holds no image; you count {count}.")
         generator = torch.Generator().manual_seed(3)
-        m, k = 24, 40
         for dtype in (torch.float64, torch.float32):
             for batch in (1, 2, 3, 5):
-                delta = _randn(batch, m, generator=generator).to(dtype)
-                gradient = delta.T @ _randn(batch, k, generator=generator).to(dtype)
-                count = _integer(function(gradient), "The count")
-                for factor in (1e-9, 1e6):
-                    other = _integer(function(gradient * factor), "The count")
-                    if other != count:
-                        stop(
-                            f"The same gradient times {factor:g} changes your count from {count} to {other}: the "
-                            "tolerance must be relative to the largest singular value, not absolute."
-                        )
-                where = f"{batch} image{'s' if batch > 1 else ''}, gradient in {str(dtype).removeprefix('torch.')}"
-                if count in (m, k):
-                    stop(
-                        f"You count {count} ({where}): every singular value is counted, rounding errors included. "
-                        "Count those above a tolerance; float32 needs a larger one than float64."
-                    )
-                if count != batch:
-                    stop(f"You count {count} ({where}). How small is a singular value that rounding makes?")
+                x = _randn(batch, 40, generator=generator)
+                compare(_randn(batch, 24, generator=generator).to(dtype), x.to(dtype))
+        # Two pictures of one scene: their small difference is an image's worth of rank all the same.
+        delta, first, other = (_randn(*shape, generator=generator) for shape in ((2, 24), (1, 40), (1, 40)))
+        for dtype in (torch.float64, torch.float32):
+            compare(delta.to(dtype), torch.cat([first, first + 1e-3 * other]).to(dtype), "nearly alike, ")
         return "Right: singular values above the rounding floor, and at least that many images."
 
     return run(body)
@@ -228,6 +247,24 @@ def check_label_from_bias(function: Callable[[Tensor], int | None]) -> Feedback:
     return run(body)
 
 
+def _row_against(name: str) -> str:
+    why = "Where that row is the label's own, all others point against it, and the label's product alone is positive."
+    return f"You take the row whose product with {name} is the least. {why}"
+
+
+#: Mistakes in Exercise 1.6: what to say of each, and the row it chooses of a gradient (classes, d).
+_WRONG_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    _row_against("the first row"): lambda g: (g @ g[0]).argmin(),
+    _row_against("the last row"): lambda g: (g @ g[-1]).argmin(),
+    _row_against("the longest row"): lambda g: (g @ g[g.norm(dim=1).argmax()]).argmin(),
+    "That is a row sum: it is r_c Σf, and says nothing of r_c unless Σf > 0.": lambda g: g.sum(1).argmin(),
+    "That is the largest row sum: r_c Σf says nothing of r_c unless Σf < 0.": lambda g: g.sum(1).argmax(),
+    "That is the smallest row; the label's is as long as all others together.": lambda g: g.norm(dim=1).argmin(),
+    "That is one column's least entry: its sign is also the feature's sign.": lambda g: g[:, 0].argmin(),
+    "That is one column's largest entry: its sign is also the feature's sign.": lambda g: g[:, 0].argmax(),
+}  # fmt: skip
+
+
 def check_label_from_weight(function: Callable[[Tensor], int]) -> Feedback:
     """Exercise 1.6: ``function(weight_gradient)`` gives the label of one image from r fᵀ (classes,
     d) alone.
@@ -244,23 +281,18 @@ def check_label_from_weight(function: Callable[[Tensor], int]) -> Feedback:
             "features that sum to zero (after a LayerNorm)": centred,
             "the same with all signs turned": -centred,
         }
+        suspects, wrong = dict(_WRONG_ROWS), ""  # mistakes that explain every answer so far
         for what, features in kinds.items():
             for label in range(10):
                 gradient = torch.outer(_residual(10, label, generator), features)
                 given = _integer(function(gradient.clone()), "The label")
-                if given == label:
-                    continue
-                text = f"Label {label}, {what}: you say {given}."
-                if given in (int(gradient.sum(1).argmin()), int(gradient.sum(1).argmax())):
-                    stop(f"{text} That looks like a row sum: it is r_c Σf, and says nothing of r_c unless Σf > 0.")
-                if given == int(gradient.norm(dim=1).argmin()):
-                    stop(f"{text} That is the smallest row; the label's entry of r is minus the sum of all others.")
-                columns = gradient.argmin(0).tolist() + gradient.argmax(0).tolist()
                 if given >= 10:
-                    stop(f"{text} There are ten classes: is that the index of a column, of a feature?")
-                if given in columns:
-                    stop(f"{text} That looks like one entry or column: its sign is also the feature's sign.")
-                stop(text)
+                    stop(f"You say {given}. There are ten classes: is that the index of a column, of a feature?")
+                suspects = {why: choose for why, choose in suspects.items() if int(choose(gradient)) == given}
+                if given != label and not wrong:
+                    wrong = f"Label {label}, {what}: you say {given}."
+        if wrong:
+            stop(" ".join([wrong, *suspects][:2]))
         return "Right: the label's row is the one against all others, whatever the features sum to."
 
     return run(body)
@@ -304,9 +336,18 @@ def check_label_counts(function: Callable[[Tensor, int], Tensor]) -> Feedback:
         compare([1, 0, 0], FLOAT64)
         for counts in ([1, 0, 3, 0, 0, 2, 1], [7, 0, 11, 1, 2, 0, 0, 0, 3, 6]):
             compare(counts, torch.float32)
-        return "Right: a zero head hides the images and still counts the labels exactly."
+        return "Right: a zero head passes no gradient down, and counts the labels exactly."
 
     return run(body)
+
+
+def _called(function: Callable[[Tensor, Tensor], Tensor], gradient: Tensor, bias: Tensor, what: str) -> Any:
+    try:
+        return function(gradient, bias)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return stop(f"{what}: your code raised {type(error).__name__}: {error}")
 
 
 def check_unmix_relu(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
@@ -316,7 +357,7 @@ def check_unmix_relu(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
 
     def compare(delta: Tensor, x: Tensor, wanted: Tensor, what: str) -> None:
         gradient, bias = delta.T @ x, delta.sum(0)
-        answer = function(gradient, bias)
+        answer = _called(function, gradient, bias, what)
         if not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] != x.shape[1]:
             shape = tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
             stop(f"Return a tensor of shape (N, {x.shape[1]}), one row for each image found, not {shape}.")
@@ -324,7 +365,7 @@ def check_unmix_relu(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
             stop(f"{what}: NaN or infinite rows. Leave the units with a zero bias gradient out before you divide.")
         if len(answer) == 0:
             if len(wanted):
-                stop(f"{what}: nothing found, but {len(wanted)} images have two units of their own that agree.")
+                stop(f"{what}: nothing found. Look for {_images(len(wanted))} with two units that agree.")
             return
         if len(wanted) == 0:
             stop(f"{what}: no two units agree here, and you return {len(answer)} rows: these are mixtures.")

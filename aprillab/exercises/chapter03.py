@@ -238,6 +238,9 @@ def check_attack(function: Callable[[VisionTransformer, ClientUpdate], Tensor]) 
             answer = expect_tensor(returned, size, what).detach()
             mistakes = _attack_mistakes(model, private) | _wrong_products(model, update)
             expect_close(answer, private, what, mistakes=mistakes, tolerance=1e-5)
+            if answer.dtype != torch.float64:
+                name_of = str(answer.dtype).removeprefix("torch.")
+                stop(f"{what} is right, but in {name_of}: compute in float64, with .double() on all that you read.")
         return "Right. You have written APRIL's closed form, and it needs nothing but the model and the update."
 
     return run(body)
@@ -254,8 +257,12 @@ def _attack_mistakes(model: VisionTransformer, private: Tensor) -> dict[str, Ten
         folded = torch.nn.functional.fold(patches.T[None], (size, size), P, stride=P)
         return HALF.to_pixels(folded)
 
+    laid_out = X.reshape(1, model.channels, model.image_size, model.image_size)
     transposed = X.unflatten(1, (model.channels, P, P)).transpose(-1, -2).flatten(1)
     mistakes = {
+        "The patches were only reshaped, and lie one after the other: al.unpatchify puts them in their places.": (
+            HALF.to_pixels(laid_out)
+        ),
         "It is in model-input space: turn it into pixels.": images,
         "It is in model-input space, clamped: turn it into pixels.": images.clamp(0, 1),
         "Rows and columns of each patch are exchanged.": shown(transposed),
@@ -298,6 +305,11 @@ def _wrong_products(model: VisionTransformer, update: ClientUpdate) -> dict[str,
         return HALF.to_pixels(folded)
 
     wrong = {"M is transposed: it is W.T @ gradient, in this order.": shown(torch.stack(products).sum(0).T)}
+    names_and_gradients = [(weights[name], update.gradients[name]) for name in names]
+    untransposed = torch.stack([w @ g for w, g in names_and_gradients]).sum(0)
+    wrong["In M a transpose is missing: it is W.T @ gradient, not W @ gradient."] = shown(untransposed)
+    behind = torch.stack([g @ w for w, g in names_and_gradients]).sum(0)
+    wrong["In M the factors are exchanged: it is W.T @ gradient, not gradient @ W."] = shown(behind)
     for left_out, name in enumerate(("query", "key", "value")):
         rest = [product for i, product in enumerate(products) if i != left_out]
         wrong[f"The {name}'s product is missing in M."] = shown(torch.stack(rest).sum(0))

@@ -80,8 +80,9 @@ def notes_of(model: nn.Module, anatomy: Anatomy, facts: Facts) -> tuple[str, ...
     ]
     if facts.zero_head:
         word = (
-            "The head is zero, as some libraries initialize it: such a round shares the label and nothing of the "
-            "picture. The next one shares what the map of its weights says."
+            "The head is zero, as some libraries initialize it: such a round shares the label and, of one "
+            "picture, the features that the head reads: enough to recognize it, no pixel. The next one shares "
+            "what the map of its weights says."
         )
         notes.insert(0, word)
     if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()):

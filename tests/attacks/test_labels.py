@@ -96,7 +96,7 @@ def test_the_weight_alone_gives_the_same_label_whatever_the_features_sign() -> N
 
 
 def test_row_sums_of_the_weight_are_no_rule_on_a_vit() -> None:
-    """iDLG as it is usually coded takes the row with the lowest sum. That needs features that are not negative, as
+    """Much code named after iDLG takes the row with the lowest sum. That needs features that are not negative, as
     after a ReLU; here a LayerNorm makes them sum to zero, and the rule reads rounding."""
     wrong = 0
     for seed in range(20):
@@ -108,6 +108,22 @@ def test_row_sums_of_the_weight_are_no_rule_on_a_vit() -> None:
         wrong += int(weight.sum(1).argmin()) != label
         assert recover_labels(model, update.without(["head.bias"])).labels.tolist() == [label]
     assert wrong >= 5
+
+
+def test_smoothed_labels_make_more_entries_negative_and_the_least_is_the_label() -> None:
+    def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+
+    several = 0
+    for seed in range(6):
+        model = tiny_vit(seed=seed)
+        for label in range(5):
+            images, _ = private_batch(model, 1, seed)
+            found = recover_labels(model, client_update(model, images, torch.tensor([label]), loss=smoothed))
+            assert found.labels.tolist() == [label]
+            several += found.diagnostics["negative_entries"] > 1
+            assert found.exact == (found.diagnostics["negative_entries"] == 1)
+    assert several > 3
 
 
 def test_two_classes_need_the_bias() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,13 +35,25 @@ def test_the_set_up_cell_is_the_same_everywhere() -> None:
     assert len(cells) == 1
 
 
+def text_of(path: Path) -> str:
+    return "\n".join(cell.source for cell in tools.read(path).cells if cell.cell_type == "markdown")
+
+
 def test_chapters_are_chained() -> None:
     for before, after in itertools.pairwise(PATHS):
         if int(after.name[:2]) != int(before.name[:2]) + 1:
             continue  # a chapter between them is not written yet
         for path, other in ((before, after), (after, before)):
-            text = "\n".join(cell.source for cell in tools.read(path).cells if cell.cell_type == "markdown")
-            assert f"]({other.name})" in text, f"{path.name} does not link to {other.name}"
+            assert f"]({other.name})" in text_of(path), f"{path.name} does not link to {other.name}"
+
+
+def test_the_map_has_every_chapter_with_its_own_minutes() -> None:
+    rows = dict(re.findall(r"\]\((\d\d_\w+\.ipynb)\) \|[^|]+\| (\d+) \|", text_of(PATHS[0])))
+    headers = {path.name: tools.read(path).cells[0].source for path in PATHS[1:]}
+    said = {
+        name: re.search(r"(\d+)(?: minutes)? to read(?: and run)?, (\d+) for", head) for name, head in headers.items()
+    }
+    assert rows == {name: str(sum(map(int, found.groups()))) for name, found in said.items()}
 
 
 # --- The lint itself: what it is there to find, it finds --------------------------------------------------------

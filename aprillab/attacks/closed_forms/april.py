@@ -205,7 +205,7 @@ def april_closed_form(
         no original. A number is the damping λ itself, relative to the largest a².
     systems : {"attention", "row_space", "both"}, optional
         ``"attention"`` is APRIL's identity alone. ``"row_space"`` looks for the patches in the row
-        space of ∂l/∂W_e, of rank n, which determines them where p > d loses pixels. ``"both"``
+        space of ∂l/∂W_e, of rank n at most, which can determine them where p > d. ``"both"``
         stacks ∂l/∂W_e = Gᵀ X below (see ``embedding_closed_form``). Default: ``"attention"`` where
         p ≤ d, else ``"row_space"``.
     prior_pixel : float
@@ -222,8 +222,8 @@ def april_closed_form(
     Returns
     -------
     Reconstruction
-        With ``diagnostics``: ranks and condition numbers of G and W_e, the damping, ``pixels_lost``
-        for each patch (p − d, where the second step alone cannot know them), ``residual``.
+        With ``diagnostics``: ranks and condition numbers of G and W_e, the damping, ``residual``, and
+        ``directions_lost`` in each patch (p − d, of which the second step alone learns nothing).
 
     Raises
     ------
@@ -303,8 +303,9 @@ class _Solution:
     unknowns: int
 
     def mean_square_error(self, most: float) -> float:
-        """Of the pixels, each at most ``most``; that, too, where noise left no unknown to solve for."""
-        return float(self.error.clamp_max(most).mean()) if self.error.numel() else most
+        """Of the pixels; ``most`` where nothing is known. What was divided may well be off by more."""
+        each = torch.where(self.error.isinf(), most, self.error)
+        return min(float(each.mean()), most) if each.numel() else most
 
 
 def _solve_in_two_steps(system: System) -> _Solution:
@@ -315,8 +316,10 @@ def _solve_in_two_steps(system: System) -> _Solution:
     X = patches_from(Z[system.prefix :], system.E[system.prefix :], system.W_e)  # (n, p)
     # What sticks out of the span of G's rows is noise, and every division enlarges it, (3.8).
     residual = (system.M - system.G.T @ Z).norm()
-    s, s_e = torch.linalg.svdvals(system.G)[: tokens - system.prefix], torch.linalg.svdvals(system.W_e)
+    s, s_e = torch.linalg.svdvals(system.G_p), torch.linalg.svdvals(system.W_e)
     noise = residual**2 / max(d * (d - tokens), 1)
+    # What is rounding beside the largest is left out.
+    s = torch.where(s > torch.finfo(s.dtype).eps * d * s[0], s, 0.0)
     error = nn.functional.pad(noise / (s[:, None] * s_e[None]) ** 2, (0, p - len(s_e)), value=torch.inf)
     return _Solution(X, error, residual, 0.0, s_e, p)
 
@@ -324,12 +327,9 @@ def _solve_in_two_steps(system: System) -> _Solution:
 def _solve_as_one(
     system: System, X0: Tensor, dW: Tensor, systems: Systems, regularization: Regularization | float, noise: float
 ) -> _Solution:
-    """Both steps at once, Gᵀ (X − X₀) W_eᵀ = B, diagonal in the singular vectors of G and W_e, and
-    damped there.
-    """
+    """Both steps at once, Gᵀ (X − X₀) W_eᵀ = B, diagonal in the singular vectors, and damped there."""
     n, p = X0.shape
-    # The deviations from grey, (3.4), of all pixels or in the patches' row space, (3.9), made
-    # diagonal, (3.5).
+    # Deviations from grey, (3.4), of all pixels or in the row space, (3.9), made diagonal, (3.5).
     B = system.known(X0)
     # A flat picture of model input zero leaves no row space at all.
     by_rows = systems == "row_space" and bool(dW.any())
@@ -387,7 +387,7 @@ def _evidence(
         ),
     )  # fmt: skip
     return conditions, {
-        "pixels_lost": lost,
+        "directions_lost": lost,
         "rank": rank,
         "condition": condition_number(s),
         "condition_patch_embedding": condition_number(solution.patch_side),

@@ -88,7 +88,8 @@ def refuse_zero(attack: str) -> NoReturn:
     raise AttackNotApplicable(
         attack,
         "the position embedding's gradient is zero. It may be frozen; or the head is still zero (torchvision "
-        "initializes it so) and passes no gradient down: then the update carries the label and nothing of the image",
+        "initializes it so) and passes no gradient down: then the update has the labels, and of one image its "
+        "features at the head, but no pixel can be solved for",
     )
 
 
