@@ -56,6 +56,19 @@ def test_the_map_has_every_chapter_with_its_own_minutes() -> None:
     assert rows == {name: str(sum(map(int, found.groups()))) for name, found in said.items()}
 
 
+def test_the_syllabus_counts_each_chapters_exercises_and_minutes() -> None:
+    syllabus = (tools.NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[[^]]+\]\((\d\d_\w+)\.ipynb\) .*\| (\d+) min \| (\d+), (\d+) min \|", syllabus, re.M)
+    assert sorted(row[0] for row in rows) == [path.stem for path in PATHS]
+    for name, to_read, count, minutes in rows:
+        prose = "\n".join(c.source for c in tools.read(name[:2]).cells if c.cell_type == "markdown")
+        each = re.findall(r"^### Exercise \d+\.\d+ .*· (\d+) minutes$", prose, re.M)
+        header = re.search(r"(\d+)(?: minutes)? to read(?: and run)?, (\d+) for", prose)
+        assert (int(count), int(minutes)) == (len(each), sum(map(int, each))), name
+        assert header is None or header.groups() == (to_read, minutes), name
+
+
+
 # --- The lint itself: what it is there to find, it finds --------------------------------------------------------
 
 
