@@ -68,6 +68,8 @@ class Priors:
     ----------
     total_variation, image_norm, box : float ≥ 0
         Of :func:`total_variation`, :func:`image_norm` and :func:`outside_box` in objectives.py.
+    seams : float ≥ 0
+        Of :func:`patch_seams`: pictures go on smoothly from patch to patch. For a ViT.
     group_consistency : float ≥ 0
         If positive, all restarts run together and are drawn to their mean (:func:`group_spread`).
 
@@ -80,10 +82,11 @@ class Priors:
     total_variation: float = 0.0
     image_norm: float = 0.0
     box: float = 0.0
+    seams: float = 0.0
     group_consistency: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_weights(self, "total_variation", "image_norm", "box", "group_consistency")
+        _check_weights(self, "total_variation", "image_norm", "box", "seams", "group_consistency")
 
 
 @dataclass(frozen=True, kw_only=True)
