@@ -11,6 +11,7 @@ import torch
 from search_tools import SmallCNN, attacked, quietly, small_vit, victim
 from torch import nn
 
+from aprillab.anatomy import dissect
 from aprillab.attacks.result import AttackNotApplicable
 from aprillab.attacks.searches import objectives
 from aprillab.attacks.searches.pose import pose, undisturbed
