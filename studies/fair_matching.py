@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ import pandas as pd
 import torch
 
 import aprillab as al
-from aprillab.attacks.searches.recipes import Adam, PositionTerm, Priors, Recipe
 
 from ._rows import fill, made, origin, read
 from ._runner import Claim, Description, between, run_study, study_parser
@@ -45,16 +44,15 @@ SEEDS = (0, 1, 2)  # of the noise a search begins with; the weights are chapter 
 DIGITS = (2507, 3507)  # indices of MNIST-5k: a five and a seven
 GOOD = 30.0  # dB: the digit is there, a few grey levels off
 # Chapter 05's recipe with one start and nothing rearranged, so that one part at a time is compared.
-BASE = replace(al.RECIPES["april"], position_term=PositionTerm(), restarts=1, patience=None)
+BASE = replace(al.RECIPES["april"], position_term=al.PositionTerm(), restarts=1, patience=None)
 # A distance's size at a random picture, roughly: the weight that makes the position term count as much.
 SCALES = {"relative_l2": 1.0, "balanced_l2": 1.0, "cosine": 1.0, "l2": 1000.0, "l2_l1": 1000.0}
 BASELINES = ("dlg", "inverting_gradients", "tag", "gradinversion")
 SEAMS = (0.0, 0.01, 0.1, 1.0)  # weights of the prior
-OPTIMIZERS: dict[str, al.LBFGS | Adam] = {
+OPTIMIZERS: dict[str, al.LBFGS | al.Adam] = {
     "lbfgs": al.LBFGS(),
-    "signed_adam": Adam(learning_rate=0.1, signed=True, schedule=True),
-    "adam": Adam(learning_rate=0.1, schedule=True),
-    "adam, 0.03": Adam(learning_rate=0.03, schedule=True),
+    "signed_adam": al.Adam(learning_rate=0.1, signed=True, schedule=True),
+    "adam": al.Adam(learning_rate=0.1, schedule=True),
 }
 
 
@@ -75,16 +73,15 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """The short searches first; two digits for them, one for the long."""
+    """The short searches first; two digits for the distances, one for the others."""
     places = [(index, seed) for index in DIGITS for seed in SEEDS]
     one = places[: len(SEEDS)]
     of_distances = [*((name, SCALES[name]) for name in ("relative_l2", "balanced_l2", "cosine", "l2")), ("l2", 1.0)]
-    heads, whole = ("class token", "mean"), ("whole", "per_token")
-    swept = [
-        *(("balanced_l2", alpha, term) for term in whole for alpha in (0.1, 1.0, 10.0, 100.0)),
-        *(("cosine", alpha, "whole") for alpha in (1.0, 100.0)),
-        ("l2", SCALES["l2"], "whole"),
-    ]
+    heads = ("class token", "mean")
+    swept = [("balanced_l2", alpha, "whole", head) for head in heads for alpha in (0.1, 1.0, 10.0, 100.0)]
+    swept += [("balanced_l2", 1.0, "per_token", heads[1])]  # for the class token's head it stands among the distances
+    swept += [("cosine", 1.0, "whole", heads[0]), ("cosine", 100.0, "whole", heads[0])]
+    swept += [("l2", SCALES["l2"], "whole", heads[0])]
 
     def baselines(budget: int, where: Sequence[tuple[int, int]]) -> list[Case]:
         weights = {name: SCALES[str(al.RECIPES[name].distance)] for name in BASELINES}
@@ -103,9 +100,9 @@ def cases() -> list[Case]:
             for name in OPTIMIZERS
             for place in one
         ),
-        *baselines(SHORT, places),
-        *(Case("whole", *s, head, SHORT, *place) for head in heads for s in swept for place in one),
-        *(Case("seams", "seams", a, "none", heads[0], 2 * SHORT, *place) for a in SEAMS for place in one),
+        *baselines(SHORT, one),
+        *(Case("whole", *setting, SHORT, *place) for setting in swept for place in one),
+        *(Case("seams", "seams", a, "none", heads[0], SHORT, *place) for a in SEAMS for place in one),
         *baselines(LONG, one),
     ]
 
@@ -130,15 +127,15 @@ class Row:
     cpu_seconds: float
 
 
-def recipe_of(case: Case) -> Recipe:
+def recipe_of(case: Case) -> al.Recipe:
     """The published recipe, or chapter 05's with the case's part exchanged."""
-    term = None if case.term == "none" else PositionTerm(weight=case.alpha, per_token=case.term == "per_token")
+    term = None if case.term == "none" else al.PositionTerm(weight=case.alpha, per_token=case.term == "per_token")
     if case.part == "baselines":
         return replace(al.RECIPES[case.recipe], position_term=term)
     if case.part == "optimizers":
         return replace(BASE, position_term=term, optimizer=OPTIMIZERS[case.recipe])
     if case.part == "seams":
-        return replace(BASE, position_term=term, priors=Priors(seams=case.alpha))
+        return replace(BASE, position_term=term, priors=al.Priors(seams=case.alpha))
     return replace(BASE, position_term=term, distance=case.recipe)
 
 
@@ -170,22 +167,85 @@ def search(sizes: dict[str, int], case: Case) -> list[Row]:
 def measure(folder: Path, options: argparse.Namespace) -> None:
     todo, sizes = cases(), {"width": 64, "depth": 2}
     if options.quick:
-        short = {SHORT: 6, 2 * SHORT: 7, MEDIUM: 8, LONG: 9}
+        short = {SHORT: 3, MEDIUM: 4, LONG: 5}
         todo = [case._replace(evaluations=short[case.evaluations]) for case in todo if case[-2:] == (DIGITS[0], 0)]
-        sizes = {"width": 32, "depth": 1}
+        sizes = {"width": 16, "depth": 1}
     fill(
         folder / "fair_matching.csv", Row, todo, partial(search, sizes), key=Case._fields, settings=sizes,
         workers=options.workers,
     )  # fmt: skip
 
 
+# --- What is reported ---------------------------------------------------------------------------------------------
+
+
+def spread(values: pd.Series) -> str:
+    """The median, and the least and greatest where they differ."""
+    low, high = f"{values.min():.1f}", f"{values.max():.1f}"
+    return f"{values.median():.1f}" if low == high else f"{values.median():.1f} ({low} to {high})"
+
+
+def line(runs: pd.DataFrame) -> dict[str, Any]:
+    """Of the searches of one setting."""
+    return {
+        "dB": spread(runs.psnr), "in their places": spread(runs.psnr_rearranged),
+        "30 dB or more": f"{int((runs.psnr >= GOOD).sum())} of {len(runs)}",
+        "residual": f"{runs.residual.median():.0e}",
+    }  # fmt: skip
+
+
+def table(rows: pd.DataFrame, **names: str) -> str:
+    """A line for each setting; ``names`` are the columns that tell them apart, and their headings."""
+    shown = formatted(rows, alpha="g")
+    return markdown(grouped(shown, list(names), line).rename(columns=names))
+
+
+TABLES = {  # of each part: the columns that tell its settings apart, and their headings
+    "baselines": {"evaluations": "evaluations", "recipe": "recipe", "term": "position term"},
+    "distances": {"recipe": "distance", "alpha": "α"},
+    "optimizers": {"recipe": "optimizer", "evaluations": "evaluations"},
+    "whole": {"head": "read out", "recipe": "distance", "term": "term", "alpha": "α"},
+    "seams": {"alpha": "weight of the seams"},
+}
+
+
+def of(rows: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """The rows that have these values."""
+    for name, value in wanted.items():
+        rows = rows[rows[name] == value]
+    return rows
+
+
+def numbers(parts: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """The numbers that the page's sentences have."""
+    baselines, longest = parts["baselines"], parts["optimizers"].evaluations.max()
+    best = of(baselines, term="per_token").groupby("recipe").psnr.max()
+    late = {name: of(parts["optimizers"], recipe=name, evaluations=longest).psnr for name in OPTIMIZERS}
+    return {
+        "without_most": of(baselines, term="none").psnr.max() + 1,
+        "with_words": ", ".join(f"{name} {psnr:.0f} dB" for name, psnr in best.items()),
+        "signed_least": late["signed_adam"].min(), "lbfgs_least": late["lbfgs"].min(),
+        "adam_most": late["adam"].max() + 1,
+    }  # fmt: skip
+
+
 def describe(folder: Path, options: argparse.Namespace) -> Description:
-    raise NotImplementedError
+    path = folder / "fair_matching.csv"
+    rows = read(path, Row)
+    parts = dict(list(rows.groupby("part")))
+    budgets = sorted(set(parts["baselines"].evaluations))
+    tables = {f"{part}_table": table(parts[part], **names) for part, names in TABLES.items()}
+    seeds = of(parts["baselines"], evaluations=budgets[-1]).seed
+    fields = tables | origin(path)["settings"] | {
+        "short": SHORT, "medium": MEDIUM, "long": budgets[-1], "searches": len(rows), "made": made(path),
+        "long_seeds": ", ".join(map(str, sorted(set(seeds)))), "cpu_minutes": rows.cpu_seconds.sum() / 60,
+    }  # fmt: skip
+    return fields | numbers(parts), claims(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = study_parser("fair_matching", __doc__).parse_args(argv)
-    run_study("fair_matching", options, measure=measure)
+    run_study("fair_matching", options, measure=measure, describe=describe)
 
 
 if __name__ == "__main__":

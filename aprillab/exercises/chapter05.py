@@ -296,10 +296,8 @@ def check_dlg_step(
             private, trial = _random(1, 1, 4, 4, seed=60 + seed), _random(1, 1, 4, 4, seed=70 + seed)
             shared = _gradients(model, private, labels)
             answer = _step(function, model, private, labels, shared)
-            entropy, both = _entropy_slope(model, private, labels), "The derivative must be that of the distance; "
-            expect_close(answer[0], private, "The picture after a step from the private image, where the distance is 0,",
-                mistakes={both + "yours is that of the cross-entropy, which goes on to fall.": private - entropy,
-                          both + "yours is that of the cross-entropy, and uphill.": private + entropy})  # fmt: skip
+            at_rest = "The picture after a step from the private image, where the distance is 0,"
+            expect_close(answer[0], private, at_rest, mistakes=_steps_of_the_cross_entropy(model, private, labels))
             wanted = float(_matching_loss(model, trial, labels, shared))
             slope = _central_differences(model, trial, labels, shared)
             step = 0.1 / float(slope.norm())
@@ -352,10 +350,11 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]
     return [g.detach() for g in torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def _entropy_slope(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """∂l/∂x, of the client's loss and not of the distance."""
-    images = images.detach().requires_grad_()
-    return torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), images)[0]
+def _steps_of_the_cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The step of 1 along ∂l/∂x, of the client's loss and not of the distance."""
+    pixels, what = images.detach().requires_grad_(), "The derivative must be that of the distance; yours is that of"
+    slope = torch.autograd.grad(nn.functional.cross_entropy(model(pixels), labels), pixels)[0]
+    return {f"{what} the cross-entropy.": images - slope, f"{what} the cross-entropy, and uphill.": images + slope}
 
 
 def _matching_loss(model: nn.Module, images: Tensor, labels: Tensor, shared: Sequence[Tensor]) -> Tensor:
