@@ -130,21 +130,27 @@ class Adam:
     clamp : bool
         Put pixels back into [0, 1] before every evaluation. For unknowns that are pixels: not with
         ``row_space``.
+    beta2 : float, 0 ≤ β₂ < 1
+        How slowly Adam forgets squared slopes. At its usual 0.999 it remembers a thousand steps, and where the
+        slopes shrink by orders of magnitude on the way, its steps become too small (data/results/fair_matching.md).
 
     Raises
     ------
     ValueError
-        If the learning rate is not a positive number.
+        If the learning rate is not a positive number, or β₂ not in its range.
     """
 
     learning_rate: float = 0.1
     signed: bool = False
     schedule: bool = False
     clamp: bool = False
+    beta2: float = 0.999
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate={self.learning_rate} must be > 0")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2={self.beta2} must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
