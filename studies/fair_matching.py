@@ -106,6 +106,7 @@ def cases() -> list[Case]:
         *baselines(SHORT, one),
         *(Case("whole", *setting, SHORT, *place) for setting in swept for place in one),
         *(Case("seams", "seams", a, "none", heads[0], SHORT, *place) for a in SEAMS for place in one),
+        *(Case("whole", "balanced_l2", 0.0, "none", head, SHORT, *place) for head in heads for place in one),
         *baselines(LONG, one),
     ]
 
@@ -221,15 +222,37 @@ def of(rows: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
 
 def numbers(parts: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """The numbers that the page's sentences have."""
-    baselines, longest = parts["baselines"], parts["optimizers"].evaluations.max()
-    best = of(baselines, term="per_token").groupby("recipe").psnr.max()
-    late = {name: of(parts["optimizers"], recipe=name, evaluations=longest).psnr for name in OPTIMIZERS}
+    distances, whole, seams = parts["distances"], parts["whole"], parts["seams"]
+    optimizers = parts["optimizers"]
+    late = of(optimizers, evaluations=optimizers.evaluations.max()).groupby("recipe").psnr
+    found = {key: int((runs.psnr >= GOOD).sum()) for key, runs in distances.groupby(["recipe", "alpha"])}
+    mean = of(whole, head="mean")
     return {
-        "without_most": of(baselines, term="none").psnr.max() + 1,
-        "with_words": ", ".join(f"{name} {psnr:.0f} dB" for name, psnr in best.items()),
-        "signed_least": late["signed_adam"].min(), "lbfgs_least": late["lbfgs"].min(),
-        "adam_most": late["adam"].max() + 1,
+        "signed_least": late.min()["signed_adam"], "lbfgs_least": late.min()["lbfgs"],
+        "adam_most": late.max()["adam"] + 1, "forgetful_least": late.min()[FORGETFUL],
+        "l2_good": found["l2", SCALES["l2"]], "l2_unbalanced": found["l2", 1.0],
+        "relative_good": found["relative_l2", 1.0], "balanced_good": found["balanced_l2", 1.0],
+        "cosine_good": found["cosine", 1.0], "whole_class": of(whole, head="class token").psnr.max(),
+        "whole_mean": of(mean, term="whole", alpha=1.0).psnr.min(), "none_mean": of(mean, term="none").psnr.max(),
+        "tokens_mean": of(mean, term="per_token").psnr.min(), "seams_most": seams[seams.alpha > 0].psnr.max(),
+        "seams_without": of(seams, alpha=0.0).psnr.max(),
     }  # fmt: skip
+
+
+def claims(parts: dict[str, pd.DataFrame], found: dict[str, Any]) -> list[Claim]:
+    """What the page says of the numbers."""
+    balanced = [found[f"{name}_good"] for name in ("l2", "relative", "balanced", "cosine")]
+    adams = (found["adam_most"], found["lbfgs_least"], found["signed_least"], found["forgetful_least"])
+    means = (found["none_mean"], found["whole_mean"], found["tokens_mean"])
+    return [
+        Claim("Plain L2 with α = 1 finds none of six", found["l2_unbalanced"], found["l2_unbalanced"] == 0),
+        Claim("not what decides. Six searches", balanced, min(balanced) >= 5),
+        between("signed Adam has caught up", found["lbfgs_least"] - found["signed_least"], most=5),
+        Claim("more than either", adams, adams[0] < 35 and adams[3] > max(adams[:3])),
+        between("nothing at any of the weights", found["whole_class"], most=15),
+        Claim("works better", means, means[0] < 20 < 60 < means[1] < means[2]),
+        between("It moves nothing", found["seams_most"], most=found["seams_without"] + 1),
+    ]
 
 
 def describe(folder: Path, options: argparse.Namespace) -> Description:
@@ -243,7 +266,8 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         "short": SHORT, "medium": MEDIUM, "long": budgets[-1], "searches": len(rows), "made": made(path),
         "long_seeds": ", ".join(map(str, sorted(set(seeds)))), "cpu_minutes": rows.cpu_seconds.sum() / 60,
     }  # fmt: skip
-    return fields | numbers(parts), claims(parts)
+    found = numbers(parts)
+    return fields | found, claims(parts, found)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
