@@ -237,26 +237,7 @@ def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
 
     def check() -> str:
         what = "The position term"
-        t = _random(1, 4, 6, seed=30)
-        lengths = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)[None, :, None]
-        same = float(_scalar(function(t * lengths, t.clone()), what))
-        if abs(same) > 1e-9:
-            mine, theirs = (t * lengths)[0].norm(dim=-1), t[0].norm(dim=-1)
-            divided = {  # the dot product of a token is the product of both norms here
-                " You divide by the squared norms: take their roots, or .norm().": 1 / (mine * theirs),
-                " You divide by the roots of the norms: by the norms themselves.": (mine * theirs).sqrt(),
-                " The target's norm is missing below the line.": theirs,
-                " The gradient's own norm is missing below the line.": mine,
-                " Nothing is normalized: divide by both norms, token by token.": mine * theirs,
-            }
-            wrong = (words for words, cos in divided.items() if abs(same - float(1 - cos.mean())) < 1e-9)
-            tell = (
-                " That is the cosine itself; take 1 minus it." if abs(same - 1) < 1e-9
-                else " That is −cos; add 1." if abs(same + 1) < 1e-9
-                else words if (words := next(wrong, ""))
-                else " The tokens' lengths should not matter: normalize each token by itself, over its features."
-            )  # fmt: skip
-            stop(f"{what} of tokens that are parallel, each with a length of its own, is 0, not {same:.4g}.{tell}")
+        _of_parallel_tokens(function, what)
         found = []
         for k, (tokens, d) in enumerate(((3, 5), (5, 4), (17, 8))):
             g, t = _random(1, tokens, d, seed=40 + k), _random(1, tokens, d, seed=50 + k)
@@ -280,6 +261,30 @@ def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
         return "Right: every patch has one vote on where it stands, the quiet ones included."
 
     return run(check)
+
+
+def _of_parallel_tokens(function: Callable[[Tensor, Tensor], Tensor], what: str) -> None:
+    """Tokens that are parallel, each with a length of its own: 0, and what else comes out tells the mistake."""
+    t = _random(1, 4, 6, seed=30)
+    lengths = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)[None, :, None]
+    same = float(_scalar(function(t * lengths, t.clone()), what))
+    if abs(same) > 1e-9:
+        mine, theirs = (t * lengths)[0].norm(dim=-1), t[0].norm(dim=-1)
+        divided = {  # the dot product of a token is the product of both norms here
+            " You divide by the squared norms: take their roots, or .norm().": 1 / (mine * theirs),
+            " You divide by the roots of the norms: by the norms themselves.": (mine * theirs).sqrt(),
+            " The target's norm is missing below the line.": theirs,
+            " The gradient's own norm is missing below the line.": mine,
+            " Nothing is normalized: divide by both norms, token by token.": mine * theirs,
+        }
+        wrong = (words for words, cos in divided.items() if abs(same - float(1 - cos.mean())) < 1e-9)
+        tell = (
+            " That is the cosine itself; take 1 minus it." if abs(same - 1) < 1e-9
+            else " That is −cos; add 1." if abs(same + 1) < 1e-9
+            else words if (words := next(wrong, ""))
+            else " The tokens' lengths should not matter: normalize each token by itself, over its features."
+        )  # fmt: skip
+        stop(f"{what} of tokens that are parallel, each with a length of its own, is 0, not {same:.4g}.{tell}")
 
 
 def check_dlg_step(
