@@ -237,16 +237,7 @@ def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
 
     def check() -> str:
         what = "The position term"
-        t = _random(1, 4, 6, seed=30)
-        lengths = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)[None, :, None]
-        same = float(_scalar(function(t * lengths, t.clone()), what))
-        if abs(same) > 1e-9:
-            tell = (
-                " That is the cosine itself; take 1 minus it." if abs(same - 1) < 1e-9
-                else " That is −cos; add 1." if abs(same + 1) < 1e-9
-                else " The tokens' lengths should not matter: normalize each token by itself, over its features."
-            )  # fmt: skip
-            stop(f"{what} of tokens that are parallel, each with a length of its own, is 0, not {same:.4g}.{tell}")
+        _of_parallel_tokens(function, what)
         found = []
         for k, (tokens, d) in enumerate(((3, 5), (5, 4), (17, 8))):
             g, t = _random(1, tokens, d, seed=40 + k), _random(1, tokens, d, seed=50 + k)
@@ -272,6 +263,30 @@ def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
     return run(check)
 
 
+def _of_parallel_tokens(function: Callable[[Tensor, Tensor], Tensor], what: str) -> None:
+    """Tokens that are parallel, each with a length of its own: 0, and what else comes out tells the mistake."""
+    t = _random(1, 4, 6, seed=30)
+    lengths = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)[None, :, None]
+    same = float(_scalar(function(t * lengths, t.clone()), what))
+    if abs(same) > 1e-9:
+        mine, theirs = (t * lengths)[0].norm(dim=-1), t[0].norm(dim=-1)
+        divided = {  # the dot product of a token is the product of both norms here
+            " You divide by the squared norms: take their roots, or .norm().": 1 / (mine * theirs),
+            " You divide by the roots of the norms: by the norms themselves.": (mine * theirs).sqrt(),
+            " The target's norm is missing below the line.": theirs,
+            " The gradient's own norm is missing below the line.": mine,
+            " Nothing is normalized: divide by both norms, token by token.": mine * theirs,
+        }
+        wrong = (words for words, cos in divided.items() if abs(same - float(1 - cos.mean())) < 1e-9)
+        tell = (
+            " That is the cosine itself; take 1 minus it." if abs(same - 1) < 1e-9
+            else " That is −cos; add 1." if abs(same + 1) < 1e-9
+            else words if (words := next(wrong, ""))
+            else " The tokens' lengths should not matter: normalize each token by itself, over its features."
+        )  # fmt: skip
+        stop(f"{what} of tokens that are parallel, each with a length of its own, is 0, not {same:.4g}.{tell}")
+
+
 def check_dlg_step(
     function: Callable[[nn.Module, Tensor, Tensor, list[Tensor], float], tuple[Tensor, float]],
 ) -> Feedback:
@@ -286,7 +301,8 @@ def check_dlg_step(
             private, trial = _random(1, 1, 4, 4, seed=60 + seed), _random(1, 1, 4, 4, seed=70 + seed)
             shared = _gradients(model, private, labels)
             answer = _step(function, model, private, labels, shared)
-            expect_close(answer[0], private, "From the private image itself there is nowhere to go: its step")
+            at_rest = "The picture after a step from the private image, where the distance is 0,"
+            expect_close(answer[0], private, at_rest, mistakes=_steps_of_the_cross_entropy(model, private, labels))
             wanted = float(_matching_loss(model, trial, labels, shared))
             slope = _central_differences(model, trial, labels, shared)
             step = 0.1 / float(slope.norm())
@@ -337,6 +353,13 @@ def _step(
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
     loss = nn.functional.cross_entropy(model(images), labels)
     return [g.detach() for g in torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def _steps_of_the_cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The step of 1 along ∂l/∂x, of the client's loss and not of the distance."""
+    pixels, what = images.detach().requires_grad_(), "The derivative must be that of the distance; yours is that of"
+    slope = torch.autograd.grad(nn.functional.cross_entropy(model(pixels), labels), pixels)[0]
+    return {f"{what} the cross-entropy.": images - slope, f"{what} the cross-entropy, and uphill.": images + slope}
 
 
 def _matching_loss(model: nn.Module, images: Tensor, labels: Tensor, shared: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,9 @@ one (Lenstra, Lenstra, Lovász 1982; the FLINT library does it) the columns are 
 right angles. Babai (1986) then rounds one coordinate after the other, from the last to the first
 (7.12). Keeping the best few beginnings at each step, and not one (Schnorr and Euchner 1994;
 "K-best" in radio receivers; satellite positioning finds its whole numbers of wavelengths in the
-same way), comes out right far more often.
+same way), comes out right far more often. None of this is guaranteed to find the nearest vector in
+dimensions like a patch's: it does where that one is nearer than all others by far, and a replay of the
+client says whether it did.
 
 :func:`k_best` is that search for one point, as chapter 07 tells it;
 :meth:`ReducedLattice.nearest` is the same for many points at once.

@@ -4,7 +4,9 @@ Where the span attack leaves a few directions of a patch open, in a sinusoidal e
 the open set is a plane, and almost no point of it has whole levels everywhere. The private patch
 has. Lattice reduction finds it (lattice.py), often from the span alone. Where too much is open for
 that, gradient matching comes first and narrows the place down, and every patch that is settled is
-kept, which helps the search with the rest (rounds.py). Chapter 07.
+kept, which helps the search with the rest (rounds.py). Under 2-D sinusoids and in a batch the open set
+holds a lattice of whole pictures, so the count (7.10) does not apply; there the search and the ends of
+the levels decide, on photographs more often than on digits (data/results/effect.md). Chapter 07.
 
 We know of no publication that uses the pixels' own grid. Lattices have met gradients before: Li et
 al. (2024, arXiv 2409.14260) invert a batch through a fully connected layer as a hidden subset sum

@@ -124,6 +124,21 @@ def total_variation(images: Tensor) -> Tensor:
     return vertical + horizontal
 
 
+def patch_seams(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Mean square step across the seams of patches (height, width), in images (B, C, H, W).
+
+    After GradViT's prior on patches (Hatamizadeh et al., CVPR 2022), which sums norms of these steps: where
+    a picture goes on smoothly, patches in the wrong places show at their borders. 0 where there is no seam.
+
+    >>> patch_seams(torch.tensor([[[[0.0, 1.0, 3.0, 3.0]]]]), (1, 2))
+    tensor(4.)
+    """
+    height, width = patch_size
+    down = images[..., height::height, :] - images[..., height - 1 : -1 : height, :]
+    right = images[..., width::width] - images[..., width - 1 : -1 : width]
+    return sum((step.square().mean() for step in (down, right) if step.numel()), images.new_zeros(()))
+
+
 def image_norm(images: Tensor) -> Tensor:
     """Mean square of the model input, 0 for a picture of the preprocessing's mean."""
     return images.square().mean()

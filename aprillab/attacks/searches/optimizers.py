@@ -71,7 +71,7 @@ def _adam(search: Descent, variables: Variables, leaves: list[Tensor], settings:
     to_input, like = search.problem.preprocessing.to_input, leaves[0].detach()
     # Where pixels of 0 and 1 lie in model-input space, (C, 1, 1)
     dark, bright = (to_input(like.new_full((like.shape[-3], 1, 1), level)) for level in (0.0, 1.0))
-    optimizer = torch.optim.Adam(leaves, lr=learning_rate)
+    optimizer = torch.optim.Adam(leaves, lr=learning_rate, betas=(0.9, settings.beta2))
     milestones: list[int] = []
     if settings.schedule:
         # The step after evaluation e of n is a tenth from e/n ≥ 3/8 on, and so forth.

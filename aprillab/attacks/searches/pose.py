@@ -74,6 +74,7 @@ def pose(
         loss=loss,
         preprocessing=preprocessing or anatomy.preprocessing,
         coordinates=None if coordinates is None else coordinates.to(like),
+        patch_size=anatomy.tiling.patch_size if recipe.priors.seams else None,
         seed=seed,
     )
 

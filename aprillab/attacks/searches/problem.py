@@ -114,6 +114,8 @@ class Problem:
     preprocessing : Preprocessing
     coordinates : Coordinates or None
         Of the patches; None where the unknowns are the pixels.
+    patch_size : (height, width) or None
+        Of a ViT's patches; None where the prior on their seams is not asked for.
     seed : int
     """
 
@@ -130,6 +132,7 @@ class Problem:
     loss: Loss
     preprocessing: Preprocessing
     coordinates: Coordinates | None
+    patch_size: tuple[int, int] | None
     seed: int
 
     @property
@@ -249,6 +252,8 @@ class Problem:
             yield "image_norm", priors.image_norm, objectives.image_norm(flat)
         if priors.box:
             yield "box", priors.box, objectives.outside_box(flat, self.preprocessing)
+        if self.patch_size is not None:
+            yield "seams", priors.seams, objectives.patch_seams(flat, self.patch_size)
         if priors.group_consistency:
             yield "group_consistency", priors.group_consistency, objectives.group_spread(images)
 

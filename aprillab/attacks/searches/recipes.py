@@ -68,6 +68,8 @@ class Priors:
     ----------
     total_variation, image_norm, box : float ≥ 0
         Of :func:`total_variation`, :func:`image_norm` and :func:`outside_box` in objectives.py.
+    seams : float ≥ 0
+        Of :func:`patch_seams`: pictures go on smoothly from patch to patch. For a ViT.
     group_consistency : float ≥ 0
         If positive, all restarts run together and are drawn to their mean (:func:`group_spread`).
 
@@ -80,10 +82,11 @@ class Priors:
     total_variation: float = 0.0
     image_norm: float = 0.0
     box: float = 0.0
+    seams: float = 0.0
     group_consistency: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_weights(self, "total_variation", "image_norm", "box", "group_consistency")
+        _check_weights(self, "total_variation", "image_norm", "box", "seams", "group_consistency")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,21 +130,27 @@ class Adam:
     clamp : bool
         Put pixels back into [0, 1] before every evaluation. For unknowns that are pixels: not with
         ``row_space``.
+    beta2 : float, 0 ≤ β₂ < 1
+        How slowly Adam forgets squared slopes. At its usual 0.999 it remembers a thousand steps, and where the
+        slopes shrink by orders of magnitude on the way, its steps become too small (data/results/fair_matching.md).
 
     Raises
     ------
     ValueError
-        If the learning rate is not a positive number.
+        If the learning rate is not a positive number, or β₂ not in its range.
     """
 
     learning_rate: float = 0.1
     signed: bool = False
     schedule: bool = False
     clamp: bool = False
+    beta2: float = 0.999
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate={self.learning_rate} must be > 0")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2={self.beta2} must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)

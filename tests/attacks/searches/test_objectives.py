@@ -145,6 +145,18 @@ def test_priors_by_their_formulas() -> None:
     assert objectives.group_spread(group).item() == pytest.approx(1)
 
 
+def test_seams_by_their_formula() -> None:
+    """Patches of 2 × 3 in pictures of 4 × 6: one seam down, one across; and three seams where rows are left over."""
+    x = randn(2, 3, 4, 6, seed=5)
+    across = [float(x[b, c, 2, j] - x[b, c, 1, j]) ** 2 for b in range(2) for c in range(3) for j in range(6)]
+    along = [float(x[b, c, i, 3] - x[b, c, i, 2]) ** 2 for b in range(2) for c in range(3) for i in range(4)]
+    expected = sum(across) / len(across) + sum(along) / len(along)
+    assert objectives.patch_seams(x, (2, 3)).item() == pytest.approx(expected)
+    tall = torch.tensor([0.0, 1, 3, 3, 4, 4, 9]).reshape(1, 1, 7, 1)  # steps at 2, 4 and 6: 2, 1 and 5
+    assert objectives.patch_seams(tall, (2, 1)).item() == pytest.approx((4 + 1 + 25) / 3)
+    assert objectives.patch_seams(x, (4, 6)) == 0  # one patch has no seam
+
+
 @pytest.mark.parametrize("name", objectives.DISTANCES)
 def test_gradients_of_distances(name: str) -> None:
     inputs = tuple(g.clone().requires_grad_() for g in GRADIENTS)
@@ -155,6 +167,7 @@ def test_gradients_of_priors() -> None:
     x = randn(2, 1, 3, 3, seed=6).requires_grad_()
     for prior in (objectives.total_variation, objectives.image_norm, lambda v: objectives.outside_box(v, UNIT)):
         assert torch.autograd.gradcheck(prior, (x,))
+    assert torch.autograd.gradcheck(lambda v: objectives.patch_seams(v, (2, 1)), (x,))
     g, t = randn(1, 3, 4, seed=7).requires_grad_(), randn(1, 3, 4, seed=8)
     for per_token in (True, False):
         check = lambda v, per=per_token: objectives.position_cosine(v, t, per_token=per)  # noqa: E731

@@ -11,6 +11,7 @@ import torch
 from search_tools import SmallCNN, attacked, quietly, small_vit, victim
 from torch import nn
 
+from aprillab.anatomy import dissect
 from aprillab.attacks.result import AttackNotApplicable
 from aprillab.attacks.searches import objectives
 from aprillab.attacks.searches.pose import pose, undisturbed
@@ -34,11 +35,11 @@ def test_the_whole_loss_and_its_gradient() -> None:
             torch.testing.assert_close(a, b)
         return objectives.l2(gradients, targets)
 
-    weights = {"position": 0.7, "total_variation": 0.3, "image_norm": 0.2, "box": 5.0}
+    weights = {"position": 0.7, "total_variation": 0.3, "image_norm": 0.2, "box": 5.0, "seams": 0.4}
     recipe = Recipe(
         distance=distance,
         position_term=PositionTerm(weight=0.7),
-        priors=Priors(total_variation=0.3, image_norm=0.2, box=5.0),
+        priors=Priors(total_variation=0.3, image_norm=0.2, box=5.0, seams=0.4),
     )
     quietly(
         model, update, recipe=recipe, start=trial, max_evaluations=1, callback=lambda entry, _: seen.append(entry)
@@ -51,6 +52,7 @@ def test_the_whole_loss_and_its_gradient() -> None:
         "total_variation": objectives.total_variation(trial),
         "image_norm": objectives.image_norm(trial),
         "box": objectives.outside_box(trial, HALF),
+        "seams": objectives.patch_seams(trial, dissect(model).tiling.patch_size),
     }
     assert entry["terms"] == pytest.approx({key: value.item() for key, value in expected.items()})
     assert entry["loss"] == pytest.approx(

@@ -45,6 +45,8 @@ from aprillab.attacks.searches.recipes import (
         (lambda: LBFGS(learning_rate=0.0), "learning_rate=0.0 must be > 0"),
         (lambda: LBFGS(history_size=0), "history_size=0 must be at least 1"),
         (lambda: Adam(learning_rate=-1.0), "learning_rate=-1.0 must be > 0"),
+        (lambda: Adam(beta2=1.0), "beta2=1.0 must be at least 0 and less than 1"),
+        (lambda: Priors(seams=-0.1), "seams=-0.1 must be a number ≥ 0"),
         (lambda: recipe_of("aprill"), "recipe='aprill' is neither a Recipe nor one of dlg, idlg"),
     ],
 )

@@ -93,7 +93,7 @@ def test_the_slope_of_the_whole_loss_is_autograds(name: str) -> None:
     """Through coordinates, position term, priors and unknown labels, of restarts together."""
     model = small_vit(image_size=8, patch_size=4)
     _, update = attacked(model, size=8)
-    priors = Priors(total_variation=0.3, image_norm=0.2, box=5.0, group_consistency=0.4)
+    priors = Priors(total_variation=0.3, image_norm=0.2, box=5.0, seams=0.6, group_consistency=0.4)
     every = replace(RECIPES["april"], priors=priors, position_term=PositionTerm(weight=0.7, per_token=False))
     recipe: Recipe = replace(RECIPES.get(name, every), labels="optimize")
     problem = pose(
