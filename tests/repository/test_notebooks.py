@@ -68,7 +68,6 @@ def test_the_syllabus_counts_each_chapters_exercises_and_minutes() -> None:
         assert header is None or header.groups() == (to_read, minutes), name
 
 
-
 # --- The lint itself: what it is there to find, it finds --------------------------------------------------------
 
 
