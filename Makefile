@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CHAPTERS = $(if $(NOTEBOOKS), --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
-# pip compiles one file after the other, which takes as long as all else of an installation; this, one on each core.
+# pip compiles one file after the other; this, one on each core.
 # What does not compile (some packages bring templates) is left, as pip leaves it.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
