@@ -149,9 +149,6 @@ def app_of(owner: Owner, model: nn.Module) -> ClientApp:
     return ClientApp(client_fn=lambda _: Trains().to_client(), mods=[secaggplus_mod])
 
 
-# --- What is sent -------------------------------------------------------------------------------------------------
-
-
 # --- What a server makes of it ------------------------------------------------------------------------------------
 
 
