@@ -271,13 +271,15 @@ def _of_rounds(previous: nn.Module | Mapping[str, Tensor], model: nn.Module, hea
 
 def _of_images(model: nn.Module, anatomy: Anatomy, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Finding]]:
     """The norm of each image's gradient at the tokens, and whether one drowns the others."""
-    given, tokens = images.detach().clone().requires_grad_(), []
-    embedding = model.get_submodule(anatomy.patch_weight.rpartition(".")[0])
-    hook = embedding.register_forward_hook(lambda _, inputs, output: tokens.append(output))  # (B, …)
+    given, seen = images.detach().clone().requires_grad_(), [Tensor()]
+    owner, _, _ = anatomy.patch_weight.rpartition(".")  # "" where no module of its own holds it: then at the images
+    embedding = model.get_submodule(owner) if owner else nn.Identity()
+    hook = embedding.register_forward_hook(lambda _, inputs, output: seen.append(output))
     try:
         with evaluated(model), playable(model, anatomy), torch.enable_grad():
             losses = nn.functional.cross_entropy(logits_of(model, given), labels, reduction="none")
-            each, others = passed_by_image(tokens[-1] if tokens else given, losses)
+            tokens = seen[-1] if len(seen[-1]) == len(given) else given  # (B, …)
+            each, others = passed_by_image(tokens, losses)
     finally:
         hook.remove()
     if len(images) < 2:

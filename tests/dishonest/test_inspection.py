@@ -1,6 +1,7 @@
 """What a client sees of honest, fished and silenced models; and what it cannot see."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torchvision
 from torch import nn
 
 import aprillab as al
-from aprillab.dishonest import SuspiciousModel, class_fishing, silenced
+from aprillab.dishonest import SuspiciousModel, class_fishing, inspection, silenced
 from aprillab.dishonest.looks import lost_directions, passed_by_class, passed_by_image
 from aprillab.zoo import build_model
 
@@ -157,6 +158,27 @@ def test_a_dead_patch_embedding_does_not_hide_who_is_alone():
     update = al.client_update(model, images, labels)
     found = al.embedding_closed_form(model, update, preprocessing=al.HALF, verify=False)
     assert al.psnr(found.pixels[0], al.HALF.to_pixels(images)[3]) > 60
+
+
+def test_a_patch_embedding_that_is_no_module_is_looked_at_from_the_pixels():
+    class Bare(nn.Module):
+        """Its kernel is a parameter of its own, used in a function."""
+
+        def __init__(self):
+            super().__init__()
+            self.rest = vit()
+            self.rest.load_state_dict(class_fishing(self.rest, 3))
+            self.kernel = nn.Parameter(self.rest.patch_embedding.weight.detach().clone())
+
+        def forward(self, images):
+            return torch.func.functional_call(self.rest, {"patch_embedding.weight": self.kernel}, (images,))
+
+    model = Bare().eval()
+    anatomy = dataclasses.replace(al.dissect(model.rest), patch_weight="kernel")
+    images, labels = batch()
+    norms, (found,) = inspection._of_images(model, anatomy, images, labels)
+    assert found.score > 1e6
+    assert int(norms.argmax()) == 3
 
 
 def test_what_isolation_does_not_see_is_said():
