@@ -22,6 +22,12 @@ NOTEBOOKS = ROOT / "notebooks"
 
 PARTS = ("exercise-stub", "exercise-check", "exercise-hints", "exercise-solution")
 MAX_LINES, MAX_BYTES, MIN_EXERCISES = 30, 2_000_000, 4
+MAX_WIDTH = 100  # characters of a line of code, and of a printed one
+
+#: The task of an exercise, in a box; hints and solution, folded, each with a mark of its own.
+BOX = re.compile(r'### .+\n\n<div class="alert alert-info">\n\n.+\n\n</div>\s*', re.S)
+MARKS = {"exercise-hints": "◇ Hint", "exercise-solution": "◆ Solution"}
+FOLDED = "hide-input"
 
 
 def read(path: str | Path) -> NotebookNode:
@@ -138,6 +144,7 @@ def lint(path: Path) -> list[str]:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     wrong = [
         *_lint_outputs(code),
+        *_lint_page(notebook),
         *_lint_exercises(notebook, path),
         *_lint_links(notebook, path),
         *_lint_names(notebook, path),
@@ -176,6 +183,29 @@ def _lint_outputs(code: list[NotebookNode]) -> list[str]:
                 wrong.append(f"a bare picture, without alternative text: {start}")
             if re.search(r"(?:/home/|/root/|/tmp/|/Users/|[A-Z]:\\Users)", json.dumps(data) + output.get("text", "")):
                 wrong.append(f"a path of the author's machine: {start}")
+    return wrong
+
+
+def _lint_page(notebook: NotebookNode) -> list[str]:
+    """What does not look as it does in the other chapters: boxes, marks, folded cells, lines that are too long."""
+    wrong = []
+    for cell in notebook.cells:
+        start = repr(cell.source[:60])
+        printed = [output.text for output in cell.get("outputs", []) if output.output_type == "stream"]
+        if any(len(line) > MAX_WIDTH for text in printed for line in text.splitlines()):
+            wrong.append(f"a printed line of more than {MAX_WIDTH} characters: {start}")
+        if cell.cell_type == "code" and any(len(line) > MAX_WIDTH for line in cell.source.splitlines()):
+            wrong.append(f"a line of code of more than {MAX_WIDTH} characters: {start}")
+        if (FOLDED in tags(cell)) != cell.metadata.get("jupyter", {}).get("source_hidden", False):
+            wrong.append(f"{FOLDED} folds a cell in the book, jupyter.source_hidden in JupyterLab: both, or none: {start}")
+        if "setup" in tags(cell) and FOLDED not in tags(cell):
+            wrong.append(f"a set-up cell that is not folded: {start}")
+        if cell.source.startswith("### Exercise ") and not BOX.fullmatch(cell.source):
+            wrong.append(f"a task that is not in a box: {start}")
+        for tag, mark in MARKS.items():
+            summaries = re.findall(r"<summary>(.*?)</summary>", cell.source) if tag in tags(cell) else []
+            if not all(summary.startswith(mark) for summary in summaries):
+                wrong.append(f"{mark} is how a fold's summary begins: {start}")
     return wrong
 
 

@@ -17,6 +17,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TASK = '<div class="alert alert-info">\n\nThe task.\n\n</div>'
+FOLDED = {"jupyter": {"source_hidden": True}}
 PICTURE = '<figure><img alt="A cat, and the same cat again." src="data:image/png;base64,AAAA"></figure>'
 
 pytestmark = pytest.mark.skipif(not PATHS, reason="there is no notebook yet")
@@ -79,14 +81,16 @@ def sound(tmp_path: Path) -> Callable[..., Path]:
         (tmp_path / "bibliography.md").write_text("# Bibliography\n\n## april\n\nThe paper.\n")
         cells = [
             new_markdown_cell("# 00 · A chapter\n\n[paper](bibliography.md#april), [here](#00--a-chapter)"),
-            new_code_cell("import torch", metadata={"tags": ["setup"]}, execution_count=1),
+            new_code_cell("import torch", metadata=FOLDED | {"tags": ["setup", "hide-input"]}, execution_count=1),
             new_code_cell("show()", execution_count=2, outputs=[new_output("display_data", {"text/html": PICTURE})]),
-            new_markdown_cell("### Exercise 0.1 · one line · ★☆☆ · 5 minutes\n\nThe task."),
+            new_markdown_cell(f"### Exercise 0.1 · one line · ★☆☆ · 5 minutes\n\n{TASK}"),
             new_code_cell(
                 "def f(x):\n    raise NotImplementedError", execution_count=3, metadata={"tags": ["exercise-stub"]}
             ),
             new_code_cell("ex.check_f(f)", execution_count=4, metadata={"tags": ["exercise-check"]}),
-            new_markdown_cell("A hint.", metadata={"tags": ["exercise-hints"]}),
+            new_markdown_cell(
+                "<details><summary>◇ Hint</summary>\n\nOne.\n\n</details>", metadata={"tags": ["exercise-hints"]}
+            ),
             new_markdown_cell(
                 "```python\ndef f(x):\n    return 2 * x\n```", metadata={"tags": ["exercise-solution"]}
             ),
@@ -129,7 +133,13 @@ def output(kind: str, data: object, **more: object) -> Callable[[NotebookNode], 
         (lambda nb: nb.cells.pop(6), "do not follow each other"),
         (lambda nb: nb.cells.insert(4, nb.cells.pop(7)), "do not follow each other"),
         (lambda nb: nb.cells[4].update(source="def f(x):\n    return 2 * x"), "raises nothing"),
-        (lambda nb: nb.cells[3].update(source="### Exercise 0.2 · one line · ★☆☆ · 5 minutes"), "header"),
+        (lambda nb: nb.cells[3].update(source=f"### Exercise 0.2 · one line · ★☆☆ · 5 minutes\n\n{TASK}"), "header"),
+        (lambda nb: nb.cells[3].update(source="### Exercise 0.1 · one · ★☆☆ · 5 minutes\n\nA task."), "not in a box"),
+        (lambda nb: nb.cells[6].update(source="<details><summary>Hint</summary>\n\nOne.\n\n</details>"), "◇ Hint"),
+        (lambda nb: nb.cells[1].update(metadata={"tags": ["setup"]}), "not folded"),
+        (lambda nb: nb.cells[2].update(metadata=FOLDED), "both, or none"),
+        (lambda nb: nb.cells[2].update(source="x = 1  # " + "x" * 92), "line of code"),
+        (output("stream", None, name="stdout", text="x" * 101), "printed line"),
         (lambda nb: nb.cells[3].update(source="### Exercise 0.1 · one line · 5 minutes"), "header"),
         (lambda nb: nb.cells[3].update(source="The task."), "0 headers for 1"),
         (append("[next](01_next.ipynb)"), "does not exist"),
@@ -213,7 +223,7 @@ def test_the_course_is_full_of_formulas() -> None:
 
 
 def test_the_lint_counts_exercises(sound: Callable[..., Path]) -> None:
-    path = sound(lambda nb: nb.cells[3].update(source="### Exercise 1.1 · one line · ★☆☆ · 5 minutes"))
+    path = sound(lambda nb: nb.cells[3].update(source=f"### Exercise 1.1 · one line · ★☆☆ · 5 minutes\n\n{TASK}"))
     chapter = path.rename(path.with_name("01_chapter.ipynb"))
     assert tools.lint(chapter) == ["1 exercises, fewer than 4"]
 
@@ -270,7 +280,9 @@ def test_hints_can_go_too_and_the_original_stays(student_tool: ModuleType, sound
     notebook = tools.read(sound())
     before = nbformat.writes(notebook)
     student = student_tool.student_version(notebook, hints=False)
-    assert [tag for cell in student.cells for tag in tools.tags(cell)] == ["setup", "exercise-stub", "exercise-check"]
+    assert [tag for cell in student.cells for tag in tools.tags(cell)] == [
+        *("setup", "hide-input", "exercise-stub", "exercise-check"),
+    ]
     assert nbformat.writes(notebook) == before
 
 
