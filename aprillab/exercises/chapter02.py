@@ -162,8 +162,8 @@ def check_survives(function: Callable[[str], bool]) -> Feedback:
             if answer != holds:
                 wrong.append(change)
         if wrong:
-            right = len(CHANGES) - len(wrong)
-            stop(f"{right} of {len(CHANGES)} are right. Think again of {wrong[0]!r}. {_WHY[wrong[0]]}")
+            count = len(CHANGES) - len(wrong)
+            stop(f"{count} of {len(CHANGES)} are right. Think again of {wrong[0]!r}. {_WHY[wrong[0]]}")
         return "Right, all ten: what comes after q, k and v never matters; what goes round the projections does."
 
     return run(body)
