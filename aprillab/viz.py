@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
 
 #: Okabe and Ito's palette, told apart with any kind of colour vision.
@@ -150,6 +151,38 @@ def before_after(
     draw(axes[0, 1], reconstruction, title)
     draw(axes[0, 2], difference, f"difference × {scale:g}")
     return fig
+
+
+def flow(ax: Axes, boxes: Mapping[str, tuple[float, float, float, str]], arrows: Sequence[tuple[str, str]]) -> None:
+    """Draw boxes with their texts, and arrows from the right edge of one to the left edge of another.
+
+    Parameters
+    ----------
+    ax : Axes; its limits are set around the boxes
+    boxes : text to (x, y, width, colour), the centre and the width
+    arrows : pairs of texts
+
+    Examples
+    --------
+    >>> from aprillab import viz
+    >>> fig, axes = viz.figure()
+    >>> viz.flow(axes[0, 0], {"client": (0, 0, 1, "white"), "server": (2, 0, 1, "white")}, [("client", "server")])
+    >>> [text.get_text() for text in axes[0, 0].texts if text.get_text()]
+    ['client', 'server']
+    """
+    for text, (x, y, width, colour) in boxes.items():
+        corner = (x - width / 2, y - 0.2)
+        ax.add_patch(FancyBboxPatch(corner, width, 0.4, fc=colour, ec="black", boxstyle="round,pad=0.03"))
+        ax.text(x, y, text, ha="center", va="center")
+    left, right = ({text: (x + side * (w / 2 + 0.04), y) for text, (x, y, w, _) in boxes.items()} for side in (-1, 1))
+    style = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0}
+    for start, end in arrows:
+        ax.annotate("", left[end], right[start], arrowprops=style)
+    ends = np.array([*left.values(), *right.values()])
+    ax.set(
+        xlim=(ends[:, 0].min() - 0.1, ends[:, 0].max() + 0.1), ylim=(ends[:, 1].min() - 0.4, ends[:, 1].max() + 0.4)
+    )
+    ax.axis("off")
 
 
 def to_png(fig: Figure, dpi: int = 100) -> bytes:

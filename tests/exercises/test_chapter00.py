@@ -5,15 +5,15 @@ from exercise_tests import exercise_tests
 from aprillab.exercises import chapter00
 
 MUTANTS = [
-    ("check_psnr", "-10 *", "10 *", "wrong sign"),
-    ("check_psnr", "-10 *", "-20 *", "twice too large"),
-    ("check_psnr", "-10 *", "-1 *", "factor is 10"),
-    ("check_psnr", "torch.log10", "torch.log", "natural logarithm"),
-    ("check_psnr", ".square().mean()", ".square().sum()", "sum of the squares"),
-    ("check_psnr", ".square().mean()", ".abs().mean()", "mean absolute error"),
-    ("check_psnr", "-10 * torch.log10(mean_square).item()", "mean_square.item()", "not yet its logarithm"),
-    ("check_psnr", "-10 * torch.log10(mean_square).item()", "(reconstruction - original) ** 2", "mean missing"),
-]  # fmt: skip
-RIGHT = [("check_psnr", "return 20 * torch.log10(1 / (reconstruction - original).square().mean().sqrt())")]
+    ("check_grey_levels", "255 * ", "", "full range, from 0 to 1"),
+    ("check_grey_levels", "/ 20", "/ 10", "not yet its root"),
+    ("check_grey_levels", "255 * 10 ** (-decibels / 20)", "10 ** (-decibels / 10)", "full range, not yet its root"),
+    ("check_grey_levels", "255 * 10 ** (-decibels / 20)", "255**2 * 10 ** (-decibels / 10)", "squared grey levels"),
+    ("check_grey_levels", "255", "256", "level 255"),
+    ("check_grey_levels", "-decibels", "decibels", "wrong sign"),
+    ("check_grey_levels", "10 **", "2.718281828459045 **", "powers of ten"),
+    ("check_grey_levels", "return", "decibels =", "a return at the end"),
+]
+RIGHT = [("check_grey_levels", "return torch.tensor(65025 * 10 ** (-decibels / 10), dtype=torch.float64).sqrt()")]
 
 TestExercises = exercise_tests(chapter00, MUTANTS, RIGHT)

@@ -59,7 +59,6 @@ LONG_FUNCTIONS = {
     "attacks/closed_forms/weighted_patches.py:weighted_closed_form": "check, solve and report, with a number each",
     "attacks/closed_forms/span.py:solve_rounds": "the chapter's steps in a row, a letter each",
     "exercises/chapter02.py:check_sticks_out": _LISTED,
-    "exercises/chapter02.py:check_token_gradient.body": _FORMULAS,
     "exercises/chapter02.py:check_sticks_out.body": _FORMULAS,
     "exercises/chapter03.py:check_choose_damping": _LISTED,
     "exercises/chapter03.py:check_patches_from.body": _FORMULAS,
