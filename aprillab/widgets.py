@@ -88,7 +88,7 @@ def federated_round(pictures: Sequence[Tensor] = (), seen: Sequence[Tensor] = ()
         if k < len(pictures):
             inset = ax.inset_axes((8.35, bottom + 0.15, 1.3, 1.3), transform=ax.transData)
             viz.draw(inset, pictures[k])
-    if seen:
+    if len(seen):
         ax.text(1.9, 1.12, "what it makes of the gradients", ha="center", fontsize=9.5)
     for k, picture in enumerate(seen):
         viz.draw(ax.inset_axes((0.2 + 1.2 * k, 0.05, 1.0, 1.0), transform=ax.transData), picture)
@@ -125,7 +125,7 @@ def rank_one(delta: Tensor, x: Tensor) -> Figure:
         ax.spines[:].set_visible(False)
         if part is not None:
             span = float(part.abs().max())
-            ax.imshow(part, cmap="RdBu", vmin=-span, vmax=span, aspect="auto", interpolation="nearest")
+            ax.imshow(part.numpy(), cmap="RdBu", vmin=-span, vmax=span, aspect="auto", interpolation="nearest")
             ax.set_title(name)
             for (j, i), value in np.ndenumerate(part.numpy()) if written else ():
                 ax.text(
