@@ -15,6 +15,9 @@ LABEL_BODY = (
 UNMIX_RETURN = "torch.stack(images) if images else ratios[:0]"
 RATIO = "weight_gradient[j] / bias_gradient[j]"
 WEIGHT_BODY = "return int(r.argmin()) if (r < 0).sum() == 1 else int(r.argmax())"
+NORMS = """if len(weight_gradient) > 2:
+        return int(weight_gradient.norm(dim=1).argmax())
+    return int(weight_gradient.sum(1).argmin()) if after_relu else None"""
 LENGTH = "u * (a[on] @ Wu) / (Wu @ Wu)"
 
 MUTANTS = [
@@ -125,8 +128,7 @@ MUTANTS = [
 ]  # fmt: skip
 #: Other right ways: the check, and the body of a function.
 RIGHT = [
-    ("check_label_from_weight", "if len(weight_gradient) > 2:\n"
-     "        return int(weight_gradient.norm(dim=1).argmax())\n    return int(weight_gradient.sum(1).argmin()) if after_relu else None"),
+    ("check_label_from_weight", NORMS),
     ("check_label_from_bias", "if (bias_gradient < 0).sum() == 1:\n        return bias_gradient.argmin()"),
     ("check_count_images", "return int(torch.linalg.matrix_rank(weight_gradient))"),
     ("check_invert_noisy", "return torch.linalg.lstsq(bias_gradient[:, None], weight_gradient).solution[0]"),
