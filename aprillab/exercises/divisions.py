@@ -143,7 +143,7 @@ def check_what_comes_out(function: Callable[[], dict[str, str]]) -> Feedback:
             right, first = len(_WHY) - len(wrong), wrong[0]
             stop(
                 f"{right} of 8 right. {first}: you say {answer[first]}, and autograd's numbers give "
-                f"{found[first]}. {_WHY[first].capitalize()}."
+                f"{found[first]}. {_WHY[first][0].upper()}{_WHY[first][1:]}."
             )
         return "Right, all eight: what keeps every row a multiple of one x keeps the picture."
 
