@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .divisions import check_what_comes_out as check_what_comes_out
-from .feedback import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_numbers, expect_tensor, run, stop
 from .labels import check_label_from_bias as check_label_from_bias
 from .labels import check_label_from_weight as check_label_from_weight
 
@@ -39,16 +39,6 @@ BY_HAND = {"W": [[1, 0, -1], [2, 1, 0]], "b": [0, 1], "x": [2, -1, 3], "t": [-3,
 ANOTHER = {"weight": [[0, 0, 0], [-3, 0, 6]], "bias": [0, -3]}
 
 
-def _numbers(answer: Any, shape: tuple[int, ...], what: str) -> Tensor:
-    """What was written by hand, lists or tensors, as a float64 tensor of this shape."""
-    try:
-        numbers = torch.as_tensor(answer, dtype=FLOAT64)
-    except (TypeError, ValueError, RuntimeError):
-        got = "nothing (None)" if answer is None else f"a {type(answer).__name__} that is no list of numbers"
-        stop(f"{what} should be numbers of shape {shape}; you returned {got}.")
-    return expect_tensor(numbers, shape, what)
-
-
 def check_by_hand(function: Callable[[], tuple[Any, Any, Any]]) -> Feedback:
     """Exercise 1.1: ``function()`` gives δ (2), ∂l/∂W (2, 3) of the layer ``BY_HAND``, and the other
     client's x (3).
@@ -69,19 +59,21 @@ def check_by_hand(function: Callable[[], tuple[Any, Any, Any]]) -> Feedback:
             "The bias b is missing in y.": y - b.detach() - t,
             "That is twice it: the ½ in front of the square takes the 2 away.": 2 * delta,
         }
-        expect_close(_numbers(answer[0], (2,), "δ"), delta, "δ", mistakes=mistakes)
+        expect_close(expect_numbers(answer[0], (2,), "δ"), delta, "δ", mistakes=mistakes)
         mistakes = {
             "W_ji meets x_i alone: each row of it is a multiple of x, and not of W.": delta[:, None] * W,
             "Row j is δ_j times x; every row here is x itself.": x.expand(2, 3),
         }
-        expect_close(_numbers(answer[1], (2, 3), "∂l/∂W"), by_weight, "∂l/∂W", mistakes=mistakes)
+        expect_close(expect_numbers(answer[1], (2, 3), "∂l/∂W"), by_weight, "∂l/∂W", mistakes=mistakes)
         weight, bias = (torch.tensor(ANOTHER[name], dtype=FLOAT64) for name in ("weight", "bias"))
         mistakes = {
             "That is the row; each of its numbers is δ_2 times one of x.": weight[1],
             "That is the row times its bias entry, where a division is asked.": weight[1] * bias[1],
             "That is the x of the first client; another sent this update.": x,
         }
-        expect_close(_numbers(answer[2], (3,), "The other x"), weight[1] / bias[1], "The other x", mistakes=mistakes)
+        expect_close(
+            expect_numbers(answer[2], (3,), "The other x"), weight[1] / bias[1], "The other x", mistakes=mistakes
+        )
         return "Right: δ and ∂l/∂W as autograd has them, and a picture of three pixels from an update of six numbers."
 
     return run(body)

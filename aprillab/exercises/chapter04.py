@@ -17,7 +17,7 @@ from ..attacks.result import AttackNotApplicable
 from ..models import VisionTransformer, unpatchify
 from ..preprocessing import HALF
 from ..update import ClientUpdate, client_update
-from .feedback import Feedback, expect_close, expect_tensor, expect_whole, run, stop
+from .feedback import Feedback, expect_close, expect_numbers, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 
@@ -28,16 +28,6 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 #: Exercise 4.1: two tokens' gradients, two patches of three pixels, and what another picture gave.
 BY_HAND = {"G": [[1, 2], [3, 5]], "X": [[1, 0, 2], [0, -1, 1]], "other": [[-1, 1, 2], [-1, 2, 3]]}
-
-
-def _numbers(answer: Any, shape: tuple[int, ...], what: str) -> Tensor:
-    """What was written by hand, lists or tensors, as a float64 tensor of this shape."""
-    try:
-        numbers = torch.as_tensor(answer, dtype=F64)
-    except (TypeError, ValueError, RuntimeError):
-        got = "nothing (None)" if answer is None else f"a {type(answer).__name__} that is no table of numbers"
-        stop(f"{what} should be numbers of shape {shape}; you returned {got}.")
-    return expect_tensor(numbers, shape, what)
 
 
 def check_by_hand(function: Callable[[], tuple[Any, Any]]) -> Feedback:
@@ -60,7 +50,7 @@ def check_by_hand(function: Callable[[], tuple[Any, Any]]) -> Feedback:
             "It is the mean over the patches; a matrix that is used twice collects the sum.": wanted / 2,
             "You multiplied rows of G by columns of X: of g_1 x_1ᵀ, the first row is g_11 times x_1.": G @ X,
         }
-        expect_close(_numbers(answer[0], (2, 3), "∂l/∂W_e"), wanted, "∂l/∂W_e", mistakes=mistakes)
+        expect_close(expect_numbers(answer[0], (2, 3), "∂l/∂W_e"), wanted, "∂l/∂W_e", mistakes=mistakes)
         patches = torch.linalg.solve(G.T, other)
         mistakes = {
             "The two patches have changed places.": patches.flip(0),
@@ -70,7 +60,7 @@ def check_by_hand(function: Callable[[], tuple[Any, Any]]) -> Feedback:
             "That is the first picture; another one gave this gradient.": X,
             "That divides each row by one number, as with one input; two patches are mixed in it.": other / G[:, :1],
         }
-        expect_close(_numbers(answer[1], (2, 3), "The other X"), patches, "The other X", mistakes=mistakes)
+        expect_close(expect_numbers(answer[1], (2, 3), "The other X"), patches, "The other X", mistakes=mistakes)
         return "Right: two equations for each of the three pixels, and what mixes them is in the update."
 
     return run(check)
