@@ -74,7 +74,7 @@ def check_by_hand(function: Callable[[], tuple[Any, Any, Any]]) -> Feedback:
         expect_close(
             expect_numbers(answer[2], (3,), "The other x"), weight[1] / bias[1], "The other x", mistakes=mistakes
         )
-        return "Right: δ and ∂l/∂W as autograd has them, and a picture of three pixels from an update of six numbers."
+        return "Right: δ and ∂l/∂W as autograd has them, and a picture of three pixels from another client's update."
 
     return run(body)
 
