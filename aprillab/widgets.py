@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -95,12 +96,13 @@ def with_still(box: Any, still: Callable[[], dict[str, str]]) -> Any:
 # --- Chapter 01 -----------------------------------------------------------------------------------------------
 
 
-def federated_round(pictures: Sequence[Tensor] = ()) -> Figure:
+def federated_round(pictures: Sequence[Tensor] = (), seen: Sequence[Tensor] = ()) -> Figure:
     """One round of FedSGD as a drawing: weights go out, gradients come back, photographs stay.
 
     Parameters
     ----------
     pictures : up to three private pictures (C, H, W) with pixels in [0, 1], drawn inside the clients
+    seen : what the server made of the gradients, up to three pictures, drawn below it
 
     Examples
     --------
@@ -133,8 +135,54 @@ def federated_round(pictures: Sequence[Tensor] = ()) -> Figure:
         if k < len(pictures):
             inset = ax.inset_axes((8.35, bottom + 0.15, 1.3, 1.3), transform=ax.transData)
             viz.draw(inset, pictures[k])
+    if len(seen):
+        ax.text(1.9, 1.12, "what it makes of the gradients", ha="center", fontsize=9.5)
+    for k, picture in enumerate(seen):
+        viz.draw(ax.inset_axes((0.2 + 1.2 * k, 0.05, 1.0, 1.0), transform=ax.transData), picture)
     ax.text(5.1, 5.05, r"1   weights $\theta$", color=blue, fontsize=11, ha="center")
     ax.text(5.1, 0.75, r"2   gradient $g_k$", color=orange, fontsize=11, ha="center")
+    return fig
+
+
+def rank_one(delta: Tensor, x: Tensor) -> Figure:
+    """The gradient δ xᵀ of a linear layer as a colour map, with δ beside it and x above it.
+
+    Red is below zero and blue above, each part on a scale of its own; small ones carry their numbers.
+
+    Parameters
+    ----------
+    delta : Tensor of shape (m,), ∂l/∂y of the layer's outputs, which is ∂l/∂b
+    x : Tensor of shape (k,), the layer's input
+
+    Examples
+    --------
+    >>> import torch
+    >>> fig = rank_one(torch.tensor([2.0, -1.0]), torch.tensor([2.0, -1.0, 3.0]))
+    >>> fig.axes[3].images[0].get_array().tolist()
+    [[4.0, -2.0, 6.0], [-2.0, 1.0, -3.0]]
+    """
+    delta, x = delta.detach().double().cpu(), x.detach().double().cpu()
+    parts = {"": None, "x": x[None], "δ = ∂l/∂b": delta[:, None], "∂l/∂W = δ xᵀ": torch.outer(delta, x)}
+    fig, axes = viz.figure(2, 2, size=(6.6, 3.4))
+    grid, written = axes[0, 0].get_gridspec(), len(delta) * len(x) <= 24
+    grid.set_width_ratios([1, max(3, min(len(x), 12))])
+    grid.set_height_ratios([1, max(2, min(len(delta), 6))])
+    for ax, (name, part) in zip(axes.flat, parts.items(), strict=True):
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        if part is not None:
+            span = float(part.abs().max())
+            ax.imshow(part.numpy(), cmap="RdBu", vmin=-span, vmax=span, aspect="auto", interpolation="nearest")
+            ax.set_title(name)
+            for (j, i), value in np.ndenumerate(part.numpy()) if written else ():
+                ax.text(
+                    i,
+                    j,
+                    f"{value:g}",
+                    ha="center",
+                    va="center",
+                    color="white" if abs(value) > 0.6 * span else "black",
+                )
     return fig
 
 
@@ -160,6 +208,46 @@ def mixture_weights(image: Tensor, pictures: Tensor) -> Tensor:
     """
     columns = pictures.double().flatten(1).T
     return torch.linalg.lstsq(columns, image.double().flatten()[:, None]).solution[:, 0]
+
+
+def batch_strip(
+    pictures: Tensor,
+    gradients: Mapping[int, tuple[Tensor, Tensor]],
+    names: Sequence[str],
+    *,
+    preprocessing: Preprocessing = HALF,
+) -> Figure:
+    """What the loudest unit says about batches of growing size: the pictures, the mixtures, their
+    shares.
+
+    Parameters
+    ----------
+    pictures : Tensor of shape (B_max, C, H, W), pixels in [0, 1]
+    gradients : batch size to (∂l/∂W, ∂l/∂b), as for :func:`linear_batch`
+    names : of the pictures
+    preprocessing : of the layer's input
+    """
+    fig, axes = viz.figure(3, len(gradients), size=(2.1 * len(gradients) + 0.6, 6.2))
+    axes[0, 0].get_gridspec().set_height_ratios([3, 3, 1.6])
+    colours = [viz.COLOURS[name] for name in ("blue", "orange", "green", "red")]
+    for column, (size, (weight, bias)) in enumerate(gradients.items()):
+        unit = int(bias.abs().argmax())
+        mixture = preprocessing.to_pixels((weight[unit] / bias[unit]).reshape(pictures.shape[1:]), clamp=False)
+        shares = mixture_weights(mixture, pictures[:size]).tolist()
+        viz.draw(axes[0, column], pictures[column], f"{column + 1}: {names[column]}")
+        viz.draw(axes[1, column], mixture, f"batch of {size}")
+        ax = axes[2, column]
+        ax.bar(range(1, size + 1), shares, color=colours[:size], width=0.6)
+        for b, share in enumerate(shares, start=1):
+            label = f"{round(share, 2) + 0.0:.2f}"
+            ax.annotate(label, (b, max(share, 0)), textcoords="offset points", xytext=(0, 2), ha="center", fontsize=9)
+        ax.set(xlim=(0.4, len(pictures) + 0.6), ylim=(min(0, *shares, 0) - 0.05, 1.3), yticks=[])
+        ax.set_xticks(range(1, len(pictures) + 1))
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.axhline(0, color="0.4", linewidth=0.8)
+    for row, label in enumerate(("private", "loudest unit", "shares")):
+        axes[row, 0].set_ylabel(label)
+    return fig
 
 
 def linear_batch(

@@ -1,4 +1,4 @@
-"""Checks for chapter 01, what a gradient reveals."""
+"""Checks for chapter 01, what a gradient reveals; 1.5 and 1.6 are in labels.py, 1.7 in divisions.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .feedback import Feedback, expect_close, expect_tensor, run, stop
+from .divisions import check_what_comes_out as check_what_comes_out
+from .feedback import Feedback, expect_close, expect_numbers, expect_tensor, run, stop
+from .labels import check_label_from_bias as check_label_from_bias
+from .labels import check_label_from_weight as check_label_from_weight
 
 FLOAT64 = torch.float64
 
@@ -31,49 +34,47 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
 
 
-def _residual(classes: int, label: int, generator: torch.Generator) -> Tensor:
-    """softmax(logits) − onehot(label) for random logits, (classes,)."""
-    r = torch.softmax(2 * _randn(classes, generator=generator), 0)
-    r[label] -= 1
-    return r
+#: Exercise 1.1's layer, its loss ½‖y − t‖², and what another client sent of it.
+BY_HAND = {"W": [[1, 0, -1], [2, 1, 0]], "b": [0, 1], "x": [2, -1, 3], "t": [-3, 5]}
+ANOTHER = {"weight": [[0, 0, 0], [-3, 0, 6]], "bias": [0, -3]}
 
 
-def check_outer_product(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Feedback:
-    """Exercise 1.1: ``function(delta, x)`` gives ∂l/∂W (m, k) and ∂l/∂b (m,) from delta (B, m) and
-    x (B, k).
+def check_by_hand(function: Callable[[], tuple[Any, Any, Any]]) -> Feedback:
+    """Exercise 1.1: ``function()`` gives δ (2), ∂l/∂W (2, 3) of the layer ``BY_HAND``, and the other
+    client's x (3).
     """
 
-    def compare(delta: Tensor, x: Tensor) -> None:
-        answer = function(delta, x)
-        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-            stop(f"Return two tensors, ∂l/∂W and ∂l/∂b; you returned a {type(answer).__name__}.")
-        (batch, m), k = delta.shape, x.shape[1]
-        # The reference is autograd on l = Σ δ·(Wx + b), whose gradient at the output is δ.
-        weight = torch.zeros(m, k, dtype=FLOAT64, requires_grad=True)
-        bias = torch.zeros(m, dtype=FLOAT64, requires_grad=True)
-        loss = (delta * (x @ weight.T + bias)).sum()
-        by_weight, by_bias = torch.autograd.grad(loss, (weight, bias))
-        mean = "Divided by the batch size once too often: the mean over the batch is already in δ."
-        expect_close(
-            expect_tensor(answer[0], (m, k), "∂l/∂W"),
-            by_weight,
-            "∂l/∂W",
-            mistakes={mean: by_weight / batch, "Only the first image is in it.": torch.outer(delta[0], x[0])},
-        )
-        expect_close(
-            expect_tensor(answer[1], (m,), "∂l/∂b"),
-            by_bias,
-            "∂l/∂b",
-            mistakes={mean: by_bias / batch, "Only the first image is in it.": delta[0]},
-        )
-
     def body() -> str:
-        compare(torch.zeros(2, 3, dtype=FLOAT64), torch.ones(2, 4, dtype=FLOAT64))
-        compare(torch.eye(3, dtype=FLOAT64), torch.arange(12, dtype=FLOAT64).reshape(3, 4))
-        generator = torch.Generator().manual_seed(0)
-        for batch, m, k in ((1, 5, 7), (4, 5, 7), (3, 6, 2)):
-            compare(_randn(batch, m, generator=generator), _randn(batch, k, generator=generator))
-        return "Right: one outer product for each image, summed. Autograd agrees."
+        W, b, x, t = (torch.tensor(BY_HAND[name], dtype=FLOAT64) for name in ("W", "b", "x", "t"))
+        for parameter in (W, b):
+            parameter.requires_grad_()
+        y = W @ x + b
+        by_weight, delta = torch.autograd.grad((y - t).square().sum() / 2, (W, b))
+        y, W = y.detach(), W.detach()
+        answer = function()
+        if not isinstance(answer, (tuple, list)) or len(answer) != 3:
+            stop(f"Return three things, δ, ∂l/∂W and the other x; you returned a {type(answer).__name__}.")
+        mistakes = {
+            "That is y itself; the loss is ½‖y − t‖², so y − t is asked.": y,
+            "The bias b is missing in y.": y - b.detach() - t,
+            "That is twice it: the ½ in front of the square takes the 2 away.": 2 * delta,
+        }
+        expect_close(expect_numbers(answer[0], (2,), "δ"), delta, "δ", mistakes=mistakes)
+        mistakes = {
+            "W_ji meets x_i alone: each row of it is a multiple of x, and not of W.": delta[:, None] * W,
+            "Row j is δ_j times x; every row here is x itself.": x.expand(2, 3),
+        }
+        expect_close(expect_numbers(answer[1], (2, 3), "∂l/∂W"), by_weight, "∂l/∂W", mistakes=mistakes)
+        weight, bias = (torch.tensor(ANOTHER[name], dtype=FLOAT64) for name in ("weight", "bias"))
+        mistakes = {
+            "That is the row; each of its numbers is δ_2 times one of x.": weight[1],
+            "That is the row times its bias entry, where a division is asked.": weight[1] * bias[1],
+            "That is the x of the first client; another sent this update.": x,
+        }
+        expect_close(
+            expect_numbers(answer[2], (3,), "The other x"), weight[1] / bias[1], "The other x", mistakes=mistakes
+        )
+        return "Right: δ and ∂l/∂W as autograd has them, and a picture of three pixels from another client's update."
 
     return run(body)
 
@@ -212,141 +213,14 @@ def check_count_images(function: Callable[[Tensor], int]) -> Feedback:
     return run(body)
 
 
-def check_label_from_bias(function: Callable[[Tensor], int | None]) -> Feedback:
-    """Exercise 1.5: ``function(bias_gradient)`` gives the label, or None where the signs prove a
-    batch.
-    """
-
-    def body() -> str:
-        generator = torch.Generator().manual_seed(4)
-        for classes in (3, 10, 2):
-            for label in range(classes):
-                r = _residual(classes, label, generator)
-                if classes == 2:
-                    r = torch.tensor([0.25, -0.25] if label else [-0.25, 0.25], dtype=FLOAT64)
-                answer = function(r.clone())
-                if answer is None:
-                    stop(f"{classes} classes, label {label}: None, though exactly one entry is negative.")
-                given = _integer(answer, "The label")
-                if given == label:
-                    continue
-                text = f"{classes} classes, label {label}: you say {given}."
-                if classes > 2 and given == int(r.argmax()):
-                    stop(f"{text} That is the largest entry; the label's is the negative one.")
-                if given == int(r.abs().argmax()):
-                    stop(f"{text} With two classes both entries have the same size: only the sign tells them apart.")
-                if given == int(r.abs().argmin()):
-                    stop(f"{text} That is the entry of the smallest size; look at the signs.")
-                stop(text)
-        both = (_residual(10, 3, generator) + _residual(10, 7, generator)) / 2
-        both[[3, 7]] = -both[[3, 7]].abs().clamp_min(0.1)
-        if (answer := function(both)) is not None:
-            stop(f"Entries 3 and 7 are both negative, so this is a batch; return None, not {answer!r}.")
-        return "Right: one negative entry is a label, several are a batch."
-
-    return run(body)
-
-
-def _row_against(name: str) -> str:
-    why = "Where that row is the label's own, all others point against it, and the label's product alone is positive."
-    return f"You take the row whose product with {name} is the least. {why}"
-
-
-#: Mistakes in Exercise 1.6: what to say of each, and the row it chooses of a gradient (classes, d).
-_WRONG_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
-    _row_against("the first row"): lambda g: (g @ g[0]).argmin(),
-    _row_against("the last row"): lambda g: (g @ g[-1]).argmin(),
-    _row_against("the longest row"): lambda g: (g @ g[g.norm(dim=1).argmax()]).argmin(),
-    "That is a row sum: it is r_c Σf, and says nothing of r_c unless Σf > 0.": lambda g: g.sum(1).argmin(),
-    "That is the largest row sum: r_c Σf says nothing of r_c unless Σf < 0.": lambda g: g.sum(1).argmax(),
-    "That is the smallest row; the label's is as long as all others together.": lambda g: g.norm(dim=1).argmin(),
-    "That is one column's least entry: its sign is also the feature's sign.": lambda g: g[:, 0].argmin(),
-    "That is one column's largest entry: its sign is also the feature's sign.": lambda g: g[:, 0].argmax(),
-}  # fmt: skip
-
-
-def check_label_from_weight(function: Callable[[Tensor], int]) -> Feedback:
-    """Exercise 1.6: ``function(weight_gradient)`` gives the label of one image from r fᵀ (classes,
-    d) alone.
-    """
-
-    def body() -> str:
-        generator = torch.Generator().manual_seed(5)
-        width = 16
-        plain = _randn(width, generator=generator)
-        centred = plain - plain.mean()
-        kinds = {
-            "negative features": -plain.abs(),
-            "positive features (after a ReLU)": plain.abs(),
-            "features that sum to zero (after a LayerNorm)": centred,
-            "the same with all signs turned": -centred,
-        }
-        suspects, wrong = dict(_WRONG_ROWS), ""  # mistakes that explain every answer so far
-        for what, features in kinds.items():
-            for label in range(10):
-                gradient = torch.outer(_residual(10, label, generator), features)
-                given = _integer(function(gradient.clone()), "The label")
-                if given >= 10:
-                    stop(f"You say {given}. There are ten classes: is that the index of a column, of a feature?")
-                suspects = {why: choose for why, choose in suspects.items() if int(choose(gradient)) == given}
-                if given != label and not wrong:
-                    wrong = f"Label {label}, {what}: you say {given}."
-        if wrong:
-            stop(" ".join([wrong, *suspects][:2]))
-        return "Right: the label's row is the one against all others, whatever the features sum to."
-
-    return run(body)
-
-
-def check_label_counts(function: Callable[[Tensor, int], Tensor]) -> Feedback:
-    """Exercise 1.7: ``function(bias_gradient, batch_size)`` gives the counts (classes,) behind a
-    zero head.
-    """
-
-    def compare(counts: list[int], dtype: torch.dtype) -> None:
-        wanted = torch.tensor(counts)
-        batch, classes = int(wanted.sum()), len(counts)
-        # The reference is autograd: logits of zero, labels as counted.
-        logits = torch.zeros(batch, classes, dtype=dtype, requires_grad=True)
-        labels = torch.repeat_interleave(torch.arange(classes), wanted)
-        gradient = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), logits)[0].sum(0)
-        answer = expect_tensor(function(gradient.clone(), batch), (classes,), "The tensor of counts")
-        exact = batch * (1 / classes - gradient.double())
-        expect_close(
-            answer.double(),
-            wanted.double(),
-            "The tensor of counts",
-            tolerance=1e-9,
-            mistakes={
-                "Divided by the batch size still: the gradient is a mean over B images.": exact / batch,
-                "Still divided by the batch size, and then rounded.": (exact / batch).round(),
-                "Off by B/K each: p = 1/K is still in it.": -batch * gradient.double(),
-                "Not whole numbers yet: round them.": exact,
-                "A sign is wrong: a label lowers its entry, so ∂l/∂b is subtracted from 1/K.": (
-                    batch * (1 / classes + gradient.double())
-                ).round(),
-                "Cut off where rounding is needed: 2.9999999 is three.": exact.long().double(),
-            },
-        )
-        if answer.is_floating_point():
-            stop("Right numbers, but counts are whole: return an integer tensor (.round().long()).")
-
-    def body() -> str:
-        compare([2, 1, 0, 5], FLOAT64)  # a batch first: with one image a forgotten B does not show
-        compare([1, 0, 0], FLOAT64)
-        for counts in ([1, 0, 3, 0, 0, 2, 1], [7, 0, 11, 1, 2, 0, 0, 0, 3, 6]):
-            compare(counts, torch.float32)
-        return "Right: a zero head passes no gradient down, and counts the labels exactly."
-
-    return run(body)
-
-
 def _called(function: Callable[[Tensor, Tensor], Tensor], gradient: Tensor, bias: Tensor, what: str) -> Any:
     try:
         return function(gradient, bias)
     except NotImplementedError:
         raise
     except Exception as error:
+        if "non-empty TensorList" in str(error):
+            return stop(f"{what}: nothing to stack. Where no two units agree return (0, k), ratios[:0] for instance.")
         return stop(f"{what}: your code raised {type(error).__name__}: {error}")
 
 
@@ -393,5 +267,48 @@ def check_unmix_relu(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
         x = _randn(3, k, generator=generator)
         compare(_randn(3, hidden, generator=generator), x, x[:0], "No ReLU, batch of 3")
         return "Right: a batch, taken apart exactly, with nothing but the gradient. Zeros give it away."
+
+    return run(body)
+
+
+def check_no_bias(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Feedback:
+    """Exercise 1.9: ``function(W, dW, dV, dc)`` gives x (k,) of a first layer without a bias.
+
+    W and dW have shape (m, k); the head's gradients dV (classes, m) and dc (classes,).
+    """
+
+    def compare(W: Tensor, V: Tensor, x: Tensor, label: int) -> None:
+        y = W @ x
+        a = y.clamp_min(0)
+        r = torch.softmax(V @ a, 0)
+        r[label] -= 1
+        dW = torch.outer((V.T @ r) * (y > 0), x)
+        row = dW[dW.norm(dim=1).argmax()]
+        u, on = row / row.norm(), y > 0
+        size = x.norm() * torch.sign(row @ x)
+        everywhere = float(a @ (W @ u) / (W @ u).square().sum())
+        answer = expect_tensor(function(W.clone(), dW, torch.outer(r, a), r.clone()), tuple(x.shape), "x")
+        expect_close(
+            answer,
+            x,
+            "x",
+            tolerance=1e-7,
+            mistakes={
+                "That is a row of dW: its direction is x's, up to the sign; its length is δ_j's doing.": row,
+                "It has the direction, and the length 1: the head tells the length.": u,
+                "It has the direction, and the length 1: the head tells the length and the sign.": -u,
+                "The length is right, and the sign is wrong: a = relu(W x) is positive where a unit is on.": -x,
+                "Units that are off are in the fit: there a = 0, whatever (W u) says.": everywhere * u,
+                "You compare with the size of (W u), which loses s's sign.": abs(size) * u,
+            },
+        )
+        assert on.any()
+
+    def body() -> str:
+        generator = torch.Generator().manual_seed(8)
+        for trial, (m, k, classes) in enumerate(((6, 4, 3), (20, 9, 5), (12, 30, 4), (20, 9, 5))):
+            W, V = _randn(m, k, generator=generator), _randn(classes, m, generator=generator)
+            compare(W, V, _randn(k, generator=generator), trial % classes)
+        return "Right: the next layer's gradients know the length and the sign that this one's do not."
 
     return run(body)

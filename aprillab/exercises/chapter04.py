@@ -17,7 +17,7 @@ from ..attacks.result import AttackNotApplicable
 from ..models import VisionTransformer, unpatchify
 from ..preprocessing import HALF
 from ..update import ClientUpdate, client_update
-from .feedback import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_numbers, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 
@@ -26,37 +26,109 @@ def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def check_patch_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 4.1: ``function(G, X)`` is ∂l/∂W_e of shape (d, p), from G (n, d) and the patches X
-    (n, p).
+#: Exercise 4.1: two tokens' gradients, two patches of three pixels, and what another picture gave.
+BY_HAND = {"G": [[1, 2], [3, 5]], "X": [[1, 0, 2], [0, -1, 1]], "other": [[-1, 1, 2], [-1, 2, 3]]}
+
+
+def check_by_hand(function: Callable[[], tuple[Any, Any]]) -> Feedback:
+    """Exercise 4.1: ``function()`` is ∂l/∂W_e (2, 3) of the picture ``BY_HAND``, and the other
+    picture's patches (2, 3).
     """
 
     def check() -> str:
-        answer = expect_tensor(
-            function(torch.zeros(3, 4, dtype=F64), torch.zeros(3, 5, dtype=F64)), (4, 5), "∂l/∂W_e"
-        )
-        expect_close(answer, torch.zeros(4, 5, dtype=F64), "∂l/∂W_e of zero gradients")
-        for n, d, p in ((1, 4, 3), (5, 7, 4), (6, 5, 5)):
-            G, X = _random(n, d, seed=n), _random(n, p, seed=n + 10)
-            wanted = torch.zeros(d, p, dtype=F64)
-            for i in range(n):
-                wanted += torch.outer(G[i], X[i])
-            answer = expect_tensor(function(G.clone(), X.clone()), (d, p), "∂l/∂W_e")
-            expect_close(
-                answer,
-                wanted,
-                "∂l/∂W_e",
-                mistakes={
-                    "It is the mean over the patches; the shared matrix collects the sum.": wanted / n,
-                    "Only the first patch is in it: sum over all of them.": torch.outer(G[0], X[0]),
-                    "The last patch is missing: was it cut off with the class token?": G[:-1].T @ X[:-1],
-                    "The first patch is missing: these are patches, no row is the class token's.": G[1:].T @ X[1:],
-                    "It is the outer product of two sums, where the sum of outer products is asked.": torch.outer(
-                        G.sum(0), X.sum(0)
-                    ),
-                },
+        G, X, other = (torch.tensor(BY_HAND[name], dtype=F64) for name in ("G", "X", "other"))
+        W = torch.zeros(2, 3, dtype=F64, requires_grad=True)
+        (wanted,) = torch.autograd.grad((G * (X @ W.T)).sum(), W)  # ∂l/∂z_i is row i of G
+        answer = function()
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+            stop(f"Return two tables, ∂l/∂W_e and the other patches; you returned a {type(answer).__name__}.")
+        mistakes = {
+            "Only the first patch is in it: W_e is used twice, and what both uses give adds up.": torch.outer(
+                G[0], X[0]
+            ),
+            "Only the second patch is in it: W_e is used twice.": torch.outer(G[1], X[1]),
+            "It is the mean over the patches; a matrix that is used twice collects the sum.": wanted / 2,
+            "You multiplied rows of G by columns of X: of g_1 x_1ᵀ, the first row is g_11 times x_1.": G @ X,
+        }
+        expect_close(expect_numbers(answer[0], (2, 3), "∂l/∂W_e"), wanted, "∂l/∂W_e", mistakes=mistakes)
+        patches = torch.linalg.solve(G.T, other)
+        mistakes = {
+            "The two patches have changed places.": patches.flip(0),
+            "You solved with the rows of G; row j of ∂l/∂W_e has entry j of *both* g's.": torch.linalg.solve(
+                G, other
+            ),
+            "That is the first picture; another one gave this gradient.": X,
+            "That divides each row by one number, as with one input; two patches are mixed in it.": other / G[:, :1],
+        }
+        expect_close(expect_numbers(answer[1], (2, 3), "The other X"), patches, "The other X", mistakes=mistakes)
+        return "Right: two equations for each of the three pixels, and what mixes them is in the update."
+
+    return run(check)
+
+
+#: Exercise 4.4: each model's options, and why its rank is what it is.
+_MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "deep": ({"depth": 3}, "There are 16 tokens in 64 dimensions, and nothing ties their gradients together."),
+    "square": (
+        {"depth": 3, "patch_size": 4},
+        "LayerNorm subtracts the mean, so each g_i sums to zero, and one direction is lost.",
+    ),
+    "square, RMSNorm": (
+        {"depth": 3, "patch_size": 4, "rms": True},
+        "RMSNorm subtracts no mean, so there is no direction that all tokens lose.",
+    ),
+    "square, A": (
+        {"depth": 3, "patch_size": 4, "block": "april"},
+        "In A no LayerNorm stands between the tokens and the attention, so no direction is lost.",
+    ),
+    "one block of A": (
+        {"depth": 1, "block": "april"},
+        "The class token reads the patches once. Each of 4 heads sends back one vector by its values and one by its "
+        "keys, and every g_i is made of these.",
+    ),
+    "one block": (
+        {"depth": 1},
+        "What the heads send back passes each token's own LayerNorm, which turns it in a way of its own.",
+    ),
+}
+
+
+def rank_of(*, rms: bool = False, **options: Any) -> int:
+    """The rank of G, patch rows only, that autograd gives for a small random ViT in float64."""
+    sizes = {"image_size": 32, "patch_size": 8, "width": 64, "heads": 4, "classes": 10, "seed": 1}
+    model = VisionTransformer(**(sizes | options)).double()
+    if rms:
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, torch.nn.LayerNorm):
+                    setattr(module, name, torch.nn.RMSNorm(model.width, eps=1e-6, dtype=F64))
+    update = client_update(model, _random(1, 3, 32, 32, seed=4), torch.tensor([7]))
+    s = torch.linalg.svdvals(update.gradients["position_embedding"][0, 1:])
+    return int((s > 1e-13 * s[0]).sum())
+
+
+def check_ranks(function: Callable[[], dict[str, int]]) -> Feedback:
+    """Exercise 4.4: ``function()`` predicts the rank of G for six models."""
+
+    def check() -> str:
+        answer = function()
+        if not isinstance(answer, dict):
+            stop(f"Return a dictionary, a number for each of the six models; you returned a {type(answer).__name__}.")
+        if missing := [name for name in _MODELS if name not in answer]:
+            stop(f"No number for {', '.join(missing)}.")
+        guesses = {name: expect_whole(answer[name], f"The rank of {name!r}") for name in _MODELS}
+        found = {name: rank_of(**options) for name, (options, _) in _MODELS.items()}
+        wrong = [name for name in _MODELS if guesses[name] != found[name]]
+        if wrong:
+            name = wrong[0]
+            extra = (
+                " Did you count the class token's row? G has the patches' alone." if guesses[name] in (17, 65) else ""
             )
-        return "Right: one shared matrix, so the chain rule adds one outer product for each patch."
+            stop(
+                f"{6 - len(wrong)} of 6 right. {name}: you say {guesses[name]}, autograd gives {found[name]}. "
+                f"{_MODELS[name][1]}{extra}"
+            )
+        return "Right, all six: the shape gives a bound, and what reads the tokens decides."
 
     return run(check)
 
@@ -165,7 +237,7 @@ def _synthetic(prefix: int, size: tuple[int, int], d: int, seed: int) -> tuple[C
 
 
 def check_attack(function: Callable[[ClientUpdate, Anatomy], Tensor]) -> Feedback:
-    """Exercise 4.4: ``function(update, anatomy)`` is the picture (1, C, H, W) in model-input space,
+    """Exercise 4.6: ``function(update, anatomy)`` is the picture (1, C, H, W) in model-input space,
     or a refusal.
     """
 

@@ -178,3 +178,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point() and bool((value == value.round()).all()):
         value = value.long()
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def expect_numbers(answer: Any, shape: tuple[int, ...], what: str) -> Tensor:
+    """What was written by hand, lists or tensors, as a float64 tensor of this shape, or a message."""
+    try:
+        numbers = torch.as_tensor(answer, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        got = "nothing (None)" if answer is None else f"a {type(answer).__name__} that is no table of numbers"
+        stop(f"{what} should be numbers of shape {shape}; you returned {got}.")
+    return expect_tensor(numbers, shape, what)

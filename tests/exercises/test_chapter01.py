@@ -15,16 +15,25 @@ LABEL_BODY = (
 UNMIX_RETURN = "torch.stack(images) if images else ratios[:0]"
 RATIO = "weight_gradient[j] / bias_gradient[j]"
 WEIGHT_BODY = "return int(r.argmin()) if (r < 0).sum() == 1 else int(r.argmax())"
+NORMS = """if len(weight_gradient) > 2:
+        return int(weight_gradient.norm(dim=1).argmax())
+    return int(weight_gradient.sum(1).argmin()) if after_relu else None"""
+LENGTH = "u * (a[on] @ Wu) / (Wu @ Wu)"
 
 MUTANTS = [
-    ("check_outer_product", "delta.T @ x", "x.T @ delta", "transpose"),
-    ("check_outer_product", "delta.T @ x", "-delta.T @ x", "wrong sign"),
-    ("check_outer_product", "delta.T @ x", "delta.T @ x / len(x)", "Divided by the batch size"),
-    ("check_outer_product", "delta.T @ x", "torch.outer(delta[0], x[0])", "Only the first image"),
-    ("check_outer_product", "delta.sum(0)", "delta.mean(0)", "∂l/∂b is not right yet. Divided by the batch size"),
-    ("check_outer_product", "delta.sum(0)", "delta", "∂l/∂b should have shape"),
-    ("check_outer_product", ", delta.sum(0)", "", "Return two tensors"),
-    ("check_outer_product", "delta.T @ x", "2 * delta.T @ x", "factor of 2"),
+    ("check_by_hand", "delta = [2, -1]", "delta = [-1, 4]", "That is y itself"),
+    ("check_by_hand", "delta = [2, -1]", "delta = [2, -2]", "bias b is missing"),
+    ("check_by_hand", "delta = [2, -1]", "delta = [-2, 1]", "wrong sign"),
+    ("check_by_hand", "delta = [2, -1]", "delta = [4, -2]", "½ in front of the square"),
+    ("check_by_hand", "delta = [2, -1]", "delta = None", "δ should be numbers"),
+    ("check_by_hand", "[[4, -2, 6], [-2, 1, -3]]", "[[4, -2], [-2, 1], [6, -3]]", "its transpose"),
+    ("check_by_hand", "[[4, -2, 6], [-2, 1, -3]]", "[[2, 0, -2], [-2, -1, 0]]", "not of W"),
+    ("check_by_hand", "[[4, -2, 6], [-2, 1, -3]]", "[[2, -1, 3], [2, -1, 3]]", "every row here is x itself"),
+    ("check_by_hand", "[1, 0, -2]", "[-3, 0, 6]", "That is the row"),
+    ("check_by_hand", "[1, 0, -2]", "[9, 0, -18]", "where a division is asked"),
+    ("check_by_hand", "[1, 0, -2]", "[2, -1, 3]", "another sent this update"),
+    ("check_by_hand", "[1, 0, -2]", "[float('nan'), 0, -2]", "NaN"),
+    ("check_by_hand", ", other\n", "\n", "Return three things"),
     ("check_invert_linear", ".abs()", "", "by the size of its bias entry"),
     ("check_invert_linear", "j = bias_gradient.abs().argmax()", "j = 0", "divided by a zero"),
     ("check_invert_linear", RATIO, "weight_gradient.sum(0) / bias_gradient.sum()", "zero"),
@@ -91,26 +100,35 @@ MUTANTS = [
     ),
     ("check_label_from_weight", WEIGHT_BODY, "return int(weight_gradient.norm(dim=0).argmax())", "index of a column"),
     ("check_label_from_weight", WEIGHT_BODY, "return int(r.argmin())", "product with the longest row is the least"),
-    ("check_label_counts", "batch_size * (", "(", "divided by the batch size"),
-    ("check_label_counts", "1 / classes - bias", "-bias", "p = 1/K is still in it"),
-    ("check_label_counts", ".round().long()", "", "whole"),
-    ("check_label_counts", ".round().long()", ".long()", "Cut off"),
-    ("check_label_counts", "1 / classes - bias_gradient", "bias_gradient - 1 / classes", "wrong sign"),
-    ("check_label_counts", "1 / classes - bias", "1 / classes + bias", "subtracted from 1/K"),
-    ("check_label_counts", "batch_size * (", "(", "Still divided by the batch size, and then rounded"),
-    ("check_label_counts", ".long()", "", "integer tensor"),
+    ("check_label_from_weight", "if after_relu else None", "", "so nothing tells"),
+    ("check_label_from_weight", "int(weight_gradient.sum(1).argmin()) if after_relu else None", "None", "r's signs"),
+    ("check_label_from_weight", "gradient.sum(1).argmin()", "gradient.sum(1).argmax()", "negative numbers"),
+    ("check_label_from_weight", "len(weight_gradient) == 2", "len(weight_gradient) > 1", "None, though one row"),
+    ("check_what_comes_out", '| {"decay": "neither", "Adam": "neither"}', '| {"decay": "neither"}', "said of Adam"),
+    ("check_what_comes_out", '"decay": "neither"', '"decay": "picture"', "7 of 8 right. decay: you say picture"),
+    ("check_what_comes_out", '"Adam": "neither"', '"Adam": "picture"', "what is left of the photograph is signs"),
+    ("check_what_comes_out", '"picture")', '"mixture")', "two heads: you say mixture"),
+    ("check_what_comes_out", '"mixture")', '"picture")', "as in a batch of two"),
+    ("check_what_comes_out", '"mixture")', '"mix")', "'mix' is not one of"),
+    ("check_no_bias", "dV[c] / dc[c]", "dV[c]", "NaN"),
+    ("check_no_bias", LENGTH, "u", "a row of dW"),
+    ("check_no_bias", LENGTH, "u / u.norm()", "the length 1"),
+    ("check_no_bias", LENGTH, "-u * (a[on] @ Wu) / (Wu @ Wu)", "the sign is wrong"),
+    ("check_no_bias", "on = a > 0", "on = a > -1", "Units that are off"),
+    ("check_no_bias", "(a[on] @ Wu)", "(a[on] @ Wu).abs()", "sign is wrong"),
+    ("check_no_bias", "u * (a[on]", "W[0] * (a[on]", "not right yet"),
     ("check_unmix_relu", UNMIX_RETURN, "weight_gradient / bias_gradient[:, None]", "zero bias gradient"),
     ("check_unmix_relu", "agree[j].sum() >= 2 and not seen[j]", "agree[j].sum() >= 2", "several times"),
     ("check_unmix_relu", "agree[j].sum() >= 2 and not seen[j]", "not seen[j]", "mixtures"),
     ("check_unmix_relu", "< 1e-6", "< 1e-30", "several times"),
     ("check_unmix_relu", "return torch.stack(images)", "return images[0][None]", "you found 1 of 2"),
-    ("check_unmix_relu", " if images else ratios[:0]", "", "No ReLU, batch of 3: your code raised"),
+    ("check_unmix_relu", " if images else ratios[:0]", "", "No ReLU, batch of 3: nothing to stack"),
     ("check_unmix_relu", "torch.stack(images) if", "images if", "Return a tensor of shape"),
     ("check_unmix_relu", "/ bias_gradient[alive, None]", "* 1", "nothing found. Look for 1 image with"),
 ]  # fmt: skip
 #: Other right ways: the check, and the body of a function.
 RIGHT = [
-    ("check_label_from_weight", "return int(weight_gradient.norm(dim=1).argmax())"),
+    ("check_label_from_weight", NORMS),
     ("check_label_from_bias", "if (bias_gradient < 0).sum() == 1:\n        return bias_gradient.argmin()"),
     ("check_count_images", "return int(torch.linalg.matrix_rank(weight_gradient))"),
     ("check_invert_noisy", "return torch.linalg.lstsq(bias_gradient[:, None], weight_gradient).solution[0]"),
@@ -152,6 +170,26 @@ def test_linear_batch_shows_the_loudest_units_shares(batch, batch_size: int) -> 
     assert f"unit {unit}" in fig.axes[0].get_title()
 
 
+def test_the_strip_has_a_mixture_and_its_shares_for_each_batch(batch) -> None:
+    pictures, gradients, delta = batch
+    fig = widgets.batch_strip(pictures, gradients, ["a", "b", "c"])
+    for column, (size, (_, bias)) in enumerate(gradients.items()):
+        unit = int(bias.abs().argmax())
+        heights = torch.tensor([bar.get_height() for bar in fig.axes[6 + column].patches], dtype=torch.float64)
+        torch.testing.assert_close(heights, delta[:size, unit] / delta[:size, unit].sum())
+        assert fig.axes[3 + column].get_title() == f"batch of {size}"
+
+
+def test_a_rank_one_gradient_stands_beside_its_factors() -> None:
+    delta, x = torch.tensor([2.0, -1.0]), torch.tensor([2.0, -1.0, 3.0])
+    _, above, beside, gradient = widgets.rank_one(delta, x).axes
+    assert above.images[0].get_array().tolist() == [x.tolist()]
+    assert beside.images[0].get_array()[:, 0].tolist() == delta.tolist()
+    assert gradient.images[0].get_array().tolist() == torch.outer(delta, x).tolist()
+    assert [text.get_text() for text in gradient.texts] == ["4", "-2", "6", "-2", "1", "-3"]
+    assert not widgets.rank_one(torch.ones(5), torch.ones(8)).axes[3].texts
+
+
 def test_linear_batch_says_that_a_silent_unit_has_no_picture(batch) -> None:
     pictures, gradients, _ = batch
     with pytest.raises(ValueError, match="unit 4 has a zero bias gradient"):
@@ -159,9 +197,9 @@ def test_linear_batch_says_that_a_silent_unit_has_no_picture(batch) -> None:
 
 
 def test_the_federated_round_names_its_parts(batch) -> None:
-    fig = widgets.federated_round(batch[0])
+    fig = widgets.federated_round(batch[0], batch[0])
     words = " ".join(text.get_text() for text in fig.findobj(lambda artist: hasattr(artist, "get_text")))
-    for part in ("server", "client 1", "client 3", "weights", "gradient", "stays here"):
+    for part in ("server", "client 1", "client 3", "weights", "gradient", "stays here", "makes of"):
         assert part in words
     assert viz.to_png(fig).startswith(b"\x89PNG")
 
