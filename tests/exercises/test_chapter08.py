@@ -36,7 +36,7 @@ MUTANTS = [
     ("check_expected_others", LOGS, "(2 * math.pi * math.e * thetas).log10().sum().item()", "not 2πe"),
     ("check_expected_others", ".log10().sum().item()", ".prod().log10().item()", "add logarithms"),
     ("check_expected_others", ".log10().sum().item()", ".prod().item()", "return its power of ten"),
-    ("check_expected_others", LOGS, "thetas.log10().sum().item() + math.log10(4.1327313541)", "each of the p directions"),
+    ("check_expected_others", LOGS, "thetas.log10().sum().item() + math.log10(4.1327313541)", "each of the p"),
     ("check_nearest_plane", ZEROS, "return torch.linalg.solve(T, t).round()", "all at once"),
     ("check_nearest_plane", ZEROS, "return torch.linalg.solve(T, t)", "not made of whole numbers"),
     ("check_nearest_plane", ROUNDED, ROUNDED.removesuffix(".round()"), "not made of whole numbers"),
