@@ -89,7 +89,7 @@ def check_average_score(function: Callable[[Tensor, int], float]) -> Feedback:
         return near / near.sum(1, keepdim=True)  # (N, N)
 
     def compare(b: Tensor, half: int, what: str) -> None:
-        answer = torch.tensor(expect_number(function(b.clone(), half), what)).double()
+        answer = torch.tensor(expect_number(function(b.clone(), half), what), dtype=torch.float64)
         N, S = len(b), averaging(len(b), half)
         residual, leverage = b - S @ b, S.diagonal()
         misfit, free = residual.square().mean(), 1 - leverage.mean()
@@ -119,7 +119,7 @@ def check_average_score(function: Callable[[Tensor, int], float]) -> Feedback:
         expect_close(answer, misfit / free**2, what, mistakes=mistakes)
 
     def body() -> str:
-        compare(torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0]).double(), 1, "V for (0, 0, 3, 0, 0) and half = 1")
+        compare(torch.tensor([6.0, 2.0, 3.0, 0.0, 4.0, 1.0]).double(), 1, "V for (6, 2, 3, 0, 4, 1) and half = 1")
         generator = torch.Generator().manual_seed(3)
         for N, half in ((12, 2), (31, 5), (20, 1)):
             compare(_normal(generator, (N,))[0], half, f"V for {N} points and half = {half}")
