@@ -28,6 +28,7 @@ MAX_WIDTH = 100  # characters of a line of code, and of a printed one
 BOX = re.compile(r'### .+\n\n<div class="alert alert-info">\n\n.+\n\n</div>\s*', re.S)
 MARKS = {"exercise-hints": "◇ Hint", "exercise-solution": "◆ Solution"}
 FOLDED = "hide-input"
+APPENDIX = re.compile(r"[A-Z]\d_")
 
 
 def read(path: str | Path) -> NotebookNode:
@@ -215,9 +216,10 @@ def _lint_exercises(notebook: NotebookNode, path: Path) -> list[str]:
     count = found.count("exercise-stub")
     if found != list(PARTS) * count:
         wrong.append("stub, check, hints and solution do not follow each other in every exercise")
-    if "00" < path.name[:2] < "09" and count < MIN_EXERCISES:
+    if ("00" < path.name[:2] < "09" or APPENDIX.match(path.name)) and count < MIN_EXERCISES:
         wrong.append(f"{count} exercises, fewer than {MIN_EXERCISES}")
-    chapter = int(path.name[:2]) if path.name[:2].isdigit() else 0
+    number = re.match(r"\d\d|[A-Z]\d", path.name)
+    chapter = number[0].lstrip("0") or "0" if number else "0"
     headers = re.findall(r"^### Exercise (.+)$", "\n".join(c.source for c in notebook.cells), re.M)
     for number, header in enumerate(headers, 1):
         if not re.fullmatch(rf"{chapter}\.{number} · .+ · (?:★☆☆|★★☆|★★★) · \d+ minutes", header):

@@ -42,15 +42,23 @@ def text_of(path: Path) -> str:
 
 
 def test_chapters_are_chained() -> None:
-    for before, after in itertools.pairwise(PATHS):
+    chapters = [path for path in PATHS if path.name[:2].isdigit()]
+    for before, after in itertools.pairwise(chapters):
         if int(after.name[:2]) != int(before.name[:2]) + 1:
             continue  # a chapter between them is not written yet
         for path, other in ((before, after), (after, before)):
             assert f"]({other.name})" in text_of(path), f"{path.name} does not link to {other.name}"
 
 
+def test_an_appendix_and_a_chapter_link_to_each_other() -> None:
+    for appendix in (path for path in PATHS if tools.APPENDIX.match(path.name)):
+        linked = set(re.findall(r"\]\((\d\d_\w+\.ipynb)\)", text_of(appendix)))
+        back = [name for name in linked if f"]({appendix.name})" in text_of(tools.NOTEBOOKS / name)]
+        assert back, f"no chapter that {appendix.name} links to has a link back"
+
+
 def test_the_map_has_every_chapter_with_its_own_minutes() -> None:
-    rows = dict(re.findall(r"\]\((\d\d_\w+\.ipynb)\) \|[^|]+\| (\d+) \|", text_of(PATHS[0])))
+    rows = dict(re.findall(r"\]\((\w\d_\w+\.ipynb)\) \|[^|]+\| (\d+) \|", text_of(PATHS[0])))
     headers = {path.name: tools.read(path).cells[0].source for path in PATHS[1:]}
     said = {
         name: re.search(r"(\d+)(?: minutes)? to read(?: and run)?, (\d+) for", head) for name, head in headers.items()
@@ -60,11 +68,11 @@ def test_the_map_has_every_chapter_with_its_own_minutes() -> None:
 
 def test_the_syllabus_counts_each_chapters_exercises_and_minutes() -> None:
     syllabus = (tools.NOTEBOOKS / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[[^]]+\]\((\d\d_\w+)\.ipynb\) .*\| (\d+) min \| (\d+), (\d+) min \|", syllabus, re.M)
+    rows = re.findall(r"^\| \[[^]]+\]\((\w\d_\w+)\.ipynb\) .*\| (\d+) min \| (\d+), (\d+) min \|", syllabus, re.M)
     assert sorted(row[0] for row in rows) == [path.stem for path in PATHS]
     for name, to_read, count, minutes in rows:
         prose = "\n".join(c.source for c in tools.read(name[:2]).cells if c.cell_type == "markdown")
-        each = re.findall(r"^### Exercise \d+\.\d+ .*· (\d+) minutes$", prose, re.M)
+        each = re.findall(r"^### Exercise \w+\.\d+ .*· (\d+) minutes$", prose, re.M)
         header = re.search(r"(\d+)(?: minutes)? to read(?: and run)?, (\d+) for", prose)
         assert (int(count), int(minutes)) == (len(each), sum(map(int, each))), name
         assert header is None or header.groups() == (to_read, minutes), name
@@ -226,6 +234,11 @@ def test_the_lint_counts_exercises(sound: Callable[..., Path]) -> None:
     path = sound(lambda nb: nb.cells[3].update(source=f"### Exercise 1.1 · one line · ★☆☆ · 5 minutes\n\n{TASK}"))
     chapter = path.rename(path.with_name("01_chapter.ipynb"))
     assert tools.lint(chapter) == ["1 exercises, fewer than 4"]
+    appendix = chapter.rename(path.with_name("A1_chapter.ipynb"))
+    assert tools.lint(appendix) == [
+        "1 exercises, fewer than 4",
+        "header of exercise A1.1: '1.1 · one line · ★☆☆ · 5 minutes'",
+    ]
 
 
 def test_exercises_are_read(sound: Callable[..., Path]) -> None:

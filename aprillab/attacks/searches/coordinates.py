@@ -73,7 +73,7 @@ class Coordinates:
 
 
 def row_space_of(gradient: Tensor, batch_size: int, tiling: Tiling) -> Coordinates | None:
-    """Coordinates in the row space of ∂l/∂W_e, which holds the patches, equation (3.9).
+    """Coordinates in the row space of ∂l/∂W_e, which holds the patches, equation (3.5).
 
     Parameters
     ----------
