@@ -150,7 +150,8 @@ def check_seeds_needed(function: Callable[[Sequence[float], Sequence[float], flo
     def check() -> str:
         if expect_whole(function([0.9, 0.8, 0.7], [0.8, 0.7, 0.6], 0.01), "The number of seeds") != 2:
             stop(
-                "Where every pilot seed shows the same difference two seeds are enough; below two there is no spread."
+                "Where every pilot seed shows the same difference, two seeds are enough, the least number that has a "
+                "spread. Take the differences first, then their spread."
             )
         cases = []
         for count, seed, half in ((5, 1, 0.5), (4, 2, 0.8), (8, 3, 0.25), (3, 4, 1.0)):
@@ -209,8 +210,8 @@ _MISTAKEN_SEEDS: dict[str, Callable[[Tensor, Tensor, float], int]] = {
     "One seed too many: the first that is narrow enough is asked.": lambda a, b, half: (
         _seeds(float((a - b).std()), half) + 1
     ),
-    "It is the number of seeds in all, the pilot's included.": lambda a, b, half: (
-        _seeds(float((a - b).std()), half) - len(a)
+    "It is the number of seeds in all, the pilot's included.": lambda a, b, half: max(
+        2, _seeds(float((a - b).std()), half) - len(a)
     ),
 }
 

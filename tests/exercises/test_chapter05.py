@@ -67,20 +67,20 @@ MUTANTS = [
     ("check_with_position_term", "distance + weight * term", "weight * distance + term", "multiplies the distance"),
     ("check_with_position_term", "distance + weight * term", "weight * (distance + term)", "multiplies both"),
     ("check_with_position_term", "distance + weight * term", "distance - weight * term", "taken off"),
-    ("check_with_position_term", "dim=-1", "dim=(-2, -1)", "one cosine of the whole embedding"),
+    ("check_with_position_term", "gradients[place], targets[place], dim=-1",
+     "gradients[place].flatten(), targets[place].flatten(), dim=0", "one cosine of the whole embedding"),
     ("check_with_position_term", TERM, "(1 - cosines).sum()", "summed"),
     ("check_with_position_term", TERM, "(1 - cosines)[:, 1:].mean()", "class token"),
     ("check_with_position_term", "for x in tensors]", "for k, x in enumerate(tensors) if k != place]",
      "missing in the distance"),
     ("check_with_position_term", "distance = 1 - a @ b / (a.norm() * b.norm())", "distance = (a - b).square().sum()",
      "DLG"),
-    ("check_with_position_term", "targets[place]", "targets[place].detach(); term = term.item()", "right value"),
+    ("check_with_position_term", "gradients[place], targets", "gradients[place].detach(), targets", "wrong derivative"),
     ("check_places", "maximize=True", "maximize=False", "fits worst"),
     ("check_places", "torch.from_numpy(place)", "torch.from_numpy(place).argsort()", "inverse"),
     ("check_places", f"_, place = linear_sum_assignment({SUM})", "place = (rows @ shared.T).argmax(1).numpy()",
      "two patches at one place"),
     ("check_places", "x / x.norm(dim=-1, keepdim=True)", "x", "longest rows"),
-    ("check_places", "x / x.norm(dim=-1, keepdim=True)", "x / x.norm(dim=0, keepdim=True)", "places are"),
     ("check_places", "torch.from_numpy(place)", "torch.arange(len(rows))", "where it is"),
 ]  # fmt: skip
 
@@ -91,7 +91,8 @@ RIGHT = [
      "g, t = (torch.cat([x.flatten() for x in y]) for y in (gradients, targets)); "
      f"return 1 - torch.nn.functional.cosine_similarity(g, t, dim=0) + weight * ({TERMS}).mean()"),
     ("check_places",
-     "import itertools; cos = torch.nn.functional.cosine_similarity(rows[:, None], shared[None], dim=-1); n = len(rows); "
+     "import itertools; n = len(rows); "
+     "cos = torch.nn.functional.cosine_similarity(rows[:, None], shared[None], dim=-1); "
      "return list(max(itertools.permutations(range(n)), key=lambda o: sum(cos[i, j] for i, j in enumerate(o))))"),
 ]  # fmt: skip
 
