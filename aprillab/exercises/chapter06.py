@@ -69,7 +69,7 @@ def _names(answer: Any) -> set[str]:
 
 _PATCHES, _EMBEDDING = "patch_embedding.weight", "position_embedding"
 _FIRST = tuple(f"blocks.0.attention.{part}.weight" for part in ("query", "key", "value"))
-_CLOSED_FORMS = {"april": april_closed_form, "embedding": embedding_closed_form}
+_CLOSED_FORMS: dict[str, Callable[..., Any]] = {"april": april_closed_form, "embedding": embedding_closed_form}
 _WITHHELD: tuple[tuple[str, ...], ...] = (
     (), (_EMBEDDING,), (_PATCHES,), *((name,) for name in _FIRST), ("blocks.1.attention.query.weight",),
     ("class_token", "head.weight"), ("patch_embedding.bias", "blocks.0.attention.query.bias"),
