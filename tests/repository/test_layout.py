@@ -65,8 +65,6 @@ LONG_FUNCTIONS = {
     "exercises/chapter03.py:_attack_mistakes": _FORMULAS,
     "exercises/chapter04.py:check_predicted_mse": _LISTED,
     "exercises/chapter04.py:check_predicted_mse.check": _FORMULAS,
-    "exercises/chapter05.py:check_total_variation": _LISTED,
-    "exercises/chapter06.py:check_paired_interval": _LISTED,
 }
 
 
