@@ -5,7 +5,7 @@
 both, and alone knows them.
 """
 
-from .play import Outcome, play
+from .outcome import Outcome, play
 from .state import CONTROLS, OWN, Control, State
 
 __all__ = ["CONTROLS", "OWN", "Control", "Outcome", "State", "play", "playground"]

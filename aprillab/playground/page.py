@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data import PictureError, decode_picture
 from . import showing
-from .play import Outcome, play
+from .outcome import Outcome, play
 from .state import CONTROLS, OWN, State, patch_sizes
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -56,16 +56,18 @@ class Page:
 
     def show(self, compute: Callable[[], Outcome]) -> None:
         """Say that it computes, compute, and show what came out, or in words what went wrong."""
-        self.status.value = _status("Computing …")
+        self.status.value = showing.status_html("Computing …")
         try:
             self.outcome = outcome = compute()
         except Exception as error:  # a widget's callback has nobody above it who would say so
-            self.status.value = _status(f"Not done, and the page is as it was: {error}")
+            self.status.value = showing.status_html(f"Not done, and the page is as it was: {error}")
             return
+        # A batch takes the page's whole width.
+        self.picture.layout.flex = "1 1 24em" if len(outcome.private) == 1 else "1 1 100%"
         self.picture.value = showing.picture_html(outcome)
         self.summary.value = showing.summary_html(outcome)
         self.evidence.value = showing.evidence_html(outcome)
-        self.status.value = _status(showing.status(outcome))
+        self.status.value = showing.status_html(showing.status(outcome))
 
     def own(self, size: int) -> Tensor | None:
         """The user's own picture at that size, (3, H, W)."""
@@ -102,7 +104,7 @@ class Page:
         try:
             decode_picture(content, self.controls["size"].value)
         except PictureError as error:
-            self.status.value = _status(f"Not a picture that can be read: {error}")
+            self.status.value = showing.status_html(f"Not a picture that can be read: {error}")
             return
         self.content, self.busy = content, True
         self.controls["picture"].options = list(CONTROLS["picture"].choices.items())
@@ -141,16 +143,17 @@ def build(state: State | None = None) -> Page:
     controls = {name: _dropdown(w, name, getattr(outcome.state, name)) for name in CONTROLS}
     upload = w.FileUpload(
         accept="image/*", multiple=False, description="Upload your own picture",
-        layout=w.Layout(width="22em", max_width="100%"), **_tooltip(w, _UPLOAD_HELP, button=True),
+        layout=w.Layout(width="22.5em", max_width="100%"), **_tooltip(w, _UPLOAD_HELP, button=True),
     )  # fmt: skip
     reset = w.Button(
-        description="Back to the first setting", layout=w.Layout(width="22em", max_width="100%"),
+        description="Back to the first setting", layout=w.Layout(width="22.5em", max_width="100%"),
         **_tooltip(w, "All controls as they were at first.", button=True),
     )  # fmt: skip
     status, picture, summary, evidence = (w.HTML(layout=w.Layout(max_width="100%")) for _ in range(4))
     groups = [_group(w, title, controls, upload) for title in dict.fromkeys(c.group for c in CONTROLS.values())]
     row = w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start", width="100%", overflow="visible")
-    box = w.VBox([w.Box(groups, layout=row), reset, status, picture, summary, evidence])
+    summary.layout.flex = "1 1 24em"
+    box = w.VBox([w.Box(groups, layout=row), reset, status, w.Box([picture, summary], layout=row), evidence])
     page = Page(box, controls, upload, reset, status, picture, summary, evidence, outcome)
     page._offer_patches(outcome.state.size)
     page.show(lambda: outcome)
@@ -178,16 +181,20 @@ def _dropdown(w: Any, name: str, value: Any) -> Any:
     control = CONTROLS[name]
     choices = [(words, choice) for words, choice in control.choices.items() if choice != OWN or value == OWN]
     return w.Dropdown(
-        options=choices, value=value, description=control.label, style={"description_width": "10em"},
-        layout=w.Layout(width="25em", max_width="100%"), **_tooltip(w, control.help),
+        options=choices, value=value, description=control.label, style={"description_width": "7.5em"},
+        layout=w.Layout(width="22.5em", max_width="100%"), **_tooltip(w, control.help),
     )  # fmt: skip
 
 
 def _group(w: Any, title: str, controls: Mapping[str, Any], upload: Any) -> Any:
     inside = [controls[name] for name, control in CONTROLS.items() if control.group == title]
-    more = [upload, w.HTML(f"<small>{escape(_UPLOAD_HELP)}</small>")] if controls["picture"] in inside else []
+    more = (
+        [upload, w.HTML(f'<div style="font-size:0.85em;line-height:1.3">{escape(_UPLOAD_HELP)}</div>')]
+        if controls["picture"] in inside
+        else []
+    )
     heading = w.HTML(f'<h3 style="margin:0">{escape(title)}</h3>')
-    return w.VBox([heading, *inside, *more], layout=w.Layout(width="26em", max_width="100%"))
+    return w.VBox([heading, *inside, *more], layout=w.Layout(width="23.5em", max_width="100%"))
 
 
 def _tooltip(w: Any, words: str, *, button: bool = False) -> dict[str, str]:
@@ -195,11 +202,6 @@ def _tooltip(w: Any, words: str, *, button: bool = False) -> dict[str, str]:
     if hasattr(w.DOMWidget, "tooltip"):
         return {"tooltip": words}
     return {} if button else {"description_tooltip": words}
-
-
-def _status(words: str) -> str:
-    """A line that a screen reader reads out whenever it changes."""
-    return f'<div role="status" aria-live="polite" aria-atomic="true"><strong>{escape(words)}</strong></div>'
 
 
 def _content_of(value: Any) -> bytes:

@@ -13,10 +13,11 @@ from torch import Tensor
 from .. import viz
 from ..attacks.result import Condition
 from ..audit.findings import Audit, Finding
-from ..audit.page import images_words, predicted_psnr, predicted_words, reason_words, short_labels
+from ..audit.page import images_words, predicted_psnr, predicted_words, short_labels
 from ..audit.words import BELOW_PICTURE, TRUST_WORDS
 from ..data import victim_info
-from .play import Outcome
+from ..sharing import LeakRow
+from .outcome import Outcome
 from .state import OWN, State
 
 STATES = {"shown": "holds", "contradicted": "fails", "not checked": "not checked"}
@@ -109,6 +110,12 @@ def _the(title: str) -> str:
     return title.replace("APRIL's", "APRIL")
 
 
+def status_html(words: str) -> str:
+    """A line that a screen reader reads out whenever it changes."""
+    line = f"<strong>{escape(words)}</strong>"
+    return f'<div role="status" aria-live="polite" aria-atomic="true" style="line-height:1.4">{line}</div>'
+
+
 def status(outcome: Outcome) -> str:
     """One line when all is done: the time, and the verdict's first sentence.
 
@@ -123,7 +130,7 @@ def status(outcome: Outcome) -> str:
 def strip(outcomes: Sequence[Outcome], titles: Sequence[str]) -> Figure:
     """What came back in several states side by side, the first one's private picture before them."""
     fig, axes = viz.figure(1, len(outcomes) + 1, size=(2.0 * (len(outcomes) + 1), 2.9))
-    viz.draw(axes[0, 0], outcomes[0].private[0], "private\n\n")
+    viz.draw(axes[0, 0], outcomes[0].private[0], "private")
     for ax, outcome, title in zip(axes[0, 1:], outcomes, titles, strict=True):
         true = f"true {max(outcome.true_psnr):.0f} dB" if outcome.true_psnr else "no closed form"
         viz.draw(ax, shown(outcome), f"{title}\n{true}")
@@ -135,29 +142,30 @@ def strip(outcomes: Sequence[Outcome], titles: Sequence[str]) -> Figure:
 
 def picture_html(outcome: Outcome) -> str:
     """The figure as HTML, with caption and alternative text."""
-    return viz.captioned(viz.to_png(figure(outcome)), caption=caption(outcome), alt=alt(outcome))["text/html"]
+    return _block(viz.captioned(viz.to_png(figure(outcome)), caption=caption(outcome), alt=alt(outcome))["text/html"])
 
 
 def summary_html(outcome: Outcome) -> str:
     """What the server can say of the picture, and beside it the one number that only we know."""
     found = outcome.found
     if found is None:
-        return f"<p><strong>No update: {escape(outcome.refused)}</strong></p>"
-    rows = [
+        return _block(f"<p><strong>No update: {escape(outcome.refused)}</strong></p>")
+    said = [
         ("Exact", _exact(outcome)),
         ("Predicted PSNR", "no picture came back" if outcome.best is None else predicted_words(outcome.best)),
-        ("True PSNR", _true(outcome)),
         ("Label", short_labels(found)),
         ("How many images", images_words(found)),
     ]
-    return f"<p><strong>{escape(found.verdict)}</strong></p>{_table('What the server can say', (), rows)}"
+    return _block(
+        f"<p><strong>{escape(found.verdict)}</strong></p>{_list('What the server can say', said)}"
+        f"{_list('What only we can see', [('True PSNR', _true(outcome))])}"
+    )
 
 
 def _exact(outcome: Outcome) -> str:
     if outcome.best is None:
         return "no: no picture came back"
-    trust = outcome.best.trust
-    return ("yes. " if trust == "exact" else "no. ") + TRUST_WORDS[trust].partition(". ")[0].rstrip(".") + "."
+    return f"{'yes' if outcome.best.trust == 'exact' else 'no'}. {TRUST_WORDS[outcome.best.trust]}"
 
 
 def _true(outcome: Outcome) -> str:
@@ -166,78 +174,76 @@ def _true(outcome: Outcome) -> str:
     best = max(outcome.true_psnr)
     number = "infinite" if math.isinf(best) else f"{best:.1f} dB"
     which = "" if len(outcome.true_psnr) == 1 else f" against private picture {1 + outcome.true_psnr.index(best)}"
-    return f"{number}{which}. Only we can see this number: the server has no original."
+    return f"{number}{which}. The server has no original to compare with."
 
 
 def evidence_html(outcome: Outcome) -> str:
-    """Conditions, attacks and counts as tables."""
+    """Conditions, attacks and counts as lists."""
     found, best = outcome.found, outcome.best
     if found is None:
         return ""
-    parts = []
+    lists = []
     if best is not None and best.result is not None:
         title = f"What the {_the(best.attack.title)}'s picture rests on"
-        parts.append(_table(title, ("condition", "", "numbers"), map(_condition_row, best.result.conditions)))
-    parts.append(_table("Which attacks apply, and why", ("attack", "", "why"), _attack_rows(outcome, found)))
+        lists.append(_list(title, map(_condition_row, best.result.conditions)))
+    lists.append(_list("Which attacks apply, and why", _attack_rows(outcome, found)))
     if outcome.leak is not None:
-        parts.append(_table("What counting says of the tensors that are shared", (), _leak_rows(outcome)))
+        lists.append(_list("What counting says of the tensors that are shared", _leak_rows(outcome.leak)))
     if found.notes:
-        parts.append(f"<p>{escape(' '.join(found.notes))}</p>")
-    return "".join(parts)
+        lists.append(_list("What limits all this", [("", note) for note in found.notes]))
+    return _block("".join(lists))
 
 
-def _condition_row(condition: Condition) -> tuple[str, str, str]:
-    return condition.name, STATES[condition.state], condition.text
+def _condition_row(condition: Condition) -> tuple[str, str]:
+    return condition.name, f"{STATES[condition.state]}: {condition.text.removeprefix('not checked: ')}"
 
 
-def _attack_rows(outcome: Outcome, found: Audit) -> list[tuple[str, str, str]]:
-    rows = [(f.attack.title, _applies(f), reason_words(f)) for f in found.findings]
+def _attack_rows(outcome: Outcome, found: Audit) -> list[tuple[str, str]]:
+    rows = [(finding.attack.title, _applies(finding)) for finding in found.findings]
     if outcome.searches:
         names = [attack.title for attack in outcome.searches]
         matching = [name for name in names if name.startswith("gradient matching")]
         names = [name for name in names if name not in matching]
         names += [f"gradient matching ({len(matching)} recipes)"] if matching else []
-        why = "They search, for seconds to minutes, and this page answers in three: chapters 05 to 08 run them."
-        rows.append(("; ".join(names), "apply, not run here", why))
+        why = "not run here. They need no count, and search for seconds to minutes: chapters 05 to 08 run them."
+        rows.append(("; ".join(names), why))
     return rows
 
 
 def _applies(finding: Finding) -> str:
+    """Whether it applies, and why not; else what it predicts, and which of its conditions do not hold."""
     if finding.result is None:
-        return "does not apply"
-    return f"applies: {BELOW_PICTURE.get(finding.trust, finding.trust)}"
+        return f"does not apply. {finding.reason[:1].upper()}{finding.reason[1:]}."
+    others = [c for c in finding.result.conditions if c.state != "shown"]
+    unmet = "; ".join(f"{c.name} {STATES[c.state]} ({c.text.removeprefix('not checked: ')})" for c in others)
+    brief = BELOW_PICTURE.get(finding.trust, finding.trust)
+    return f"applies: {brief}. Predicted PSNR {predicted_words(finding)}; {unmet or 'all its conditions hold'}."
 
 
-def _leak_rows(outcome: Outcome) -> list[tuple[str, str]]:
-    row = outcome.leak
-    if row is None:
-        return []
+def _leak_rows(row: LeakRow) -> list[tuple[str, str]]:
     rows = [("Closed form", f"{row.title}, {row.when}" if row.when else row.title), ("Count", row.why)]
     rows += [("Evidence", "; ".join(row.evidence))] if row.evidence else []
     return [*rows, *([("What else leaks", "; ".join(row.also))] if row.also else [])]
 
 
-def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with a caption; the first cell of a row is its heading."""
-    left = 'style="text-align:left;vertical-align:top;padding:0.15em 0.8em 0.15em 0;font-weight:{}"'
-    bold, plain = left.format("bold"), left.format("normal")
-    names = "".join(f'<th scope="col" {bold}>{escape(head) or "state"}</th>' for head in heads)
-    lines = [
-        f'<tr><th scope="row" {plain}>{escape(first)}</th>'
-        + "".join(f"<td {plain}>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for first, *cells in rows
-    ]
-    head = f"<thead><tr>{names}</tr></thead>" if heads else ""
-    caption_style = "text-align:left;caption-side:top;font-weight:bold;padding-top:0.8em"
-    return (
-        '<div style="overflow-x:auto"><table style="border-collapse:collapse;font-size:0.95em;line-height:1.35;'
-        f'overflow-wrap:anywhere"><caption style="{caption_style}">{escape(title)}</caption>'
-        f"{head}<tbody>{''.join(lines)}</tbody></table></div>"
+def _list(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A heading and a list, each row with its name in front: readable at any width."""
+    items = "".join(
+        f'<li style="margin:0.15em 0"><strong>{escape(name)}{": " if name else ""}</strong>{escape(words)}</li>'
+        for name, words in rows
     )
+    return (
+        f'<h4 style="margin:0.8em 0 0.2em">{escape(title)}</h4>'
+        f'<ul style="margin:0;padding-left:1.2em;list-style:disc">{items}</ul>'
+    )
+
+
+def _block(html: str) -> str:
+    """Widgets have lines as high as a slider: text wants them closer."""
+    return f'<div style="line-height:1.4;overflow-wrap:break-word;white-space:normal">{html}</div>'
 
 
 def page_html(outcome: Outcome) -> str:
     """A state with all that is said of it, for readers without a kernel."""
-    chosen = _table("What is chosen", (), list(outcome.state.in_words().items()))
+    chosen = _block(_list("What is chosen", outcome.state.in_words().items()))
     return f"{chosen}{picture_html(outcome)}{summary_html(outcome)}{evidence_html(outcome)}"

@@ -56,7 +56,7 @@ _ROWS = (
     ),
     Control("size", PICTURE, "Image size", "Height and width of the picture in pixels.", {"32×32": 32, "64×64": 64}),
     Control(
-        "batch", PICTURE, "Pictures in the batch", "With two or four, the course's next pictures join in.",
+        "batch", PICTURE, "Batch size", "Pictures behind one update; beside yours, the course's next ones.",
         {"1": 1, "2": 2, "4": 4},
     ),
     Control(
@@ -64,7 +64,7 @@ _ROWS = (
         {"ordinary ViT (pre-norm)": "prenorm", "architecture A (attention first)": "april"},
     ),
     Control(
-        "position", MODEL, "Position embedding", "How the model tells its patches apart.",
+        "position", MODEL, "Positions", "The position embedding: how the model tells its patches apart.",
         {"learned": "learned", "frozen at its first values": "frozen", "sinusoids, 1-D": "sinusoidal",
          "sinusoids, 2-D": "sinusoidal 2-D", "none": "none"},
     ),

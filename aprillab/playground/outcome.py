@@ -79,7 +79,7 @@ class Outcome:
 
     @property
     def searches(self) -> tuple[Attack, ...]:
-        """Attacks that apply and are not run here: they search, from seconds to minutes."""
+        """Attacks that have what they need and are not run here: they search, from seconds to minutes."""
         return () if self.found is None else _searches(self.found.anatomy, self.found.update)
 
 
@@ -204,8 +204,5 @@ def _searches(anatomy: Anatomy, update: ClientUpdate) -> tuple[Attack, ...]:
         where = getattr(anatomy, need)
         return getattr(where, "name", where) in update.gradients
 
-    return tuple(
-        attack
-        for attack in ATTACKS.values()
-        if attack.searches and (not attack.needs or any(map(there, attack.needs)))
-    )
+    found = [attack for attack in ATTACKS.values() if attack.searches]
+    return tuple(attack for attack in found if not attack.needs or any(map(there, attack.needs)))
