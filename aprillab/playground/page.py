@@ -153,7 +153,8 @@ def build(state: State | None = None) -> Page:
     groups = [_group(w, title, controls, upload) for title in dict.fromkeys(c.group for c in CONTROLS.values())]
     row = w.Layout(display="flex", flex_flow="row wrap", align_items="flex-start", width="100%", overflow="visible")
     summary.layout.flex = "1 1 24em"
-    box = w.VBox([w.Box(groups, layout=row), reset, status, w.Box([picture, summary], layout=row), evidence])
+    meaning = w.HTML(showing.help_html(), layout=w.Layout(max_width="100%"))
+    box = w.VBox([w.Box(groups, layout=row), reset, meaning, status, w.Box([picture, summary], layout=row), evidence])
     page = Page(box, controls, upload, reset, status, picture, summary, evidence, outcome)
     page._offer_patches(outcome.state.size)
     page.show(lambda: outcome)

@@ -18,7 +18,7 @@ from ..audit.words import BELOW_PICTURE, TRUST_WORDS
 from ..data import victim_info
 from ..sharing import LeakRow
 from .outcome import Outcome
-from .state import OWN, State
+from .state import CONTROLS, OWN, State
 
 STATES = {"shown": "holds", "contradicted": "fails", "not checked": "not checked"}
 POSITIONS = {
@@ -236,6 +236,12 @@ def _list(title: str, rows: Iterable[tuple[str, str]]) -> str:
         f'<h4 style="margin:0.8em 0 0.2em">{escape(title)}</h4>'
         f'<ul style="margin:0;padding-left:1.2em;list-style:disc">{items}</ul>'
     )
+
+
+def help_html() -> str:
+    """What each control means, folded: ipywidgets 8 shows no tooltip on a control that has a description."""
+    rows = [(control.label, control.help) for control in CONTROLS.values()]
+    return _block(f"<details><summary>What the controls mean</summary>{_list('Controls', rows)}</details>")
 
 
 def _block(html: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 import run_notebooks
 from PIL import Image
 
-from aprillab.playground import CONTROLS, OWN, State, page, playground
+from aprillab.playground import CONTROLS, OWN, State, page, playground, showing
 from aprillab.playground.page import Page, build
 
 SMALL = State(width=96, patch=16)
@@ -52,6 +52,7 @@ def test_every_control_has_a_word_and_a_sentence(small: Page) -> None:
         assert control.description == CONTROLS[name].label
         tooltip = control.tooltip if hasattr(ipywidgets.DOMWidget, "tooltip") else control.description_tooltip
         assert tooltip == CONTROLS[name].help
+        assert CONTROLS[name].help.replace("'", "&#x27;") in showing.help_html()
     assert "Upload" in small.upload.description
     assert "first setting" in small.reset.description
 
