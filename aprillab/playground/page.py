@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..data import PictureError, decode_picture
+from ..widgets import with_still
 from . import showing
 from .outcome import Outcome, play
 from .state import CONTROLS, OWN, State, patch_sizes
 
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _UPLOAD_HELP = "The file stays in this kernel's memory: it is never written to disk, and gone when the kernel ends."
 
 
@@ -166,13 +166,12 @@ def build(state: State | None = None) -> Page:
 
 
 def show(state: State | None = None) -> None:
-    """Display a playground, and for readers without a kernel its first state as HTML."""
+    """Display a playground; a stored notebook keeps its first state as HTML."""
     from IPython.display import display
 
     page = build(state)
-    view = {"version_major": 2, "version_minor": 0, "model_id": page.box.model_id}
     words = f"{showing.caption(page.outcome)} [{showing.alt(page.outcome)}]"
-    display({WIDGET_VIEW: view, "text/html": showing.page_html(page.outcome), "text/plain": words}, raw=True)
+    display(with_still(page.box, lambda: {"text/html": showing.page_html(page.outcome), "text/plain": words}))
 
 
 # --- Widgets of both versions -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ..audit.page import images_words, predicted_psnr, predicted_words, short_la
 from ..audit.words import BELOW_PICTURE, TRUST_WORDS
 from ..data import victim_info
 from ..sharing import LeakRow
+from ..widgets import STILL
 from .outcome import Outcome
 from .state import CONTROLS, OWN, State
 
@@ -251,5 +252,5 @@ def _block(html: str) -> str:
 
 def page_html(outcome: Outcome) -> str:
     """A state with all that is said of it, for readers without a kernel."""
-    chosen = _block(_list("What is chosen", outcome.state.in_words().items()))
+    chosen = _block(f"<p>{STILL}</p>{_list('What is chosen', outcome.state.in_words().items())}")
     return f"{chosen}{picture_html(outcome)}{summary_html(outcome)}{evidence_html(outcome)}"

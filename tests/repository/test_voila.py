@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from chromium import CHROMIUM, SWITCHES, needs_chromium
 from PIL import Image
@@ -57,20 +58,22 @@ def voila(tmp_path: Path) -> Iterator[str]:
                 pytest.fail(f"Voilà did not answer: {(tmp_path / 'voila.log').read_text()}")
             yield f"http://127.0.0.1:{port}/"
         finally:
-            server.terminate()  # which ends its kernels, too
+            kernels = psutil.Process(server.pid).children(recursive=True)
+            server.terminate()
             server.wait(30)
+    _, left = psutil.wait_procs(kernels, timeout=20)
+    assert not left, f"Voilà left its kernels behind: {left}"
 
 
 @pytest.mark.browser
 @pytest.mark.slow
 @needs_voila
 @needs_chromium
-@pytest.mark.parametrize("width", [1000, 400])
-def test_controls_have_names_and_the_page_follows_them(voila: str, tmp_path: Path, width: int) -> None:
+def test_controls_have_names_and_the_page_follows_them(voila: str) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        page = browser.new_page(viewport={"width": width, "height": 900})
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
         page.goto(voila, timeout=120_000)
         status, picture = page.get_by_role("status"), page.get_by_alt_text("Left, the private picture")
         playwright.expect(status).to_contain_text("exactly: patch-embedding system", timeout=180_000)
@@ -80,7 +83,9 @@ def test_controls_have_names_and_the_page_follows_them(voila: str, tmp_path: Pat
         page.get_by_text("What the controls mean").click()
         for control in CONTROLS.values():
             playwright.expect(page.get_by_text(control.help)).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for width in (400, 1000):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
         before = picture.get_attribute("src")
         noise = page.get_by_role("combobox", name="Noise", exact=True)
