@@ -171,7 +171,7 @@ def kept_back(shared: str, model: nn.Module, anatomy: Anatomy) -> set[str]:
     """Names of the parameters whose gradients the client keeps to itself."""
     groups = groups_of(model, anatomy)
     names = {name for name, _ in model.named_parameters()}
-    position: Collection[str] = {anatomy.position} & names
+    position = {name for name in names if name == anatomy.position}
     kept: dict[str, Collection[str]] = {
         "all": (),
         "no position": position,
@@ -190,7 +190,7 @@ def noisy(update: ClientUpdate, sigma: float) -> ClientUpdate:
     if not sigma:
         return update
     generator = torch.Generator().manual_seed(_SEED)
-    gradients = {}
+    gradients: dict[str, Tensor] = {}
     for name, gradient in update.gradients.items():
         alone = ClientUpdate({name: gradient})
         gradients |= defenses.gaussian_noise(alone, sigma, relative=True, generator=generator).gradients

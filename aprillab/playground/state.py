@@ -74,7 +74,7 @@ _ROWS = (
     ),
     Control(
         "width", MODEL, "Width d", "Length of a token: more width, more equations.",
-        {str(d): d for d in (96, 128, 192, 256, 384, 512)},
+        {str(d): d for d in (96, 128, 192, 256, 384)},
     ),
     Control(
         "shared", UPDATE, "Shared", "Of which tensors the server gets the gradient.",
@@ -132,7 +132,7 @@ class State:
     '384'
     >>> State(width=100)
     Traceback (most recent call last):
-    ValueError: width=100 is not offered here: choose one of 96, 128, 192, 256, 384, 512
+    ValueError: width=100 is not offered here: choose one of 96, 128, 192, 256, 384
     """
 
     picture: str = "astronaut"
