@@ -13,7 +13,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint federation silenced lab notebooks studies book wheel clean
+.PHONY: help demo test lint federation silenced lab playground notebooks studies book wheel clean
 
 help:  ## list the commands
 	@echo 'aprillab: how shared gradients give away the images of a Vision Transformer'\''s users'
@@ -45,6 +45,9 @@ silenced: $(VENV)/.installed-federation $(VENV)/.installed-studies  ## cheat thr
 
 lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+playground: $(VENV)/.installed-workshop  ## show the playground as a page, for a workshop's screen; on this machine only
+	$(BIN)/voila notebooks/playground.ipynb --Voila.ip=127.0.0.1
 
 notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its outputs into it
 	$(BIN)/python tools/run_notebooks.py
@@ -81,7 +84,7 @@ $(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
 	@$(COMPILE)
 	@touch $@
 
-$(VENV)/.installed-lab $(VENV)/.installed-studies $(VENV)/.installed-federation $(VENV)/.installed-book $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
+$(VENV)/.installed-lab $(VENV)/.installed-workshop $(VENV)/.installed-studies $(VENV)/.installed-federation $(VENV)/.installed-book $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e ".[$*]"
 	@$(COMPILE)
 	@touch $@

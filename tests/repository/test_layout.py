@@ -28,7 +28,7 @@ FLOORS = (
     {"attacks", "defenses", "dishonest", "privacy"},
     {"zoo", "exercises", "sharing"},
     {"comparison", "audit", "federation", "__init__"},
-    {"commands"},
+    {"commands", "playground"},
     {"__main__"},
 )
 #: The same within attacks/. The files of the first floor may import each other, if there is no circle.
