@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CHAPTERS = $(if $(NOTEBOOKS), --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+# The index of PyTorch's build for the CPU, as its site names it: a make argument, once, while $(VENV) is new.
+TORCH_INDEX ?=
 # pip compiles one file after the other; this, one on each core.
 # What does not compile (some packages bring templates) is left, as pip leaves it.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint federation silenced lab notebooks studies book wheel clean
+.PHONY: help demo test lint federation silenced lab notebooks student slides studies book wheel clean
 
 help:  ## list the commands
 	@echo 'aprillab: how shared gradients give away the images of a Vision Transformer'\''s users'
@@ -49,6 +51,12 @@ lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
 notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its outputs into it
 	$(BIN)/python tools/run_notebooks.py
 
+student: $(VENV)/.installed-lab  ## write the notebooks without solutions and outputs into student/
+	$(BIN)/python tools/make_student_notebooks.py
+
+slides: $(VENV)/.installed-lab  ## make the half day's slides of the chapters' figures: build/half-day.html
+	$(BIN)/python tools/make_slides.py
+
 studies: $(VENV)/.installed-studies  ## measure what data/results lacks of the closed forms, and write their page
 	$(BIN)/python -m studies.closed_forms
 
@@ -74,6 +82,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV) || { \
 	    echo 'The virtual environment could not be made. On Debian and Ubuntu: apt install python3-venv' >&2; \
 	    exit 1; }
+	$(if $(TORCH_INDEX),$(PIP_INSTALL) torch torchvision --index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
