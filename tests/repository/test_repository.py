@@ -121,8 +121,9 @@ def test_round_of_the_book_ends_in_an_audit(tmp_path: Path) -> None:
 def test_commands_of_readme_and_book_are_commands() -> None:
     from aprillab.commands import cli
 
-    fenced = re.findall(r"^```\n(.*?)^```", "\n".join([README, *DOCS.values()]), re.M | re.S)
-    commands = [line for text in fenced for line in re.findall(r"^(?:\.venv\S+)?aprillab (.+)$", text, re.M)]
+    fenced = re.findall(r"^```([^\n]*)\n(.*?)^```$", "\n".join([README, *DOCS.values()]), re.M | re.S)
+    shells = [text for language, text in fenced if not language]
+    commands = [line for text in shells for line in re.findall(r"^(?:\.venv\S+)?aprillab (.+)$", text, re.M)]
     assert len(commands) >= 10
     for line in commands:
         cli._parser().parse_args(shlex.split(line))
