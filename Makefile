@@ -9,6 +9,9 @@ CHAPTERS = $(if $(NOTEBOOKS), --nbval-lax --nbval-current-env --nbval-cell-timeo
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 # The index of PyTorch's build for the CPU, as its site names it: a make argument, once, while $(VENV) is new.
 TORCH_INDEX ?=
+ifneq ($(and $(TORCH_INDEX),$(wildcard $(VENV)/.created)),)
+$(info note: $(VENV) is there already, and keeps the PyTorch that it has; delete it for another)
+endif
 # pip compiles one file after the other; this, one on each core.
 # What does not compile (some packages bring templates) is left, as pip leaves it.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true

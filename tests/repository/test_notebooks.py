@@ -126,8 +126,11 @@ def test_the_half_day_has_no_exercise_before_its_section() -> None:
         for number, title, section in re.findall(r"Exercise (\d+\.\d+) · (.+?) \((?:section|Step) (\d+)\)", how):
             chapter = number.partition(".")[0].zfill(2)
             assert (chapter, section) in taught, f"Exercise {number} before section {section} of {chapter}"
-            (each,) = re.findall(rf"^### Exercise {re.escape(f'{number} · {title}')} · ★.* · (\d+) minutes$",
-                                 text_of(next(tools.NOTEBOOKS.glob(f"{chapter}_*.ipynb"))), re.M)  # fmt: skip
+            text = text_of(next(tools.NOTEBOOKS.glob(f"{chapter}_*.ipynb")))
+            heading = re.escape(f"{number} · {title}")
+            (each,) = re.findall(rf"^### Exercise {heading} · ★.* · (\d+) minutes$", text, re.M)
+            above = re.findall(r"^## (.+)$", text[: text.index(f"### Exercise {number} ")], re.M)[-1]
+            assert re.match(r"(\d+)?", above)[1] in (None, section), f"Exercise {number} is in section {above}"
             minutes += int(each)
             seen += 1
         assert minutes <= end - int(start)

@@ -179,6 +179,20 @@ def test_demo_needs_no_extra_and_test_needs_its_own(checkout: Path) -> None:
 
 
 @needs_make
+def test_pytorch_for_the_cpu_comes_first_and_from_its_own_index(checkout: Path) -> None:
+    address = "TORCH_INDEX=https://index.example/cpu"
+    assert "keeps the PyTorch that it has" in make(checkout, "-n", "demo", address).stdout
+    shutil.rmtree(checkout / ".venv")
+    for target in ("demo", "lab", "test"):
+        shown = make(checkout, "-n", target, address).stdout
+        installed = re.findall(r"pip install --disable-pip-version-check --no-compile (.*)", shown)
+        assert installed[0] == "torch torchvision --index-url https://index.example/cpu"
+        assert all("--index-url" not in line for line in installed[1:])
+        assert "keeps the PyTorch" not in shown
+    assert "torch torchvision" not in make(checkout, "-n", "demo").stdout
+
+
+@needs_make
 def test_notebooks_are_tested_once_there_are_some(checkout: Path) -> None:
     assert "nbval" not in make(checkout, "-n", "test").stdout
     (checkout / "notebooks").mkdir()
