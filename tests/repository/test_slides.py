@@ -8,6 +8,7 @@ from pathlib import Path
 
 import make_slides
 import nbformat
+import notebook_tools as tools
 import pytest
 from chromium import CHROMIUM, SWITCHES, needs_chromium
 from nbformat.v4 import new_code_cell, new_notebook, new_output
@@ -47,6 +48,31 @@ def test_figures_keep_their_captions_and_alternative_texts(deck: Path) -> None:
         assert len(html.unescape(found.alt)) > 20
         assert found.caption
     assert not re.findall(r"<img(?![^>]*\balt=\"[^\"]+\")[^>]*>", page)
+
+
+def test_exercises_are_called_what_the_chapters_call_them() -> None:
+    named = re.findall(r"Exercise (\d+)\.(\d+), \*(.+?)\*", make_slides.TEXT.read_text(encoding="utf-8"))
+    assert len(named) >= 3
+    for chapter, number, title in named:
+        cells = tools.read(chapter.zfill(2)).cells
+        assert any(f"### Exercise {chapter}.{number} · {title} · " in cell.source for cell in cells), title
+
+
+def test_what_teachers_are_told_to_expect_is_what_the_chapters_print() -> None:
+    page = (tools.ROOT / "docs/teaching.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+–\d+ \| (.*?) \|", page, re.M)
+    quoted = 0
+    chapter = "00"
+    for expected in rows:
+        if found := re.search(r"chapter (\d\d)", expected):
+            chapter = found[1]
+        printed = "".join(
+            output.get("text", "") for cell in tools.read(chapter).cells for output in cell.get("outputs", [])
+        )
+        for words in re.findall(r'"([^"]+)"', expected):
+            assert words in printed, f"chapter {chapter} prints no {words!r}"
+            quoted += 1
+    assert quoted >= 6
 
 
 def test_it_needs_nothing_else(deck: Path) -> None:
