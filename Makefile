@@ -48,8 +48,9 @@ federation: $(VENV)/.installed-federation  ## run a real federation with a serve
 silenced: $(VENV)/.installed-federation $(VENV)/.installed-studies  ## cheat through Flower's secure sum, in one process; writes runs/silenced
 	$(BIN)/python -m studies.cheating.secure --out runs/silenced
 
+# From here, and not from notebooks/, so that links to the package and to results lead somewhere.
 lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb --LabApp.news_url=None
 
 notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its outputs into it
 	$(BIN)/python tools/run_notebooks.py
