@@ -50,7 +50,7 @@ silenced: $(VENV)/.installed-federation $(VENV)/.installed-studies  ## cheat thr
 
 # From here, and not from notebooks/, so that links to the package and to results lead somewhere.
 lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb --LabApp.news_url=None
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its outputs into it
 	$(BIN)/python tools/run_notebooks.py
