@@ -198,7 +198,9 @@ def _lint_page(notebook: NotebookNode) -> list[str]:
         if cell.cell_type == "code" and any(len(line) > MAX_WIDTH for line in cell.source.splitlines()):
             wrong.append(f"a line of code of more than {MAX_WIDTH} characters: {start}")
         if (FOLDED in tags(cell)) != cell.metadata.get("jupyter", {}).get("source_hidden", False):
-            wrong.append(f"{FOLDED} folds a cell in the book, jupyter.source_hidden in JupyterLab: both, or none: {start}")
+            wrong.append(
+                f"{FOLDED} folds a cell in the book, jupyter.source_hidden in JupyterLab: both, or none: {start}"
+            )
         if "setup" in tags(cell) and FOLDED not in tags(cell):
             wrong.append(f"a set-up cell that is not folded: {start}")
         if cell.source.startswith("### Exercise ") and not BOX.fullmatch(cell.source):

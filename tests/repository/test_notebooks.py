@@ -66,9 +66,7 @@ def test_an_appendix_and_a_chapter_link_to_each_other() -> None:
 
 def test_the_map_has_every_chapter_with_its_own_minutes() -> None:
     rows = dict(re.findall(r"\]\((\w\d_\w+\.ipynb)\) \|[^|]+\| (\d+) \|", text_of(PATHS[0])))
-    headers = {
-        path.name: tools.read(path).cells[0].source for path in PATHS[1:] if re.match(r"\w\d_", path.name)
-    }
+    headers = {path.name: tools.read(path).cells[0].source for path in PATHS[1:] if re.match(r"\w\d_", path.name)}
     said = {
         name: re.search(r"(\d+)(?: minutes)? to read(?: and run)?, (\d+) for", head) for name, head in headers.items()
     }
@@ -79,15 +77,9 @@ SYLLABUS = (tools.NOTEBOOKS / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_syllabus_counts_each_chapters_exercises_and_minutes() -> None:
-<<<<<<< HEAD
-    syllabus = (tools.NOTEBOOKS / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[[^]]+\]\((\w\d_\w+)\.ipynb\) .*\| (\d+) min \| (\d+), (\d+) min \|", syllabus, re.M)
-    assert sorted(row[0] for row in rows) == [path.stem for path in PATHS]
-=======
     rows = re.findall(r"^\| \[[^]]+\]\((\w+)\.ipynb\) .*\| (\d+) min \| (\d+), (\d+) min \|", SYLLABUS, re.M)
     others = re.findall(r"^\| \[[^]]+\]\((\w+)\.ipynb\) .*\| none \|$", SYLLABUS, re.M)
     assert sorted([row[0] for row in rows] + others) == [path.stem for path in PATHS]
->>>>>>> front
     for name, to_read, count, minutes in rows:
         prose = "\n".join(c.source for c in tools.read(name[:2]).cells if c.cell_type == "markdown")
         each = re.findall(r"^### Exercise \w+\.\d+ .*· (\d+) minutes$", prose, re.M)
