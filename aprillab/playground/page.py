@@ -7,6 +7,7 @@ as it has arrived.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import PictureError, decode_picture
+from ..data import PictureError, PictureWarning, decode_picture
 from ..widgets import with_still
 from . import showing
 from .outcome import Outcome, play
@@ -71,7 +72,7 @@ class Page:
 
     def own(self, size: int) -> Tensor | None:
         """The user's own picture at that size, (3, H, W)."""
-        return decode_picture(self.content, size) if self.content else None
+        return _decoded(self.content, size) if self.content else None
 
     def changed(self, change: Any) -> None:
         """A control moved: play the new state."""
@@ -102,7 +103,7 @@ class Page:
             return
         _forget(self.upload)
         try:
-            decode_picture(content, self.controls["size"].value)
+            _decoded(content, self.controls["size"].value)
         except PictureError as error:
             self.status.value = showing.status_html(f"Not a picture that can be read: {error}")
             return
@@ -208,6 +209,13 @@ def _content_of(value: Any) -> bytes:
     """The uploaded file's bytes: ipywidgets 7 has a mapping from names, 8 a tuple."""
     files = list(value.values()) if isinstance(value, Mapping) else list(value)
     return bytes(files[0]["content"]) if files else b""
+
+
+def _decoded(content: bytes, size: int) -> Tensor:
+    """The picture, without a word on frames or transparency: what is used of it is on the page."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PictureWarning)
+        return decode_picture(content, size)
 
 
 def _forget(upload: Any) -> None:

@@ -234,7 +234,7 @@ def _list(title: str, rows: Iterable[tuple[str, str]]) -> str:
         for name, words in rows
     )
     return (
-        f'<h4 style="margin:0.8em 0 0.2em">{escape(title)}</h4>'
+        f'<h4 style="margin:0.8em 0 0.2em;padding:0;font-size:1em">{escape(title)}</h4>'
         f'<ul style="margin:0;padding-left:1.2em;list-style:disc">{items}</ul>'
     )
 
@@ -252,5 +252,5 @@ def _block(html: str) -> str:
 
 def page_html(outcome: Outcome) -> str:
     """A state with all that is said of it, for readers without a kernel."""
-    chosen = _block(f"<p>{STILL}</p>{_list('What is chosen', outcome.state.in_words().items())}")
-    return f"{chosen}{picture_html(outcome)}{summary_html(outcome)}{evidence_html(outcome)}"
+    chosen = _block(_list("What is chosen", outcome.state.in_words().items()))
+    return f"<p>{STILL}</p>{picture_html(outcome)}{summary_html(outcome)}{chosen}{evidence_html(outcome)}"

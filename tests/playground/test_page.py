@@ -99,6 +99,14 @@ def test_an_upload_is_played_and_taken_out_of_the_widget(small: Page) -> None:
     assert small.outcome.state.picture == "coffee"
 
 
+def test_a_transparent_picture_is_taken_without_a_warning(small: Page) -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (40, 40), (200, 30, 30, 0)).save(file, format="png")
+    upload(small, file.getvalue())
+    assert small.outcome.private[0].min() == 1.0  # white, behind what is transparent
+    assert small.status.value.count("Done in") == 1
+
+
 def test_a_file_that_is_no_picture_leaves_the_page_as_it_was(small: Page) -> None:
     before = small.picture.value
     upload(small, b"%PDF-1.7 no picture")
