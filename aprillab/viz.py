@@ -31,6 +31,9 @@ COLOURS = {
     "black": "#000000",
 }
 
+#: How a caption looks beneath its figure, by day and by night: smaller and paler than the text.
+CAPTION_STYLE = "font-size:0.88em;line-height:1.4;opacity:0.75;max-width:46em;margin:0.3em 0 0.9em 0"
+
 #: Matplotlib settings of the course's figures; used through ``plt.rc_context``, never set globally.
 STYLE: dict[str, Any] = {
     "font.size": 11,
@@ -177,7 +180,7 @@ def captioned(png: bytes, *, caption: str, alt: str) -> dict[str, str]:
     markup = (
         f'<figure style="margin:0"><img alt="{html.escape(alt, quote=True)}" '
         f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f'<figcaption style="{CAPTION_STYLE}">{html.escape(caption)}</figcaption></figure>'
     )
     return {"text/html": markup, "text/plain": f"{caption} [{alt}]"}
 

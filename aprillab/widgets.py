@@ -7,6 +7,7 @@ is imported when it is needed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,15 +21,24 @@ from .preprocessing import HALF, Preprocessing
 
 Words = str | Callable[..., str]
 
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+#: What the stored frame of an interactive figure says beneath its caption.
+STILL = "(A still picture: its controls appear when the cell is run.)"
 
-def sliders(render: Callable[..., Figure], *, caption: Words, alt: Words, **controls: Any) -> Any:
+
+def sliders(
+    render: Callable[..., Figure], *, caption: Words, alt: Words, below: Sequence[Any] = (), **controls: Any
+) -> Any:
     """A figure under its controls, drawn again whenever one of them moves.
+
+    A stored notebook, which holds no widgets, keeps the first state as a still picture.
 
     Parameters
     ----------
     render : function of the controls' values, by name, that returns a Figure
     caption, alt : str, or functions of the same values that return one
         As for :func:`aprillab.viz.show`: a picture that changes needs words that change with it.
+    below : ipywidgets widgets that stand under the figure
     **controls : ipywidgets widgets, by the name of ``render``'s argument
         Sliders should be made with ``continuous_update=False``.
 
@@ -38,11 +48,48 @@ def sliders(render: Callable[..., Figure], *, caption: Words, alt: Words, **cont
     """
     import ipywidgets
 
-    def redraw(**state: Any) -> None:
-        words = [text(**state) if callable(text) else text for text in (caption, alt)]
-        viz.show(render(**state), caption=words[0], alt=words[1])
+    first = {name: control.value for name, control in controls.items()}
 
-    return ipywidgets.VBox([*controls.values(), ipywidgets.interactive_output(redraw, controls)])
+    def words(state: Mapping[str, Any]) -> dict[str, str]:
+        texts = {"caption": caption, "alt": alt}
+        return {name: text(**state) if callable(text) else text for name, text in texts.items()}
+
+    def redraw(**state: Any) -> None:
+        said = words(state)
+        viz.show(render(**state), caption=said["caption"], alt=said["alt"])
+
+    def still() -> dict[str, str]:
+        said = words(first)
+        return viz.captioned(viz.to_png(render(**first)), caption=f"{said['caption']} {STILL}", alt=said["alt"])
+
+    figure = ipywidgets.interactive_output(redraw, controls)
+    return with_still(ipywidgets.VBox([*controls.values(), figure, *below]), still)
+
+
+def with_still(box: Any, still: Callable[[], dict[str, str]]) -> Any:
+    """A widget that leaves a picture where a notebook is stored; with a kernel it moves as before.
+
+    Parameters
+    ----------
+    box : ipywidgets widget
+        Changed in place, and returned.
+    still : function without arguments that returns a MIME bundle
+        As :func:`aprillab.viz.captioned` makes one; called each time the widget is displayed.
+
+    Returns
+    -------
+    the widget
+    """
+
+    def bundle(include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+        # Colab is not asked to choose between the two: it gets the one that moves.
+        stored = {} if "google.colab" in sys.modules else still()
+        return {"text/plain": "controls and a figure", **stored, WIDGET_VIEW: view}
+
+    box._ipython_display_ = None  # ipywidgets 7 displays by this, ipywidgets 8 by the other
+    box._repr_mimebundle_ = bundle
+    return box
 
 
 # --- Chapter 01 -----------------------------------------------------------------------------------------------

@@ -245,8 +245,9 @@ def chapter_page(notebook: NotebookNode, name: str, equations: set[str]) -> Note
 
 
 def moves_in_jupyter(cell: NotebookNode) -> bool:
-    """Whether a code cell shows a widget, which a committed notebook does not hold."""
-    return not cell.outputs and re.search(r"\bwidgets\.(sliders|interactive_output)\(", cell.source) is not None
+    """Whether a code cell shows a widget: a committed notebook holds a still picture of it, or nothing."""
+    shows = re.search(r"^(?:widgets\.)?(?:sliders|interactive_output)\(", cell.source, re.M) is not None
+    return shows and not any(output.output_type == "stream" for output in cell.outputs)
 
 
 def linked_equations(text: str, equations: set[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Feedback:
-    """What a check answers; a notebook shows its text.
+    """What a check answers; a notebook shows it as a box, green or amber, and elsewhere as a line.
 
     Attributes
     ----------
@@ -25,6 +26,12 @@ class Feedback:
 
     def __repr__(self) -> str:
         return f"{'✓' if self.passed else '✗'} {self.message}"
+
+    def _repr_html_(self) -> str:
+        # The class is for Jupyter's themes, the border for front ends that know no such class.
+        kind, colour = ("success", "#009E73") if self.passed else ("warning", "#E69F00")
+        style = f"border-left:5px solid {colour};padding:0.4em 0.8em;margin:0.3em 0"
+        return f'<div class="alert alert-{kind}" style="{style}">{html.escape(repr(self))}</div>'
 
 
 class _Stop(Exception):

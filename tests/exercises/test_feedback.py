@@ -86,3 +86,11 @@ def test_a_check_never_raises() -> None:
     assert repr(run(lambda: "Right.")) == "✓ Right."
     assert repr(run(lambda: stop("Not yet."))) == "✗ Not yet."
     assert run(lambda: 1 / 0).message == "Your code raised ZeroDivisionError: division by zero"
+
+
+def test_a_notebook_shows_a_box_in_another_colour() -> None:
+    right, wrong = run(lambda: "Right.")._repr_html_(), run(lambda: stop("a < b & c"))._repr_html_()
+    assert "alert-success" in right
+    assert "✓ Right." in right
+    assert "alert-warning" in wrong
+    assert "✗ a &lt; b &amp; c" in wrong

@@ -204,12 +204,16 @@ def test_sliders_are_explained_and_the_original_stays() -> None:
         new_code_cell("import torch", metadata={"tags": ["setup"]}),
         new_code_cell("widgets.sliders(f, k=slider)"),
         new_code_cell("widgets.sliders(f, k=slider)", outputs=[new_output("stream", text="there")]),
+        new_code_cell("sliders(\n    f)", outputs=[new_output("display_data", {"text/html": "still"})]),
     ]
     notebook = new_notebook(cells=cells)
     before = nbformat.writes(notebook)
     page = book_pages.chapter_page(notebook, "00_a.ipynb", set())
     assert nbformat.writes(notebook) == before
-    assert [cell.cell_type for cell in page.cells] == ["markdown", "markdown", "code", "code", "markdown", "code"]
+    assert [cell.cell_type for cell in page.cells] == [
+        *("markdown", "markdown", "code", "code", "markdown", "code"),
+        *("code", "markdown"),
+    ]
     assert "downloads/00_a.ipynb" in page.cells[1].source
     assert page.cells[2].metadata.tags == ["setup", "hide-cell"]
     assert "moves in Jupyter" in page.cells[4].source
