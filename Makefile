@@ -7,13 +7,18 @@ BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 CHAPTERS = $(if $(NOTEBOOKS), --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+# The index of PyTorch's build for the CPU, as its site names it: a make argument, once, while $(VENV) is new.
+TORCH_INDEX ?=
+ifneq ($(and $(TORCH_INDEX),$(wildcard $(VENV)/.created)),)
+$(info note: $(VENV) is there already, and keeps the PyTorch that it has; delete it for another)
+endif
 # pip compiles one file after the other; this, one on each core.
 # What does not compile (some packages bring templates) is left, as pip leaves it.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint federation silenced lab notebooks studies book wheel clean
+.PHONY: help demo test lint federation silenced lab playground notebooks student slides studies book wheel clean
 
 help:  ## list the commands
 	@echo 'aprillab: how shared gradients give away the images of a Vision Transformer'\''s users'
@@ -43,11 +48,21 @@ federation: $(VENV)/.installed-federation  ## run a real federation with a serve
 silenced: $(VENV)/.installed-federation $(VENV)/.installed-studies  ## cheat through Flower's secure sum, in one process; writes runs/silenced
 	$(BIN)/python -m studies.cheating.secure --out runs/silenced
 
+# From here, and not from notebooks/, so that links to the package and to results lead somewhere.
 lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
+
+playground: $(VENV)/.installed-workshop  ## show the playground as a page, for a workshop's screen; on this machine only
+	$(BIN)/voila notebooks/playground.ipynb --Voila.ip=127.0.0.1
 
 notebooks: $(VENV)/.installed-lab  ## run every notebook again and write its outputs into it
 	$(BIN)/python tools/run_notebooks.py
+
+student: $(VENV)/.installed-lab  ## write the notebooks without solutions and outputs into student/
+	$(BIN)/python tools/make_student_notebooks.py
+
+slides: $(VENV)/.installed-lab  ## make the half day's slides of the chapters' figures: build/half-day.html
+	$(BIN)/python tools/make_slides.py
 
 studies: $(VENV)/.installed-studies  ## measure what data/results lacks of the closed forms, and write their page
 	$(BIN)/python -m studies.closed_forms
@@ -74,6 +89,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV) || { \
 	    echo 'The virtual environment could not be made. On Debian and Ubuntu: apt install python3-venv' >&2; \
 	    exit 1; }
+	$(if $(TORCH_INDEX),$(PIP_INSTALL) torch torchvision --index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
@@ -81,7 +97,7 @@ $(VENV)/.installed-base: pyproject.toml | $(VENV)/.created
 	@$(COMPILE)
 	@touch $@
 
-$(VENV)/.installed-lab $(VENV)/.installed-studies $(VENV)/.installed-federation $(VENV)/.installed-book $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
+$(VENV)/.installed-lab $(VENV)/.installed-workshop $(VENV)/.installed-studies $(VENV)/.installed-federation $(VENV)/.installed-book $(VENV)/.installed-test: $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 	$(PIP_INSTALL) -e ".[$*]"
 	@$(COMPILE)
 	@touch $@

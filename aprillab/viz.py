@@ -33,7 +33,9 @@ COLOURS = {
 }
 
 #: How a caption looks beneath its figure, by day and by night: smaller and paler than the text.
-CAPTION_STYLE = "font-size:0.88em;line-height:1.4;opacity:0.75;max-width:46em;margin:0.3em 0 0.9em 0;padding-left:0.4em"
+CAPTION_STYLE = (
+    "font-size:0.88em;line-height:1.4;opacity:0.75;max-width:46em;margin:0.3em 0 0.9em 0;padding-left:0.4em"
+)
 
 #: Matplotlib settings of the course's figures; used through ``plt.rc_context``, never set globally.
 STYLE: dict[str, Any] = {

@@ -17,10 +17,10 @@ MIN_MUTANTS = 3
 def exercise_tests(checks: ModuleType, mutants: Sequence[Mutant], right: Sequence[tuple[str, str]] = ()) -> type:
     """A class of tests for the exercises of one chapter, to be named ``Test…`` where pytest finds it.
 
-    ``checks`` is the chapter's module of the package; its last two letters are the chapter's number. ``right`` has
-    other right ways: the check, and a function's body.
+    ``checks`` is the chapter's module of the package; its last two letters are the chapter's number, or the
+    appendix's. ``right`` has other right ways: the check, and a function's body.
     """
-    exercises = {exercise.check: exercise for exercise in tools.exercises(tools.read(checks.__name__[-2:]))}
+    exercises = {exercise.check: exercise for exercise in tools.exercises(tools.read(checks.__name__[-2:].upper()))}
 
     class Tests:
         @pytest.mark.parametrize("check", exercises)

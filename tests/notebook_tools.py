@@ -28,6 +28,7 @@ MAX_WIDTH = 100  # characters of a line of code, and of a printed one
 BOX = re.compile(r'### .+\n\n<div class="alert alert-info">\n\n.+\n\n</div>\s*', re.S)
 MARKS = {"exercise-hints": "◇ Hint", "exercise-solution": "◆ Solution"}
 FOLDED = "hide-input"
+APPENDIX = re.compile(r"[A-Z]\d_")
 
 
 def read(path: str | Path) -> NotebookNode:
@@ -197,7 +198,9 @@ def _lint_page(notebook: NotebookNode) -> list[str]:
         if cell.cell_type == "code" and any(len(line) > MAX_WIDTH for line in cell.source.splitlines()):
             wrong.append(f"a line of code of more than {MAX_WIDTH} characters: {start}")
         if (FOLDED in tags(cell)) != cell.metadata.get("jupyter", {}).get("source_hidden", False):
-            wrong.append(f"{FOLDED} folds a cell in the book, jupyter.source_hidden in JupyterLab: both, or none: {start}")
+            wrong.append(
+                f"{FOLDED} folds a cell in the book, jupyter.source_hidden in JupyterLab: both, or none: {start}"
+            )
         if "setup" in tags(cell) and FOLDED not in tags(cell):
             wrong.append(f"a set-up cell that is not folded: {start}")
         if cell.source.startswith("### Exercise ") and not BOX.fullmatch(cell.source):
@@ -215,9 +218,10 @@ def _lint_exercises(notebook: NotebookNode, path: Path) -> list[str]:
     count = found.count("exercise-stub")
     if found != list(PARTS) * count:
         wrong.append("stub, check, hints and solution do not follow each other in every exercise")
-    if "00" < path.name[:2] < "08" and count < MIN_EXERCISES:
+    if ("00" < path.name[:2] < "09" or APPENDIX.match(path.name)) and count < MIN_EXERCISES:
         wrong.append(f"{count} exercises, fewer than {MIN_EXERCISES}")
-    chapter = int(path.name[:2]) if path.name[:2].isdigit() else 0
+    number = re.match(r"\d\d|[A-Z]\d", path.name)
+    chapter = number[0].lstrip("0") or "0" if number else "0"
     headers = re.findall(r"^### Exercise (.+)$", "\n".join(c.source for c in notebook.cells), re.M)
     for number, header in enumerate(headers, 1):
         if not re.fullmatch(rf"{chapter}\.{number} · .+ · (?:★☆☆|★★☆|★★★) · \d+ minutes", header):

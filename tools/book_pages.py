@@ -35,7 +35,7 @@ PAGES = (
 )
 PICTURES = ("data/results/*.png", "docs/demo.png")
 #: The book's own pages, from docs/, at its root.
-OWN = ("index.md", "measured.md", "api.md")
+OWN = "docs/*.md"
 CHAPTERS = "notebooks/*.ipynb"
 PARTS = {"I · The leak": range(5), "II · Attack and defence": range(5, 9), "III · In the field": range(9, 13)}
 APPENDICES = "Appendices"
@@ -74,7 +74,7 @@ def write_source(folder: Path, root: Path = ROOT) -> int:
         if not (folder / "conf.py").exists():
             raise BookError(f"{folder} is not a source of the book (no conf.py), and would be emptied: name another")
         shutil.rmtree(folder)
-    shutil.copytree(root / "docs", folder, ignore=shutil.ignore_patterns("__pycache__", "*.png", *OWN))
+    shutil.copytree(root / "docs", folder, ignore=shutil.ignore_patterns("__pycache__", "*.png", "*.md", "workshop"))
     book = Book(root, folder)
     for pattern in PICTURES:
         for path in sorted(root.glob(pattern)):
@@ -93,8 +93,8 @@ def write_source(folder: Path, root: Path = ROOT) -> int:
         book.write(name, nbformat.writes(notebook))
         book.copy(name, f"extra/downloads/{path.name}")
     fillings = {"<!-- chapters -->": chapter_map(root), "<!-- modules -->": room_list(root)}
-    for name in OWN:
-        text = (root / "docs" / name).read_text(encoding="utf-8")
+    for path in sorted(root.glob(OWN)):
+        name, text = path.name, path.read_text(encoding="utf-8")
         for mark, filling in fillings.items():
             text = text.replace(mark, filling)
         book.write(name, book.relinked(text, f"docs/{name}", name))
@@ -144,7 +144,7 @@ class Book:
         path = self.root / found
         if found.startswith("..") or not path.exists():
             raise BookError(f"{name} links to {target}, and there is no such file")
-        if found.startswith("docs/") and path.name in OWN:
+        if path in self.root.glob(OWN):
             page = path.name
         elif found in self.own:
             page = found

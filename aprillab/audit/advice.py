@@ -31,7 +31,8 @@ Ends = Literal["yes", "in part", "not known", "no"]
 By = Literal["guarantee", "count", "measurement"]
 Situation = Literal["picture", "mixture", "noise", "unclear", "nothing"]
 
-BROKEN, FEDERATION, LESS = "07_breaking_the_defence", "09_a_real_federation", "10_sharing_less"
+BROKEN, OPEN = "07_breaking_the_defence", "08_what_the_span_leaves_open"
+FEDERATION, LESS = "09_a_real_federation", "10_sharing_less"
 HOLDS = "11_defences_that_hold"
 
 
@@ -209,7 +210,7 @@ def _images(found: Audit) -> Iterator[Advice]:
     yield Advice(
         f"{'still ' * bool(now)}more images in each step", "in part", "none, where a client has them", FEDERATION,
         f"{now}From two images on a closed form returns a mixture, in which parts of one may be seen: no number says "
-        "what is left. The head goes on to name labels, a search took two small pictures apart again (chapter 07), "
+        "what is left. The head goes on to name labels, a search took two small pictures apart again (chapter 08), "
         "and a server that changes the model can fish one image out of a batch (chapter 12). A client's last "
         "batch may be of one image.",
     )  # fmt: skip
@@ -255,7 +256,7 @@ def _keeping(found: Audit) -> Iterator[Advice]:
     words = f"What this update shares leaves no closed form: {this.why}."
     words += f" There would be one if more were shared: {more}." if more else ""
     ends: Ends = "in part" if _by_rounding(this) else "yes"
-    chapter = BROKEN if _by_rounding(this) else LESS
+    chapter = OPEN if _by_rounding(this) else LESS
     words += _what_is_left(this)
     yield Advice("go on sharing no more than this", ends, "none", chapter, words, by="count")
 
@@ -312,7 +313,7 @@ def _of_row(row: LeakRow, ends: Ends, kept: tuple[str, ...]) -> str:
 
 _ROUNDING = (
     " It is rounding that stops the span attack here, and no lack of equations: from float64, and by a search "
-    "from its picture on, small pictures came out (chapter 07)."
+    "from its picture on, small pictures came out (chapter 08)."
 )
 
 

@@ -1,5 +1,5 @@
 """The command line: ``aprillab demo``, ``aprillab invert``, ``aprillab audit``, ``aprillab map``,
-``aprillab compare`` and ``aprillab federation``.
+``aprillab compare``, ``aprillab federation`` and ``aprillab record``.
 
 Arguments are read without PyTorch, whose import takes seconds: help, the version and wrong usage
 come at once. Each command's arguments are in ``arguments/``, what it does in the file of its name,
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from ..version import __version__
-from .arguments import audit, compare, demo, federation, invert
+from .arguments import audit, compare, demo, federation, invert, record
 from .arguments import map as leak_map
 from .messages import EXIT_CODES, RESPONSIBLE_USE, CommandError, fail
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"aprillab {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for command in (demo, invert, audit, leak_map, compare, federation):
+    for command in (demo, invert, audit, leak_map, compare, federation, record):
         command.add_arguments(commands)
     return parser
 

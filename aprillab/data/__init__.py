@@ -7,7 +7,7 @@ unless asked for, and no data set silently stands in for another.
 
 from .datasets import DatasetMissing, mnist5k, torchvision_dataset
 from .folders import recorded, result_file
-from .pictures import PICTURE_FORMATS, PictureError, PictureWarning, read_picture
+from .pictures import PICTURE_FORMATS, PictureError, PictureWarning, decode_picture, read_picture
 from .victims import VictimInfo, load_victim, load_victims, victim_info, victims
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "PictureError",
     "PictureWarning",
     "VictimInfo",
+    "decode_picture",
     "load_victim",
     "load_victims",
     "mnist5k",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -76,56 +77,100 @@ def read_picture(
     check_form(size, channels)
     check_dtype(dtype)
     path = Path(path)
-    image, remarks = _open_picture(path)
-    for remark in remarks:
-        warnings.warn(f"{path}: {remark}", PictureWarning, stacklevel=2)
-    return to_tensor(image, size, channels, dtype)
-
-
-def _open_picture(path: Path) -> tuple[Image.Image, list[str]]:
-    """The picture, upright, in mode L or RGB, and what to tell its owner."""
     if not path.exists():
         raise PictureError(f"{path}: there is no such file. Check the name and the folder.")
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise PictureError(f"{path}: this is {kind}. Name the picture file itself.")
+    image, remarks = _open_picture(path, str(path))
+    for remark in remarks:
+        warnings.warn(f"{path}: {remark}", PictureWarning, stacklevel=2)
+    return to_tensor(image, size, channels, dtype)
+
+
+def decode_picture(
+    content: bytes,
+    size: int | tuple[int, int] = 224,
+    *,
+    channels: int = 3,
+    dtype: torch.dtype = torch.float32,
+    name: str = "your picture",
+) -> Tensor:
+    """A photograph from a file's bytes, as :func:`read_picture` reads files; nothing is written to disk.
+
+    Parameters
+    ----------
+    content : bytes
+        The whole file.
+    size, channels, dtype
+        As :func:`read_picture`.
+    name : str
+        What messages call it.
+
+    Raises
+    ------
+    PictureError, ValueError
+        As :func:`read_picture`.
+
+    Warns
+    -----
+    PictureWarning
+        As :func:`read_picture`.
+
+    Examples
+    --------
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (48, 40), (255, 0, 51)).save(file, format="png")
+    >>> decode_picture(file.getvalue(), 32)[:, 0, 0]
+    tensor([1.0000, 0.0000, 0.2000])
+    """
+    check_form(size, channels)
+    check_dtype(dtype)
+    image, remarks = _open_picture(io.BytesIO(content), name)
+    for remark in remarks:
+        warnings.warn(f"{name}: {remark}", PictureWarning, stacklevel=2)
+    return to_tensor(image, size, channels, dtype)
+
+
+def _open_picture(source: Path | io.BytesIO, name: str) -> tuple[Image.Image, list[str]]:
+    """The picture, upright, in mode L or RGB, and what to tell its owner."""
     try:
-        if path.stat().st_size == 0:
-            raise PictureError(f"{path}: the file is empty (0 bytes). Copy or export the picture again.")
-        return _decode(path)
+        if not (source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes):
+            raise PictureError(f"{name}: the file is empty (0 bytes). Copy or export the picture again.")
+        return _decode(source, name)
     except PictureError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(
-            f"{path}: the file declares more pixels than is safe to unpack ({error}). "
+            f"{name}: the file declares more pixels than is safe to unpack ({error}). "
             "If it is really a picture, make it smaller first."
         ) from error
     except Image.UnidentifiedImageError as error:
         raise PictureError(
-            f"{path}: this is not a picture in a format read here ({', '.join(PICTURE_FORMATS)}), "
+            f"{name}: this is not a picture in a format read here ({', '.join(PICTURE_FORMATS)}), "
             "or little is left of one. Save it as PNG or JPEG."
         ) from error
     # Decoders answer damaged input with almost any exception.
     except Exception as error:
         raise PictureError(
-            f"{path}: the picture cannot be read: {error or type(error).__name__}. It may be damaged or cut short, "
+            f"{name}: the picture cannot be read: {error or type(error).__name__}. It may be damaged or cut short, "
             "or of a rare kind: copy it again, or save it as an 8-bit PNG or JPEG."
         ) from error
 
 
-def _decode(path: Path) -> tuple[Image.Image, list[str]]:
+def _decode(source: Path | io.BytesIO, name: str) -> tuple[Image.Image, list[str]]:
     """What Pillow reads: its first frame, upright, in 8 bits, on white."""
     remarks = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=PICTURE_FORMATS) as file:
+        with Image.open(source, formats=PICTURE_FORMATS) as file:
             # A phone's MPO carries previews and depth beside the photograph: nothing to remark on.
             frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
             if frames > 1:
                 remarks.append(f"this holds {frames} frames or pages; only the first is used")
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":
-                image = _to_8_bits(image, file.format, path)
+                image = _to_8_bits(image, file.format, name)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if np.asarray(image)[..., 3].min() < 255:
@@ -134,12 +179,12 @@ def _decode(path: Path) -> tuple[Image.Image, list[str]]:
     return image.convert("L" if image.mode in ("1", "L") else "RGB"), remarks
 
 
-def _to_8_bits(image: Image.Image, file_format: str | None, path: Path) -> Image.Image:
+def _to_8_bits(image: Image.Image, file_format: str | None, name: str) -> Image.Image:
     """Grey of 16 bits as mode L. Pillow's own conversion cuts everything above 255 to white."""
     # Pillow opens 16-bit PPM files, and in older releases 16-bit PNG files, in the 32-bit mode "I".
     if not (image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))):
         raise PictureError(
-            f"{path}: its pixels are 32-bit numbers (mode {image.mode}) whose black and white are not defined. "
+            f"{name}: its pixels are 32-bit numbers (mode {image.mode}) whose black and white are not defined. "
             "Scale it and save it as an 8-bit or 16-bit PNG."
         )
     levels = np.asarray(image).astype(np.float64) / 65535

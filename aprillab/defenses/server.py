@@ -57,7 +57,7 @@ def use_sinusoidal(
     """Replace the position embedding's values by sinusoids and freeze them.
 
     *Does not protect against* :func:`~aprillab.span_then_match`: with 16 patches it restores 1-D
-    and 2-D sinusoids' pictures from float32 gradients (chapter 07; larger numbers of patches are
+    and 2-D sinusoids' pictures from float32 gradients (chapter 08; larger numbers of patches are
     harder). Nor against :func:`~aprillab.span_then_round`, which restores them bit by bit where
     pixels are whole levels, of 64 patches too if they have many pixels (data/results/rounding.md).
     The span attack alone mostly fails on 1-D sinusoids in float32, whose table has a low numerical

@@ -16,7 +16,7 @@ def check_grey_levels(function: Callable[[float], float]) -> Feedback:
     def body() -> str:
         for decibels in (20.0, 22.0, 40.0, 58.9, 0.0, 90.3):
             _expect_levels(function(decibels), decibels)
-        return "Right: 25 grey levels at 20 dB, 2.5 at 40, and 0.29 at 58.9, which is what rounding costs."
+        return "Right: 25.5 grey levels at 20 dB, 2.55 at 40, and 0.29 at 58.9, which is what rounding costs."
 
     return run(body)
 
@@ -36,6 +36,8 @@ def _expect_levels(answer: object, decibels: float) -> None:
         "That is the mean squared error, not yet its root.": 255 * root**2,
         "That is the mean squared error, in units of the full range, not yet its root.": root**2,
         "That is the mean squared error in squared grey levels, not yet its root.": right**2,
+        "The root comes first, then the factor 255: it is a factor of the error, not of its square.": 255**0.5 * root,
+        "Do not round: the error is a mean over pixels, and not a whole number of levels.": float(round(right)),
         "White is level 255, so the range is 255 levels wide.": 256 * root,
         "That has the wrong sign: more dB are a smaller error.": 255 / root,
         "That is the exponential; decibels are powers of ten.": 255 * math.exp(-decibels / 20),

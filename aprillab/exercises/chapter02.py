@@ -21,7 +21,13 @@ def check_linear_backward(function: Callable[[Tensor, Tensor, Tensor], tuple[Ten
         Z.requires_grad_()
         W.requires_grad_()
         dW, dZ = torch.autograd.grad((Z @ W.T * dQ).sum(), (W, Z))
-        answer = function(dQ.clone(), Z.detach().clone(), W.detach().clone())
+        try:
+            answer = function(dQ.clone(), Z.detach().clone(), W.detach().clone())
+        except RuntimeError as error:
+            if "cannot be multiplied" not in str(error):
+                raise
+            shapes = f"dQ is (t, k) = {(t, k)}, Z is (t, d) = {(t, d)}, W is (k, d) = {(k, d)}"
+            stop(f"Two shapes do not fit: {error}. In code tokens are rows: {shapes}.")
         what = f"for t = {t}, k = {k}, d = {d}"
         first, second = _two(answer, "the gradient of W and the gradient of Z")
         if isinstance(first, Tensor) and tuple(first.shape) == (t, d) != (k, d):
@@ -289,6 +295,10 @@ def check_sticks_out(function: Callable[[Tensor, Tensor], float]) -> Feedback:
         candidates = {
             "The projector stands on the wrong side: M's columns must lie in the span, not its rows.": wrong_side,
             "It is the part inside the span; asked is the part that sticks out.": inside,
+            "GᵀG is a projector only where the rows of G are orthonormal; here they are not.": float(
+                (M - G.T @ (G @ M)).norm() / M.norm()
+            ),
+            "It is relative to the part inside the span; divide by the norm of M.": out / inside if inside else out,
             "It is not relative: divide by the norm of M.": out * float(M.norm()),
             "It is squared: take norms, not squares of norms.": out**2,
         }

@@ -1,23 +1,84 @@
 """Checks of chapter 03, the closed-form attack. Tokens and patches are rows: Z (n + 1, d), X (n,
-p).
+p). The model of Exercise 3.5 is here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models import VisionTransformer
+from ..models import AprilBlock, VisionTransformer
 from ..preprocessing import HALF
 from ..update import ClientUpdate, client_update
-from .feedback import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_tensor, expect_whole, run, stop
+
+
+def check_tokens_from(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
+    """Exercise 3.1: least-squares tokens Z (t, d) with Gᵀ Z = M."""
+
+    def compare(G: Tensor, M: Tensor, what: str) -> None:
+        answer = expect_tensor(function(G.clone(), M.clone()), tuple(G.shape), what)
+        inverse = torch.linalg.pinv(G.T)
+        mistakes = {
+            "It solves Gᵀ Z = Mᵀ: M stands as it is.": inverse @ M.T,
+            "It is G M, which forgets to divide by G Gᵀ.": G @ M,
+        }
+        if G.shape[0] == G.shape[1]:
+            mistakes["It solves G Z = M: transpose G."] = torch.linalg.pinv(G) @ M
+        expect_close(answer, inverse @ M, what, mistakes=mistakes)
+
+    def body() -> str:
+        eye, ones = torch.eye(4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64)
+        compare(2 * eye[:3], 2 * eye[:3].T @ ones, "Z for G = 2·(the first three unit vectors) and M = Gᵀ·1")
+        generator = torch.Generator().manual_seed(32)
+        for t, d, noise in ((3, 6, 0.0), (5, 5, 0.0), (4, 9, 0.1)):
+            G, Z, E = _normal(generator, (t, d), (t, d), (d, d))
+            compare(G, G.T @ Z + noise * E, f"Z for t = {t}, d = {d}" + (" and a noisy M" if noise else ""))
+        return "Right: exact where it can be, and least squares where M is noisy."
+
+    return run(body)
+
+
+def check_patches_from(function: Callable[..., Tensor]) -> Feedback:
+    """Exercise 3.2: patches X (n, p) from tokens Z (n + 1, d), position embedding, W_e (d, p) and
+    b_e (d,).
+    """
+
+    def body() -> str:
+        generator = torch.Generator().manual_seed(33)
+        for n, p, d, noise in ((3, 2, 5, 0.0), (4, 4, 4, 0.0), (4, 3, 8, 0.1)):
+            X, W, c, E, bias = _normal(generator, (n, p), (d, p), (1, d), (n + 1, d), (d,))
+            Z = torch.cat([c, X @ W.T + bias]) + E
+            Z += noise * _normal(generator, (n + 1, d))[0]
+            inverse = torch.linalg.pinv(W).T  # (d, p)
+            wanted = (Z - E)[1:] @ inverse - bias @ inverse
+            what = f"X for n = {n}, p = {p}, d = {d}" + (" and noisy tokens" if noise else "")
+            answer = expect_tensor(function(Z.clone(), E.clone(), W.clone(), bias.clone()), (n, p), what)
+            mistakes = {
+                "The bias b_e was not taken off.": (Z - E)[1:] @ inverse,
+                "The bias was added; take it off.": (Z - E)[1:] @ inverse + bias @ inverse,
+                "The position embedding was not taken off.": (Z[1:] - bias) @ inverse,
+                "The position embedding was added; take it off.": (Z + E)[1:] @ inverse - bias @ inverse,
+                "The position embedding is off by one token: patch i stands in row i of both.": (
+                    Z[1:] - E[:-1] - bias
+                )
+                @ inverse,
+                "The last token was dropped; the class token is the first.": ((Z - E)[:-1] - bias) @ inverse,
+                "That multiplies by W_e where the system W_e x = z − E − b_e has to be solved.": ((Z - E)[1:] - bias)
+                @ W,
+            }
+            expect_close(answer, wanted, what, mistakes=mistakes)
+        return "Right: class token dropped, embedding and bias off, one solve for all patches."
+
+    return run(body)
 
 
 def check_conditions(function: Callable[[int, int, int, int], tuple[bool, bool]]) -> Feedback:
-    """Exercise 3.1: (n + 1 ≤ d, p ≤ d) from image size, patch size, channels and width."""
+    """Exercise 3.3: (n + 1 ≤ d, p ≤ d) from image size, patch size, channels and width."""
 
     def compare(image: int, patch: int, channels: int, width: int) -> None:
         answer = function(image, patch, channels, width)
@@ -55,161 +116,91 @@ def check_conditions(function: Callable[[int, int, int, int], tuple[bool, bool]]
     return run(body)
 
 
-def check_tokens_from(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 3.2: least-squares tokens Z (t, d) with Gᵀ Z = M."""
-
-    def compare(G: Tensor, M: Tensor, what: str) -> None:
-        answer = expect_tensor(function(G.clone(), M.clone()), tuple(G.shape), what)
-        inverse = torch.linalg.pinv(G.T)
-        mistakes = {
-            "It solves Gᵀ Z = Mᵀ: M stands as it is.": inverse @ M.T,
-            "It is G M, which forgets to divide by G Gᵀ.": G @ M,
-        }
-        if G.shape[0] == G.shape[1]:
-            mistakes["It solves G Z = M: transpose G."] = torch.linalg.pinv(G) @ M
-        expect_close(answer, inverse @ M, what, mistakes=mistakes)
-
-    def body() -> str:
-        eye, ones = torch.eye(4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64)
-        compare(2 * eye[:3], 2 * eye[:3].T @ ones, "Z for G = 2·(the first three unit vectors) and M = Gᵀ·1")
-        generator = torch.Generator().manual_seed(32)
-        for t, d, noise in ((3, 6, 0.0), (5, 5, 0.0), (4, 9, 0.1)):
-            G, Z, E = _normal(generator, (t, d), (t, d), (d, d))
-            compare(G, G.T @ Z + noise * E, f"Z for t = {t}, d = {d}" + (" and a noisy M" if noise else ""))
-        return "Right: exact where it can be, and least squares where M is noisy."
-
-    return run(body)
-
-
-def check_patches_from(function: Callable[..., Tensor]) -> Feedback:
-    """Exercise 3.3: patches X (n, p) from tokens Z (n + 1, d), position embedding, W_e (d, p) and
-    b_e (d,).
+def check_most_rank(function: Callable[[int, int, int, int], int]) -> Feedback:
+    """Exercise 3.4: the largest rank of G for one block, n patches, width d, H heads, and T tokens
+    before the patches, which are all that the head reads.
     """
 
     def body() -> str:
-        generator = torch.Generator().manual_seed(33)
-        for n, p, d, noise in ((3, 2, 5, 0.0), (4, 4, 4, 0.0), (4, 3, 8, 0.1)):
-            X, W, c, E, bias = _normal(generator, (n, p), (d, p), (1, d), (n + 1, d), (d,))
-            Z = torch.cat([c, X @ W.T + bias]) + E
-            Z += noise * _normal(generator, (n + 1, d))[0]
-            inverse = torch.linalg.pinv(W).T  # (d, p)
-            wanted = (Z - E)[1:] @ inverse - bias @ inverse
-            what = f"X for n = {n}, p = {p}, d = {d}" + (" and noisy tokens" if noise else "")
-            answer = expect_tensor(function(Z.clone(), E.clone(), W.clone(), bias.clone()), (n, p), what)
-            mistakes = {
-                "The bias b_e was not taken off.": (Z - E)[1:] @ inverse,
-                "The bias was added; take it off.": (Z - E)[1:] @ inverse + bias @ inverse,
-                "The position embedding was not taken off.": (Z[1:] - bias) @ inverse,
-                "The position embedding was added; take it off.": (Z + E)[1:] @ inverse - bias @ inverse,
-                "The position embedding is off by one token: patch i stands in row i of both.": (
-                    Z[1:] - E[:-1] - bias
-                )
-                @ inverse,
-                "The last token was dropped; the class token is the first.": ((Z - E)[:-1] - bias) @ inverse,
-                "That multiplies by W_e where the system W_e x = z − E − b_e has to be solved.": ((Z - E)[1:] - bias)
-                @ W,
-            }
-            expect_close(answer, wanted, what, mistakes=mistakes)
-        return "Right: class token dropped, embedding and bias off, one solve for all patches."
-
-    return run(body)
-
-
-def check_damped(function: Callable[[Tensor, Tensor, float], Tensor]) -> Feedback:
-    """Exercise 3.4: the minimizer of Σ (a y − b)² + λ y², entry by entry."""
-
-    def compare(a: Tensor, b: Tensor, damping: float, what: str) -> None:
-        answer = expect_tensor(function(a.clone(), b.clone(), damping), tuple(a.shape), what)
-        unused = damping / (a**2 + damping)
-        mistakes = {
-            "That is φ·b: the filtered right side, not yet divided by a.": (1 - unused) * b,
-            "The damping enters as λ², but it stands squared already.": a * b / (a**2 + damping**2),
-            "The denominator needs a², not a.": a * b / (a + damping),
-            "That is (1 − φ)·b/a: what the filter takes away.": unused * b / a,
-            "That is b/(a + λ): it shifts a instead of minimizing the sum.": b / (a + damping),
-            "It is not damped: that is b/a.": b / a,
-            "The a in the numerator is missing.": b / (a**2 + damping),
-        }
-        expect_close(answer, a * b / (a**2 + damping), what, mistakes=mistakes)
-
-    def body() -> str:
-        values = torch.tensor([[1.0, 2.0], [4.0, 0.5]], dtype=torch.float64)
-        compare(values, torch.ones_like(values), 3.0, "y for b = 1 and λ = 3")
-        a, b = _normal(torch.Generator().manual_seed(34), (4, 6), (4, 6))
-        for damping in (1e-6, 0.3, 50.0):
-            compare(a.abs(), b, damping, f"y for λ = {damping:g}")
-        a = torch.tensor([0.0, 1e-30, 2.0], dtype=torch.float64)
-        compare(a, torch.ones(3, dtype=torch.float64), 1e-3, "y where some a are zero")
-        return "Right: b/a where a is large, nothing where it is small, and no division by zero."
-
-    return run(body)
-
-
-def check_choose_damping(function: Callable[[Tensor, Tensor, float, int, Sequence[float]], float]) -> Feedback:
-    """Exercise 3.5: the candidate with the least generalized cross-validation score."""
-
-    def best(a: Tensor, b: Tensor, rest: float, spare: int, candidates: Sequence[float], kind: str) -> float:
-        def score(damping: float) -> float:
-            used = a**2 / (a**2 + damping)
-            misfit, free = float(((1 - used) * b).square().sum()), float((1 - used).sum())
-            return {
-                "gcv": (misfit + rest) / (free + spare) ** 2,
-                "greatest": -(misfit + rest) / (free + spare) ** 2,
-                "misfit": misfit + rest,
-                "squares": (misfit + rest) / (float((1 - used).square().sum()) + spare),
-                "squares, squared": (misfit + rest) / (float((1 - used).square().sum()) + spare) ** 2,
-                "unsquared": (misfit + rest) / (free + spare),
-                "used": (misfit + rest) / (float(used.sum()) + spare) ** 2,
-                "rest squared": (misfit + rest**2) / (free + spare) ** 2,
-                "no rest": misfit / (free + spare) ** 2,
-                "no spare": (misfit + rest) / free**2,
-                "neither": misfit / free**2,
-            }[kind]
-
-        return min(candidates, key=score)
-
-    reasons = {
-        "greatest": "That is where the score is greatest, not least.",
-        "misfit": "The misfit alone always prefers the smallest λ: divide it by the freedom left, squared.",
-        "neither": "The equations that no picture can meet are missing: rest above, spare below.",
-        "no rest": "The rest is missing in the numerator.",
-        "no spare": "The spare equations are missing in the denominator.",
-        "unsquared": "The denominator is not squared.",
-        "squares": "The denominator is the square of a sum, not a sum of squares.",
-        "squares, squared": "The denominator is the square of a sum; the terms of the sum are not squared.",
-        "used": "The denominator has φ where it should have 1 − φ.",
-        "rest squared": "The rest is squared, but it is a squared residual already.",
-    }
-
-    def body() -> str:
-        generator = torch.Generator().manual_seed(35)
-        candidates = [10 ** (-k / 4) for k in range(-8, 49)]
-        suspects = set(reasons)  # mistakes that explain every answer so far
-        wrong = ""
-        for noise, spare in ((1e-1, 3), (1e-2, 400), (1e-3, 0), (1e-4, 400), (3e-1, 100)):
-            y, e = _normal(generator, (6, 10), (6, 10))
-            a = 10 ** (-4 * torch.rand(6, 10, generator=generator, dtype=torch.float64))
-            b, rest = a * y + noise * e, spare * noise**2
-            for order in (candidates, candidates[::-1]):
-                answer = function(a.clone(), b.clone(), rest, spare, list(order))
-                if isinstance(answer, Tensor) and answer.numel() == 1:
-                    answer = float(answer)
-                if not isinstance(answer, float) or answer not in order:
-                    stop(f"Return one of the candidates, not {answer!r}.")
-                right = best(a, b, rest, spare, order, "gcv")
-                suspects = {kind for kind in suspects if best(a, b, rest, spare, order, kind) == answer}
-                if answer != right and not wrong:
-                    wrong = f"For noise of {noise:g} you chose λ = {answer:.2g}; the least V is at λ = {right:.2g}."
+        shapes = [(40, 48, 2, 1), (40, 48, 2, 2), (40, 60, 3, 2), (40, 48, 6, 1), (40, 24, 6, 2)]
+        shapes += [(10, 48, 6, 1), (10, 48, 2, 3), (4, 24, 2, 1), (40, 48, 1, 4)]
+        suspects, wrong = set(_RANKS), ""
+        for seed, (n, d, heads, read) in enumerate(shapes):
+            what = f"The rank for {n} patches, width {d}, {heads} head(s) and {read} token(s) that are read"
+            answer = expect_whole(function(n, d, heads, read), what)
+            measured = _rank_of_one_block(n, d, heads, read, seed)
+            suspects = {reason for reason in suspects if _RANKS[reason](n, d, heads, read) == answer}
+            if answer != measured and not wrong:
+                wrong = f"{what}: you say {answer}, a random model has {measured}."
         if wrong:
-            stop(" ".join([wrong, *(reason for kind, reason in reasons.items() if kind in suspects)][:2]))
-        return "Right: more noise, more damping, and no original was needed to say how much."
+            stop(" ".join([wrong, *sorted(suspects)[:1]]))
+        return "Right: measured on nine random models, each has the rank that you say."
 
     return run(body)
+
+
+#: What people answer instead, and why it is not so.
+_RANKS: dict[str, Callable[[int, int, int, int], int]] = {
+    "Each token that is read brings two directions a head of its own.": lambda n, d, h, t: min(d, n + t, 2 * h + t),
+    "That is the count for one token that is read.": lambda n, d, h, t: min(d, n + t, 2 * h + 1),
+    "A matrix has no more rank than it has columns: the width.": lambda n, d, h, t: min(n + t, (2 * h + 1) * t),
+    "A matrix has no more rank than it has rows: all tokens.": lambda n, d, h, t: min(d, (2 * h + 1) * t),
+    "The tokens that are read have a query each, whose gradient adds one direction to its own row.": (
+        lambda n, d, h, t: min(d, n + t, 2 * h * t)
+    ),
+    "That is what the shape allows; one block sends back less.": lambda n, d, h, t: min(d, n + t),
+    "Each head has two directions, the value's and the key's.": lambda n, d, h, t: min(d, n + t, (h + 1) * t),
+    "The query's gradient is one direction for all heads together: it comes back to one row.": (
+        lambda n, d, h, t: min(d, n + t, 3 * h * t)
+    ),
+}
+
+
+def _rank_of_one_block(n: int, d: int, heads: int, read: int, seed: int) -> int:
+    """The rank of ∂l/∂z, measured on random tokens, a random attention and a random loss of ``read`` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    z, *projections, readout = _normal(generator, (n + read, d), (d, d), (d, d), (d, d), (read, d))
+    z.requires_grad_()
+    parts = [(z @ W / math.sqrt(d)).unflatten(1, (heads, -1)).transpose(0, 1) for W in projections]
+    q, k, v = parts  # (heads, tokens, d / heads)
+    seen = (q @ k.mT / math.sqrt(d // heads)).softmax(-1) @ v
+    loss = (torch.tanh(seen.transpose(0, 1).flatten(1)[:read]) * readout).sum()
+    (gradient,) = torch.autograd.grad(loss, z)
+    s = torch.linalg.svdvals(gradient)
+    return int((s > 1e-11 * s[0]).sum())
+
+
+class ParallelBlock(AprilBlock):
+    """Attention and MLP side by side: both read the tokens, and what they make of them is added."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.attention(z) + self.mlp(z)
+
+
+def side_by_side(**options: Any) -> VisionTransformer:
+    """A Vision Transformer of architecture A whose first block is a :class:`ParallelBlock`, seed 0.
+
+    Takes the options of :class:`~aprillab.models.VisionTransformer`, ``block`` excepted.
+
+    Examples
+    --------
+    >>> model = side_by_side(image_size=12, patch_size=4, width=60, depth=2, heads=3, classes=5)
+    >>> type(model.blocks[0]).__name__, model(torch.zeros(1, 3, 12, 12)).shape
+    ('ParallelBlock', torch.Size([1, 5]))
+    """
+    model = VisionTransformer(block="april", **options)
+    replaced = model.blocks[0]
+    reader = replaced.get_submodule("mlp.0")
+    assert isinstance(reader, nn.Linear)
+    block = ParallelBlock(model.width, model.heads, reader.out_features, reader.bias is not None)
+    block.load_state_dict(replaced.state_dict())
+    model.blocks[0] = block
+    return model
 
 
 def check_attack(function: Callable[[VisionTransformer, ClientUpdate], Tensor]) -> Feedback:
-    """Exercise 3.6: the whole attack, on models with and without class token and biases, in colour
-    and grey.
+    """Exercise 3.5: the whole attack on models whose first block has attention and MLP side by side,
+    with and without class token and biases, in colour and grey.
     """
 
     def body() -> str:
@@ -224,7 +215,7 @@ def check_attack(function: Callable[[VisionTransformer, ClientUpdate], Tensor]) 
         generator = torch.Generator().manual_seed(36)
         for name, options in shapes:
             settings: dict[str, Any] = {"image_size": 12, "patch_size": 4, "width": 60, "depth": 2, "heads": 3}
-            model = VisionTransformer(block="april", classes=5, **settings | options).double()
+            model = side_by_side(classes=5, **settings | options).double()
             size = (1, model.channels, model.image_size, model.image_size)
             private = torch.rand(size, generator=generator, dtype=torch.float64)
             update = client_update(model, HALF.to_input(private), torch.tensor([2]))
@@ -241,7 +232,7 @@ def check_attack(function: Callable[[VisionTransformer, ClientUpdate], Tensor]) 
             if answer.dtype != torch.float64:
                 name_of = str(answer.dtype).removeprefix("torch.")
                 stop(f"{what} is right, but in {name_of}: compute in float64, with .double() on all that you read.")
-        return "Right. You have written APRIL's closed form, and it needs nothing but the model and the update."
+        return "Right: every layer that reads the tokens has its product in M, and the rest is chapter 03's attack."
 
     return run(body)
 
@@ -294,7 +285,7 @@ def _wrong_products(model: VisionTransformer, update: ClientUpdate) -> dict[str,
     """The picture, (1, C, H, W) in [0, 1], that the attack makes of a wrong M."""
     weights = {name: w.detach() for name, w in model.state_dict().items()}
     G, P, n = update.gradients["position_embedding"][0], model.patch_size, (model.image_size // model.patch_size) ** 2
-    names = [f"blocks.0.attention.{part}.weight" for part in ("query", "key", "value")]
+    names = [f"blocks.0.attention.{part}.weight" for part in ("query", "key", "value")] + ["blocks.0.mlp.0.weight"]
     products = [weights[name].T @ update.gradients[name] for name in names]
 
     def shown(M: Tensor) -> Tensor:
@@ -305,14 +296,10 @@ def _wrong_products(model: VisionTransformer, update: ClientUpdate) -> dict[str,
         return HALF.to_pixels(folded)
 
     wrong = {"M is transposed: it is W.T @ gradient, in this order.": shown(torch.stack(products).sum(0).T)}
-    names_and_gradients = [(weights[name], update.gradients[name]) for name in names]
-    untransposed = torch.stack([w @ g for w, g in names_and_gradients]).sum(0)
-    wrong["In M a transpose is missing: it is W.T @ gradient, not W @ gradient."] = shown(untransposed)
-    behind = torch.stack([g @ w for w, g in names_and_gradients]).sum(0)
-    wrong["In M the factors are exchanged: it is W.T @ gradient, not gradient @ W."] = shown(behind)
-    for left_out, name in enumerate(("query", "key", "value")):
+    for left_out, name in enumerate(("query", "key", "value", "MLP")):
         rest = [product for i, product in enumerate(products) if i != left_out]
         wrong[f"The {name}'s product is missing in M."] = shown(torch.stack(rest).sum(0))
+    wrong["In M is the MLP's product alone."] = shown(products[-1])
     return wrong
 
 

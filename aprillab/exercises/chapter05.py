@@ -6,6 +6,7 @@ objective.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,9 +56,7 @@ def _must_differentiate(function: Callable[[Tensor], Tensor], at: Tensor, what: 
 
 
 def _compare(what: str, answers: list[Tensor], wanted: list[float], mistakes: list[dict[str, float]]) -> None:
-    """Several scalars at once, so that a common factor or sign is one, and no accident of a single
-    number.
-    """
+    """Several scalars at once: a common factor or sign is then no accident of a single number."""
     columns = {m: torch.tensor([case[m] for case in mistakes], dtype=F64) for m in mistakes[0]}
     expect_close(torch.stack([a.detach().double() for a in answers]), torch.tensor(wanted, dtype=F64), what,
         mistakes=columns)  # fmt: skip
@@ -68,231 +67,16 @@ def _pairs() -> list[tuple[list[Tensor], list[Tensor]]]:
     cases = []
     for k, shapes in enumerate(SHAPES):
         scales = [10.0 ** (-i) for i in range(len(shapes))]
-        g = [s * _random(*shape, seed=10 * k + i) for i, (s, shape) in enumerate(zip(scales, shapes, strict=True))]
-        t = [
-            s * _random(*shape, seed=90 + 10 * k + i) for i, (s, shape) in enumerate(zip(scales, shapes, strict=True))
-        ]
+        scaled = list(enumerate(zip(scales, shapes, strict=True), 10 * k))
+        g, t = ([s * _random(*shape, seed=first + i) for i, (s, shape) in scaled] for first in (0, 90))
         cases.append((g, t))
     return cases
-
-
-# --- The exercises ------------------------------------------------------------------------------------------------
-
-
-def check_squared_distance(function: Distance) -> Feedback:
-    """Exercise 5.1: ``function(gradients, targets)`` is Σ ‖g' − g‖² over all tensors, a scalar
-    tensor.
-    """
-
-    def check() -> str:
-        what = "The squared distance"
-        same = [_random(2, 3, seed=1), _random(4, seed=2)]
-        alone = sum(v * v for v in _values(same))
-        answer = _scalar(function(same, [t.clone() for t in same]), what)
-        expect_close(answer, _number(0.0), f"{what} of equals",
-            mistakes={"It has g' + g: subtract, don't add.": _number(4 * alone),
-                      "The shared gradients are not in it.": _number(alone)})  # fmt: skip
-        ones, zeros = [torch.ones(2, 3, dtype=F64), torch.ones(4, dtype=F64)], [torch.zeros(2, 3), torch.zeros(4)]
-        zeros = [z.double() for z in zeros]
-        expect_close(_scalar(function(ones, zeros), what), _number(10.0), f"{what} of ten ones from ten zeros",
-            mistakes={"It is the mean over all numbers; DLG sums.": _number(1.0),
-                      "It is a sum of the tensors' means; DLG sums over all numbers.": _number(2.0),
-                      "It is the square of a sum: square first, then sum.": _number(52.0),
-                      "It has the wrong sign.": _number(-10.0),
-                      "Only the first tensor is in it.": _number(6.0),
-                      "Only the last tensor is in it.": _number(4.0),
-                      "That is the distance: square it.": _number(math.sqrt(10.0))})  # fmt: skip
-        found = []
-        for g, t in _pairs():
-            pairs = list(zip(_values(g), _values(t), strict=True))
-            wanted = sum((a - b) ** 2 for a, b in pairs)
-            mistakes = {
-                "It is a sum of absolute values: square each difference.": sum(abs(a - b) for a, b in pairs),
-                "That is the distance: square it.": math.sqrt(wanted),
-                "It has |g'| + |g|: subtract, don't add.": sum((a + b) ** 2 for a, b in pairs),
-                "It is the square of the summed difference: square first, then sum.": sum(a - b for a, b in pairs)
-                ** 2,
-                "The shared gradients are not in it.": sum(a * a for a, _ in pairs),
-            }
-            answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t]), what)
-            found.append((answer, wanted, mistakes))
-        _compare(what, *map(list, zip(*found, strict=True)))
-        for g, t in _pairs():
-            _must_differentiate(lambda x, g=g, t=t: function([x, *g[1:]], t), g[0], what)  # type: ignore[misc]
-        return "Right: one number for a whole model's worth of gradients. That is all of DLG's objective."
-
-    return run(check)
-
-
-def check_cosine_distance(function: Distance) -> Feedback:
-    """Exercise 5.2: ``function(gradients, targets)`` is 1 − cos of all tensors taken as one vector."""
-
-    def check() -> str:
-        what = "The cosine distance"
-        g = [_random(2, 3, seed=3), _random(4, seed=4), _random(5, seed=5)]
-        parallel = float(_scalar(function(g, [3 * x for x in g]), what))
-        if abs(parallel) > 1e-9:
-            tell = {
-                1.0: "That is the cosine; the distance is 1 minus it.",
-                -1.0: "That is −cos; add 1.",
-                -2.0: "A cosine for each tensor was summed; all tensors together make one vector, with one cosine.",
-            }.get(round(parallel, 9), "Divide by both lengths: the distance must not feel the factor 3.")
-            stop(f"{what} of gradients that are parallel should be 0, not {parallel:.4g}. {tell}")
-        opposite = float(function(g, [-x for x in g]))
-        if abs(opposite - 2) > 1e-9:
-            stop(f"{what} of opposite gradients should be 2, not {opposite:.4g}: the cosine has a sign.")
-        found = []
-        for g, t in _pairs():
-            a, b = _values(g), _values(t)
-            wanted = 1 - _cosine(a, b)
-            each = [1 - _cosine(_values([x]), _values([y])) for x, y in zip(g, t, strict=True)]
-            mistakes = {
-                "It is the mean of one cosine for each tensor; here all tensors are one long vector.": sum(each)
-                / len(each),
-                "It is a sum of one distance for each tensor; here all tensors are one long vector.": sum(each),
-                "Only the first tensor is in it.": each[0],
-                "Only the last tensor is in it.": each[-1],
-                "The cosine is squared, or its sign lost.": 1 - abs(_cosine(a, b)),
-                "The product of the norms is a root short: ‖g'‖‖g‖, not ‖g'‖²‖g‖².": 1
-                - sum(x * y for x, y in zip(a, b, strict=True)) / (sum(x * x for x in a) * sum(y * y for y in b)),
-            }
-            answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t]), what)
-            found.append((answer, wanted, mistakes))
-        _compare(what, *map(list, zip(*found, strict=True)))
-        for g, t in _pairs():
-            _must_differentiate(lambda x, g=g, t=t: function([x, *g[1:]], t), g[0], what)  # type: ignore[misc]
-        return "Right: it sees the gradient's direction and nothing of its length."
-
-    return run(check)
-
-
-def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    dot = sum(x * y for x, y in zip(a, b, strict=True))
-    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-
-
-def check_total_variation(function: Callable[[Tensor], Tensor]) -> Feedback:
-    """Exercise 5.3: ``function(images)``, (B, C, H, W): mean |difference| down the columns plus
-    along the rows.
-    """
-
-    def check() -> str:
-        what = "The total variation"
-        flat = _scalar(function(torch.full((1, 3, 4, 5), 0.7, dtype=F64)), what)
-        if abs(float(flat)) > 1e-12:
-            stop(f"{what} of a uniform picture is 0, not {float(flat):.4g}. Does an edge touch the one opposite?")
-        ramp = torch.arange(4.0, dtype=F64)[:, None].expand(4, 5)[None, None]
-        for picture, turned in ((ramp, "down"), (ramp.mT, "to the right")):
-            answer = _scalar(function(picture.clone()), what)
-            expect_close(answer, _number(1.0), f"{what} of a ramp that rises by 1 a pixel {turned}",
-                mistakes={"Only one of the two directions is in it.": _number(0.0),
-                          "It wraps around: the last pixel is no neighbour of the first.": _number(1.5),
-                          "The mean runs over all pixels; there are n − 1 differences along n pixels.": _number(0.75),
-                          "It is a sum over all pixels; the mean is asked, for each direction.": _number(15.0),
-                          "It has the wrong sign.": _number(-1.0),
-                          "It is the mean of the two directions; their sum is asked.": _number(0.5)})  # fmt: skip
-        found = []
-        for k, shape in enumerate(((1, 1, 3, 3), (2, 3, 4, 5), (3, 1, 6, 4))):
-            x = _random(*shape, seed=20 + k)
-            down, right = _differences(x), _differences(x.mT)
-            absolute = [sum(abs(d) for d in part) / len(part) for part in (down, right)]
-            squares = [sum(d * d for d in part) / len(part) for part in (down, right)]
-            mistakes = {
-                "Only the differences down the columns are in it.": absolute[0],
-                "Only the differences along the rows are in it.": absolute[1],
-                "The differences are squared; total variation takes their absolute value.": sum(squares),
-                "It is a sum over all pixels; the mean is asked, for each direction.": sum(
-                    abs(d) for d in [*down, *right]
-                ),
-                "It is the mean of the two directions; their sum is asked.": sum(absolute) / 2,
-                "The differences have a sign: take absolute values before the mean.": sum(
-                    sum(part) / len(part) for part in (down, right)
-                ),
-                "The absolute value comes before the mean, not after it.": sum(
-                    abs(sum(part)) / len(part) for part in (down, right)
-                ),
-            }
-            answer = _scalar(function(x.clone()), what)
-            found.append((answer, sum(absolute), mistakes))
-        _compare(what, *map(list, zip(*found, strict=True)))
-        _must_differentiate(function, _random(2, 1, 3, 4, seed=29), what)
-        return "Right: 0 for a flat wall, large for noise, and an edge costs the same sharp or blurred."
-
-    return run(check)
-
-
-def _differences(x: Tensor) -> list[float]:
-    """x[…, i + 1, j] − x[…, i, j], number by number."""
-    b, c, h, w = x.shape
-    return [
-        float(x[m, k, i + 1, j] - x[m, k, i, j])
-        for m in range(b) for k in range(c) for i in range(h - 1) for j in range(w)
-    ]  # fmt: skip
-
-
-def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 5.4: ``function(gradient, target)``, (1, tokens, d): the mean over tokens of 1 −
-    cos.
-    """
-
-    def check() -> str:
-        what = "The position term"
-        _of_parallel_tokens(function, what)
-        found = []
-        for k, (tokens, d) in enumerate(((3, 5), (5, 4), (17, 8))):
-            g, t = _random(1, tokens, d, seed=40 + k), _random(1, tokens, d, seed=50 + k)
-            t[0, 0] *= 100  # the class token's row is the loudest where the head reads it
-            each = [1 - _cosine(a.tolist(), b.tolist()) for a, b in zip(g[0], t[0], strict=True)]
-            columns = [1 - _cosine(a.tolist(), b.tolist()) for a, b in zip(g[0].T, t[0].T, strict=True)]
-            mistakes = {
-                "It is one cosine of the whole embedding; one for each token is asked.": 1
-                - _cosine(_values([g]), _values([t])),
-                "It is summed over the tokens; their mean is asked.": sum(each),
-                "The class token is left out; its row counts like the others.": sum(each[1:]) / (tokens - 1),
-                "The last token is left out.": sum(each[:-1]) / (tokens - 1),
-                "The cosines run over the tokens, one for each feature; take the last dimension.": sum(columns) / d,
-                "It is the mean cosine; take 1 minus it.": 1 - sum(each) / tokens,
-            }
-            answer = _scalar(function(g.clone(), t.clone()), what)
-            found.append((answer, sum(each) / tokens, mistakes))
-        _compare(what, *map(list, zip(*found, strict=True)))
-        g, t = _random(1, 4, 6, seed=31), _random(1, 4, 6, seed=32)
-        _must_differentiate(lambda x: function(x, t), g, what)
-        return "Right: every patch has one vote on where it stands, the quiet ones included."
-
-    return run(check)
-
-
-def _of_parallel_tokens(function: Callable[[Tensor, Tensor], Tensor], what: str) -> None:
-    """Tokens that are parallel, each with a length of its own: 0, and what else comes out tells the mistake."""
-    t = _random(1, 4, 6, seed=30)
-    lengths = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)[None, :, None]
-    same = float(_scalar(function(t * lengths, t.clone()), what))
-    if abs(same) > 1e-9:
-        mine, theirs = (t * lengths)[0].norm(dim=-1), t[0].norm(dim=-1)
-        divided = {  # the dot product of a token is the product of both norms here
-            " You divide by the squared norms: take their roots, or .norm().": 1 / (mine * theirs),
-            " You divide by the roots of the norms: by the norms themselves.": (mine * theirs).sqrt(),
-            " The target's norm is missing below the line.": theirs,
-            " The gradient's own norm is missing below the line.": mine,
-            " Nothing is normalized: divide by both norms, token by token.": mine * theirs,
-        }
-        wrong = (words for words, cos in divided.items() if abs(same - float(1 - cos.mean())) < 1e-9)
-        tell = (
-            " That is the cosine itself; take 1 minus it." if abs(same - 1) < 1e-9
-            else " That is −cos; add 1." if abs(same + 1) < 1e-9
-            else words if (words := next(wrong, ""))
-            else " The tokens' lengths should not matter: normalize each token by itself, over its features."
-        )  # fmt: skip
-        stop(f"{what} of tokens that are parallel, each with a length of its own, is 0, not {same:.4g}.{tell}")
 
 
 def check_dlg_step(
     function: Callable[[nn.Module, Tensor, Tensor, list[Tensor], float], tuple[Tensor, float]],
 ) -> Feedback:
-    """Exercise 5.5: ``function(model, images, labels, shared, step)`` is (images after one step,
-    loss before it).
-    """
+    """Exercise 5.1: ``function(model, images, labels, shared, step)`` is (images after, loss before)."""
 
     def check() -> str:
         for seed, model in enumerate((_perceptron(), _tiny_vit())):
@@ -391,3 +175,224 @@ def _tiny_vit() -> nn.Module:
     return VisionTransformer(
         image_size=4, patch_size=2, channels=1, width=8, depth=1, heads=2, classes=3, seed=5
     ).double()
+
+
+def check_cosine_distance(function: Distance) -> Feedback:
+    """Exercise 5.2: ``function(gradients, targets)`` is 1 − cos of all tensors taken as one vector."""
+
+    def check() -> str:
+        what = "The cosine distance"
+        g = [_random(2, 3, seed=3), _random(4, seed=4), _random(5, seed=5)]
+        parallel = float(_scalar(function(g, [3 * x for x in g]), what))
+        if abs(parallel) > 1e-9:
+            tell = {
+                1.0: "That is the cosine; the distance is 1 minus it.",
+                -1.0: "That is −cos; add 1.",
+                -2.0: "A cosine for each tensor was summed; all tensors together make one vector, with one cosine.",
+            }.get(round(parallel, 9), "Divide by both lengths: the distance must not feel the factor 3.")
+            stop(f"{what} of gradients that are parallel should be 0, not {parallel:.4g}. {tell}")
+        opposite = float(function(g, [-x for x in g]))
+        if abs(opposite - 2) > 1e-9:
+            stop(f"{what} of opposite gradients should be 2, not {opposite:.4g}: the cosine has a sign.")
+        found = []
+        for g, t in _pairs():
+            a, b = _values(g), _values(t)
+            wanted = 1 - _cosine(a, b)
+            each = [_apart([x], [y]) for x, y in zip(g, t, strict=True)]
+            mistakes = {
+                "It is the mean of one cosine for each tensor; here all tensors are one long vector.": sum(each)
+                / len(each),
+                "It is a sum of one distance for each tensor; here all tensors are one long vector.": sum(each),
+                "Only the first tensor is in it.": each[0],
+                "Only the last tensor is in it.": each[-1],
+                "The cosine is squared, or its sign lost.": 1 - abs(_cosine(a, b)),
+                "The product of the norms is a root short: ‖g'‖‖g‖, not ‖g'‖²‖g‖².": 1
+                - sum(x * y for x, y in zip(a, b, strict=True)) / (sum(x * x for x in a) * sum(y * y for y in b)),
+            }
+            answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t]), what)
+            found.append((answer, wanted, mistakes))
+        _compare(what, *map(list, zip(*found, strict=True)))
+        for g, t in _pairs():
+            _must_differentiate(lambda x, g=g, t=t: function([x, *g[1:]], t), g[0], what)  # type: ignore[misc]
+        return "Right: it sees the gradient's direction and nothing of its length."
+
+    return run(check)
+
+
+def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def _apart(g: Sequence[Tensor], t: Sequence[Tensor]) -> float:
+    """1 − cos of two lists of tensors, each as one long vector."""
+    return 1 - _cosine(_values(g), _values(t))
+
+
+def check_position_term(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
+    """Exercise 5.3: ``function(gradient, target)``, (1, tokens, d): the mean of the tokens' 1 − cos."""
+
+    def check() -> str:
+        what = "The position term"
+        _of_parallel_tokens(function, what)
+        found = []
+        for k, (tokens, d) in enumerate(((3, 5), (5, 4), (17, 8))):
+            g, t = _random(1, tokens, d, seed=40 + k), _random(1, tokens, d, seed=50 + k)
+            t[0, 0] *= 100  # the class token's row is the loudest where the head reads it
+            each = _of_tokens(g, t)
+            columns = [1 - _cosine(a.tolist(), b.tolist()) for a, b in zip(g[0].T, t[0].T, strict=True)]
+            mistakes = {
+                "It is one cosine of the whole embedding; one for each token is asked.": _apart([g], [t]),
+                "It is summed over the tokens; their mean is asked.": sum(each),
+                "The class token is left out; its row counts like the others.": sum(each[1:]) / (tokens - 1),
+                "The last token is left out.": sum(each[:-1]) / (tokens - 1),
+                "The cosines run over the tokens, one for each feature; take the last dimension.": sum(columns) / d,
+                "It is the mean cosine; take 1 minus it.": 1 - sum(each) / tokens,
+            }
+            answer = _scalar(function(g.clone(), t.clone()), what)
+            found.append((answer, sum(each) / tokens, mistakes))
+        _compare(what, *map(list, zip(*found, strict=True)))
+        g, t = _random(1, 4, 6, seed=31), _random(1, 4, 6, seed=32)
+        _must_differentiate(lambda x: function(x, t), g, what)
+        return "Right: every patch has one vote on where it stands, the quiet ones included."
+
+    return run(check)
+
+
+def _of_parallel_tokens(function: Callable[[Tensor, Tensor], Tensor], what: str) -> None:
+    """Tokens that are parallel, each with a length of its own: 0, and what else comes out tells the mistake."""
+    t = _random(1, 4, 6, seed=30)
+    lengths = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)[None, :, None]
+    same = float(_scalar(function(t * lengths, t.clone()), what))
+    if abs(same) > 1e-9:
+        mine, theirs = (t * lengths)[0].norm(dim=-1), t[0].norm(dim=-1)
+        divided = {  # the dot product of a token is the product of both norms here
+            " You divide by the squared norms: take their roots, or .norm().": 1 / (mine * theirs),
+            " You divide by the roots of the norms: by the norms themselves.": (mine * theirs).sqrt(),
+            " The target's norm is missing below the line.": theirs,
+            " The gradient's own norm is missing below the line.": mine,
+            " Nothing is normalized: divide by both norms, token by token.": mine * theirs,
+        }
+        wrong = (words for words, cos in divided.items() if abs(same - float(1 - cos.mean())) < 1e-9)
+        tell = (
+            " That is the cosine itself; take 1 minus it." if abs(same - 1) < 1e-9
+            else " That is −cos; add 1." if abs(same + 1) < 1e-9
+            else words if (words := next(wrong, ""))
+            else " The tokens' lengths should not matter: normalize each token by itself, over its features."
+        )  # fmt: skip
+        stop(f"{what} of tokens that are parallel, each with a length of its own, is 0, not {same:.4g}.{tell}")
+
+
+def check_with_position_term(
+    function: Callable[[Sequence[Tensor], Sequence[Tensor], int, float], Tensor],
+) -> Feedback:
+    """Exercise 5.4: ``function(gradients, targets, place, weight)``: 1 − cos, and the term of tensor ``place``."""
+
+    def check() -> str:
+        what = "The distance with the term"
+        cases = [_with_an_embedding(seed, place) for seed, place in ((0, 0), (1, 2), (2, 1))]
+        found = []
+        for (g, t, place), weight in zip(cases, (1.0, 0.25, 8.0), strict=True):
+            distance, each = _apart(g, t), _of_tokens(g[place], t[place])
+            alone = [_apart([x], [y]) for x, y in zip(g, t, strict=True)]
+            rest = _apart(g[:place] + g[place + 1 :], t[:place] + t[place + 1 :])
+            squares = sum((a - b) ** 2 for a, b in zip(_values(g), _values(t), strict=True))
+            term = sum(each) / len(each)
+            mistakes = {
+                "The term has no weight.": distance + term,
+                "The term is missing.": distance,
+                "The weight multiplies the distance; it belongs to the term.": weight * distance + term,
+                "The weight multiplies both parts; it belongs to the term.": weight * (distance + term),
+                "The term is taken off: it is a distance, too, so add it.": distance - weight * term,
+                "The term is one cosine of the whole embedding; every token has its own.": distance
+                + weight * alone[place],
+                "The tokens' terms are summed; take their mean.": distance + weight * sum(each),
+                "The class token is left out of the term.": distance + weight * sum(each[1:]) / (len(each) - 1),
+                "The embedding's gradient is missing in the distance; it stays there as well.": rest
+                + weight * term,
+                "The distance is a mean over tensors; it is one cosine of all tensors as one long vector.": sum(alone)
+                / len(alone) + weight * term,
+                "The distance is DLG's squared one; Inverting Gradients takes 1 − cos.": squares + weight * term,
+            }  # fmt: skip
+            answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t], place, weight), what)
+            found.append((answer, distance + weight * term, mistakes))
+        _compare(what, *map(list, zip(*found, strict=True)))
+        g, t, place = cases[1]
+        _must_differentiate(lambda x: function([*g[:place], x, *g[place + 1 :]], t, place, 1.0), g[place], what)
+        return "Right: the same distance, and one more voice that knows where each patch belongs. Now race it."
+
+    return run(check)
+
+
+def _with_an_embedding(seed: int, place: int) -> tuple[list[Tensor], list[Tensor], int]:
+    """Three tensors of trial and target, the one at ``place`` an embedding's, with a loud class token."""
+    shapes: list[tuple[int, ...]] = [(3, 4), (5,)]
+    shapes.insert(place, (1, 4 + seed, 6))
+    g, t = ([_random(*shape, seed=s + 10 * seed + k) for k, shape in enumerate(shapes)] for s in (200, 300))
+    t[place][0, 0] *= 30
+    return g, t, place
+
+
+def _of_tokens(gradient: Tensor, target: Tensor) -> list[float]:
+    """1 − cos of every token's row."""
+    return [1 - _cosine(a.tolist(), b.tolist()) for a, b in zip(gradient[0], target[0], strict=True)]
+
+
+def check_places(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
+    """Exercise 5.5: ``function(rows, shared)``, both (n, d): the places, int64 (n,), of largest cosines."""
+
+    def check() -> str:
+        shared = _of_lengths(_random(5, 8, seed=80), 0.2, 8.0, 40.0, 5.0, 0.8)
+        belongs = torch.tensor([2, 0, 3, 4, 1])
+        rows = _of_lengths(shared[belongs], 1.0, 1.0, 1.0, 1.0, 1.0)
+        loud = _of_lengths(rows + 0.02 * _random(5, 8, seed=79), 0.03, 0.5, 3.0, 45.0, 70.0)
+        _expect_places(function, loud, shared, belongs, "Five patches whose rows are the shared ones, scaled")
+        for seed in range(4):
+            noisy = rows + 0.5 * _random(5, 8, seed=81 + seed)
+            _expect_places(function, noisy, shared, _best_order(noisy, shared), "Five patches, found roughly")
+        shared = torch.eye(3, dtype=F64)
+        rows = torch.tensor([[0.8, 0.55, 0.0], [0.75, -0.3, 0.3], [0.1, 0.2, 0.9]], dtype=F64)
+        _expect_places(function, rows, shared, _best_order(rows, shared), "Three patches, two with one favourite")
+        return "Right: a jigsaw laid without the picture on its box. The gradient of the embedding is the box."
+
+    return run(check)
+
+
+def _of_lengths(rows: Tensor, *lengths: float) -> Tensor:
+    return rows / rows.norm(dim=-1, keepdim=True) * torch.tensor(lengths, dtype=F64)[:, None]
+
+
+def _best_order(rows: Tensor, shared: Tensor, by_distance: bool = False) -> Tensor:
+    """The order with the largest sum of cosines, or the least one of squared distances, all orders tried."""
+    fit = [[_cosine(a.tolist(), b.tolist()) for b in shared] for a in rows]
+    if by_distance:
+        fit = (-(rows[:, None] - shared[None]).square().sum(-1)).tolist()
+    orders = itertools.permutations(range(len(rows)))
+    return torch.tensor(max(orders, key=lambda order: sum(fit[i][j] for i, j in enumerate(order))))
+
+
+def _expect_places(
+    function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, shared: Tensor, wanted: Tensor, case: str
+) -> None:
+    answer = function(rows.clone(), shared.clone())
+    if isinstance(answer, list | tuple) and all(hasattr(value, "__index__") for value in answer):
+        answer = torch.tensor([value.__index__() for value in answer])
+    answer = expect_tensor(answer, (len(rows),), "The list of places")
+    if torch.equal(answer.long(), wanted) and bool((answer == answer.round()).all()):
+        return
+    if sorted(answer.tolist()) != list(range(len(rows))):
+        stop(
+            f"{case}: {answer.tolist()} puts two patches at one place. Each place takes one: choose the best "
+            "assignment of all, not the best place for each."
+        )
+    worst, by_distance = _best_order(rows, -shared), _best_order(rows, shared, by_distance=True)
+    mistakes = {
+        "That is the inverse: entry i is the place of patch i, not the patch of place i.": wanted.argsort(),
+        "That is the assignment that fits worst: maximize the cosines.": worst,
+        "The longest rows decided: take cosines, not products or distances of rows as they are.": by_distance,
+        "That is each patch where it is.": torch.arange(len(rows)),
+    }
+    for words, order in mistakes.items():
+        if torch.equal(answer.long(), order):
+            stop(f"{case}: not right yet. {words}")
+    stop(f"{case}: the places are {wanted.tolist()}, not {answer.tolist()}.")

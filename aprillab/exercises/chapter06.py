@@ -9,15 +9,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
+from ..attacks.closed_forms.april import april_closed_form
 from ..attacks.closed_forms.patch_embedding import embedding_closed_form
+from ..attacks.result import AttackNotApplicable
 from ..data import load_victim
+from ..defenses.client import withhold
 from ..metrics import psnr
 from ..models import VisionTransformer
 from ..preprocessing import HALF
 from ..update import ClientUpdate, client_update
-from .feedback import Feedback, expect_close, expect_tensor, run, stop
+from .feedback import Feedback, expect_close, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 
@@ -35,8 +39,71 @@ def _vit(size: int = 8, width: int = 16, seed: int = 0) -> VisionTransformer:
 # --- 6.1 ------------------------------------------------------------------------------------------------------
 
 
+def check_who_is_left(function: Callable[[set[str], str], Any]) -> Feedback:
+    """Exercise 6.1: ``function(withheld, block)`` names the closed forms of chapters 03 and 04 that apply."""
+
+    def check() -> str:
+        for block in ("april", "prenorm"):
+            sizes = {"image_size": 8, "patch_size": 4, "width": 64, "depth": 2, "heads": 2, "classes": 5}
+            model = VisionTransformer(**sizes, block=block, seed=0).double()  # type: ignore[arg-type]
+            whole = client_update(model, _random(1, 3, 8, 8, seed=1), torch.tensor([2]))
+            for withheld in _WITHHELD:
+                named = _names(function(set(withheld), block))
+                for name, attack in _CLOSED_FORMS.items():
+                    applies = _applies(attack, model, withhold(whole, withheld))
+                    if applies != (name in named):
+                        case = f"block={block!r}, without {' and '.join(withheld) or 'nothing'}"
+                        stop(f"{case}: {_why(name, withheld, block, applies)}")
+        return "Right. On an ordinary ViT a frozen patch embedding takes both away. The next cells ask who is left."
+
+    return run(check)
+
+
+def _names(answer: Any) -> set[str]:
+    if isinstance(answer, str) or not isinstance(answer, set | frozenset | list | tuple):
+        stop(f"Return a set of names, such as {{'april'}}, not {type(answer).__name__}.")
+    if unknown := [name for name in answer if name not in _CLOSED_FORMS]:
+        stop(f"{unknown[0]} is neither 'april' nor 'embedding', the two names that are asked for.")
+    return set(answer)
+
+
+_PATCHES, _EMBEDDING = "patch_embedding.weight", "position_embedding"
+_FIRST = tuple(f"blocks.0.attention.{part}.weight" for part in ("query", "key", "value"))
+_CLOSED_FORMS: dict[str, Callable[..., Any]] = {"april": april_closed_form, "embedding": embedding_closed_form}
+_WITHHELD: tuple[tuple[str, ...], ...] = (
+    (), (_EMBEDDING,), (_PATCHES,), *((name,) for name in _FIRST), ("blocks.1.attention.query.weight",),
+    ("class_token", "head.weight"), ("patch_embedding.bias", "blocks.0.attention.query.bias"),
+    (_PATCHES, _EMBEDDING), (_PATCHES, _FIRST[0]),
+)  # fmt: skip
+
+
+def _applies(attack: Callable[..., Any], model: nn.Module, update: ClientUpdate) -> bool:
+    """Whether the package's own attack runs on that update."""
+    try:
+        attack(model, update)
+    except AttackNotApplicable:
+        return False
+    return True
+
+
+def _why(name: str, withheld: Sequence[str], block: str, applies: bool) -> str:
+    """What was overlooked, for one attack and one update."""
+    title = {"april": "APRIL's system", "embedding": "Chapter 04's system"}[name]
+    if applies and not withheld:
+        return f"{name} applies, since nothing is missing."
+    if applies:
+        return f"{name} still applies. {title} does without {' and '.join(withheld)}; look at (6.1)."
+    if name == "april" and block != "april":
+        return "april is refused. It needs architecture A; an ordinary block has a LayerNorm before its attention."
+    needed = (_EMBEDDING, *_FIRST) if name == "april" else (_EMBEDDING, _PATCHES)
+    return f"{name} is refused. {title} needs the gradient of {next(n for n in withheld if n in needed)}."
+
+
+# --- 6.2 ------------------------------------------------------------------------------------------------------
+
+
 def check_freeze(function: Callable[[nn.Module, str], Any]) -> Feedback:
-    """Exercise 6.1: ``function(model, name)`` freezes the parameter of that name and nothing else,
+    """Exercise 6.2: ``function(model, name)`` freezes the parameter of that name and nothing else,
     in place.
     """
 
@@ -74,71 +141,88 @@ def _frozen(function: Callable[[nn.Module, str], Any]) -> nn.Module:
     return model
 
 
-# --- 6.2 ------------------------------------------------------------------------------------------------------
+# --- 6.3 ------------------------------------------------------------------------------------------------------
 
 
-def check_sinusoids(function: Callable[[int, int, float], Tensor]) -> Feedback:
-    """Exercise 6.2: ``function(tokens, width, base)`` is equation (6.1) with tokens in rows,
-    (tokens, width).
-    """
+def check_seeds_needed(function: Callable[[Sequence[float], Sequence[float], float], int]) -> Feedback:
+    """Exercise 6.3: ``function(a, b, half)`` is the least number of seeds whose interval (6.4) is ± half or less."""
 
     def check() -> str:
-        first = expect_tensor(function(1, 6, 100.0), (1, 6), "The table of one token")
-        expect_close(
-            first.double(),
-            torch.tensor([[0.0, 1.0] * 3], dtype=F64),
-            "Row 0, where every angle is zero,",
-            mistakes={
-                "Sine and cosine are swapped: sines stand in the even columns.": torch.tensor(
-                    [[1.0, 0.0] * 3], dtype=F64
-                ),
-                "All sines stand before all cosines; they alternate.": torch.tensor(
-                    [[0.0] * 3 + [1.0] * 3], dtype=F64
-                ),
-                "Positions start at 0, not at 1.": _sinusoids(2, 6, 100.0)[1:],
-            },
-        )
-        for tokens, width, base in ((5, 8, 10_000.0), (17, 12, 50.0), (4, 2, 10.0)):
-            wanted = _sinusoids(tokens, width, base)
-            answer = expect_tensor(function(tokens, width, base), (tokens, width), "The table").double()
-            degrees = {
-                "The angle is in radians, not in degrees.": _sinusoids(tokens, width, base, turn=math.pi / 180)
-            }
-            mistakes = {
-                "The exponent runs twice too slowly: it is 2k/width for the pair of columns 2k, 2k + 1, not "
-                "k/width.": _sinusoids(tokens, width, base, slow=0.5),
-                "The exponent runs twice too fast: is the column's number doubled once more?": _sinusoids(
-                    tokens, width, base, slow=2.0
-                ),
-                "The frequencies grow from column to column; they fall: base to a negative power.": _sinusoids(
-                    tokens, width, 1 / base
-                ),
-                **degrees,
-            }
-            expect_close(answer, wanted, "The table", mistakes=mistakes, tolerance=1e-5)
-        return "Right: fixed, known to everybody, and smooth from row to row. Remember that last word for chapter 07."
+        if expect_whole(function([0.9, 0.8, 0.7], [0.8, 0.7, 0.6], 0.01), "The number of seeds") != 2:
+            stop(
+                "Where every pilot seed shows the same difference, two seeds are enough, the least number that has a "
+                "spread. Take the differences first, then their spread."
+            )
+        cases = []
+        for count, seed, half in ((5, 1, 0.5), (4, 2, 0.8), (8, 3, 0.25), (3, 4, 1.0)):
+            a = _random(count, seed=seed)
+            b = a + 0.7 * _random(count, seed=seed + 10) + 0.3 * _random(1, seed=seed + 20)
+            cases.append((a, b, half))
+        answers = [
+            expect_whole(function(a.tolist(), b.tolist(), half), "The number of seeds") for a, b, half in cases
+        ]
+        wanted = [_seeds(float((a - b).std()), half) for a, b, half in cases]
+        if answers != wanted:
+            for words, mistake in _MISTAKEN_SEEDS.items():
+                if answers == [mistake(a, b, half) for a, b, half in cases]:
+                    stop(f"The number of seeds is not right yet. {words}")
+            k = next(k for k, answer in enumerate(answers) if answer != wanted[k])
+            pilot, half = len(cases[k][0]), cases[k][2]
+            stop(f"{pilot} pilot seeds and half a width of {half} ask for {wanted[k]} seeds, not {answers[k]}.")
+        return "Right: half the width costs about four times the seeds. Ask before you train, not after."
 
     return run(check)
 
 
-def _sinusoids(tokens: int, width: int, base: float, slow: float = 1.0, turn: float = 1.0) -> Tensor:
-    """Equation (6.1) entry by entry."""
-    table = torch.empty(tokens, width, dtype=F64)
-    for i in range(tokens):
-        for column in range(width):
-            k = column // 2
-            angle = turn * i * base ** (-slow * 2 * k / width)
-            table[i, column] = math.sin(angle) if column % 2 == 0 else math.cos(angle)
-    return table
+def _seeds(spread: float, half: float, *, probability: float = 0.975, lost: int = 1) -> int:
+    """The least m ≥ 2 with t · spread / √m ≤ half, by trying; t has m − ``lost`` degrees of freedom."""
+    m = 2
+    while float(stdtrit(m - lost, probability)) * spread / math.sqrt(m) > half:
+        m += 1
+    return m
 
 
-# --- 6.3 ------------------------------------------------------------------------------------------------------
+def _with_quantile(a: Tensor, b: Tensor, half: float, quantile: float) -> int:
+    return max(2, math.ceil((quantile * float((a - b).std()) / half) ** 2))
+
+
+_MISTAKEN_SEEDS: dict[str, Callable[[Tensor, Tensor, float], int]] = {
+    "That is with the normal distribution's 1.96; with few seeds use Student's t.": lambda a, b, half: _with_quantile(
+        a, b, half, 1.959964
+    ),
+    "That is with the pilot's t; t has m − 1 degrees of freedom for the m you are looking for.": lambda a, b, half: (
+        _with_quantile(a, b, half, float(stdtrit(len(a) - 1, 0.975)))
+    ),
+    "The seeds are not paired: take the differences first.": lambda a, b, half: _seeds(
+        float((a.var() + b.var()).sqrt()), half
+    ),
+    "The spread is divided by n; an estimate from n values divides by n − 1.": lambda a, b, half: _seeds(
+        float((a - b).std(correction=0)), half
+    ),
+    "That is for the whole width; `half` is half of it.": lambda a, b, half: _seeds(float((a - b).std()), half / 2),
+    "That is the quantile 0.95, which leaves 10 % outside; both tails together get 5 %.": lambda a, b, half: _seeds(
+        float((a - b).std()), half, probability=0.95
+    ),
+    "Student's t has m − 1 degrees of freedom, not m.": lambda a, b, half: _seeds(float((a - b).std()), half, lost=0),
+    "One seed too few: the last one that is still too wide.": lambda a, b, half: (
+        _seeds(float((a - b).std()), half) - 1
+    ),
+    "One seed too many: the first that is narrow enough is asked.": lambda a, b, half: (
+        _seeds(float((a - b).std()), half) + 1
+    ),
+    "It is the number of seeds in all, the pilot's included.": lambda a, b, half: max(
+        2, _seeds(float((a - b).std()), half) - len(a)
+    ),
+}
+
+
+# --- 6.4 ------------------------------------------------------------------------------------------------------
 
 
 def check_clip_and_noise(
     function: Callable[[dict[str, Tensor], float, float, torch.Generator], dict[str, Tensor]],
 ) -> Feedback:
-    """Exercise 6.3: ``function(gradients, norm, multiplier, generator)`` clips all together, then
+    """Exercise 6.4: ``function(gradients, norm, multiplier, generator)`` clips all together, then
     adds noise.
     """
 
@@ -212,75 +296,6 @@ def _gradients(answer: Any, like: dict[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(answer, dict) or answer.keys() != like.keys():
         stop(f"Return a dict of tensors with the same names, {', '.join(like)}.")
     return {name: expect_tensor(answer[name], tuple(g.shape), name) for name, g in like.items()}
-
-
-# --- 6.4 ------------------------------------------------------------------------------------------------------
-
-
-def check_paired_interval(function: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]) -> Feedback:
-    """Exercise 6.4: ``function(a, b)`` is the mean of a − b and half the width of its 95 %
-    interval.
-    """
-
-    def check() -> str:
-        mean, half = _pair(function([0.9, 0.8, 0.7], [0.8, 0.7, 0.6]))
-        if abs(mean + 0.1) < 1e-9:
-            stop("The mean has the wrong sign: it is a − b.")
-        if abs(mean - 0.1) > 1e-9:
-            stop(f"Three differences of 0.1 have the mean 0.1, not {mean:.4g}.")
-        if not half < 1e-9:
-            stop(
-                f"Where every seed shows the same difference the interval has no width; yours has ±{half:.3g}. "
-                "Is it taken from the differences, seed by seed, or from each list by itself?"
-            )
-        for count, seed in ((5, 1), (3, 2), (12, 3)):
-            a, b = _random(count, seed=seed), _random(count, seed=seed + 10)
-            gaps = a - b
-            mean, half = _pair(function(a.tolist(), b.tolist()))
-            if abs(mean + float(gaps.mean())) < 1e-9:
-                stop("The mean has the wrong sign: it is a − b.")
-            if abs(mean - float(gaps.mean())) > 1e-9:
-                stop(f"The mean of a − b is {float(gaps.mean()):.4g} here, not {mean:.4g}.")
-            error = float(gaps.std()) / count**0.5
-            t = _T[count]
-            unpaired = t * float((a.var() + b.var()) / count) ** 0.5
-            mistakes = {
-                "That is the normal distribution's 1.96; with so few seeds use Student's t.": 1.96 * error,
-                "It is not divided by √n: that is the spread of one seed, not of the mean.": t * error * count**0.5,
-                "It is the standard error; multiply by Student's t.": error,
-                "The variance is divided by n; an estimate from n values divides by n − 1.": t
-                * error
-                * ((count - 1) / count) ** 0.5,
-                "That is the whole width; return half of it.": 2 * t * error,
-                "The seeds are not paired: take the differences first.": unpaired,
-                "Student's t has n − 1 degrees of freedom here, not n.": _T_WRONG[count] * error,
-                "That is the quantile 0.95, which leaves 10 % outside; both tails together get 5 %.": _T_ONE[count]
-                * error,
-            }
-            for message, value in mistakes.items():
-                if abs(half - value) < 1e-4 * value:
-                    stop(f"Half the width is not right yet. {message}")
-            if abs(half - t * error) > 1e-4 * t * error:
-                stop(f"Half the width is {t * error:.4g} here, not {half:.4g}.")
-        return "Right. An interval that excludes zero is worth more than five pairs of numbers."
-
-    return run(check)
-
-
-#: Student's t: quantile 0.975 with n − 1 and with n degrees of freedom, quantile 0.95 with n − 1;
-#: by n
-_T = {3: 4.3026527, 5: 2.7764451, 12: 2.2009852}
-_T_WRONG = {3: 3.1824463, 5: 2.5705818, 12: 2.1788128}
-_T_ONE = {3: 2.9199856, 5: 2.1318468, 12: 1.7958848}
-
-
-def _pair(answer: Any) -> tuple[float, float]:
-    if not (isinstance(answer, tuple | list) and len(answer) == 2):
-        stop(f"Return two numbers, (mean, half width), not {type(answer).__name__}.")
-    for part, what in zip(answer, ("mean", "half width"), strict=True):
-        if not hasattr(part, "__float__"):
-            stop(f"Return two numbers, (mean, half width): the {what} is a {type(part).__name__}.")
-    return float(answer[0]), float(answer[1])
 
 
 # --- 6.5 ------------------------------------------------------------------------------------------------------

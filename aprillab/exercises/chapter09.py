@@ -68,51 +68,11 @@ def check_patches_and_label(function: Callable[[Tensor, Tensor, Tensor], tuple[T
     return run(check)
 
 
-# --- 9.2: how fast it learned ---------------------------------------------------------------------------------------
-
-
-def check_learning_rate(function: Callable[[dict[str, Tensor], dict[str, Tensor]], float]) -> Feedback:
-    """Exercise 9.2: ``function(moved, gradient)`` is the rate of one step of SGD."""
-
-    def check() -> str:
-        for seed, rate in enumerate((0.05, 2.0)):
-            gradient = {name: _random(40, seed=10 * seed + k) ** 3 for k, name in enumerate(("a", "b", "frozen"))}
-            gradient["a"][:3] = 1e-9  # an entry that says nothing of the rate
-            noise = {name: 1e-5 * rate * _random(40, seed=30 + 10 * seed + k) for k, name in enumerate(gradient)}
-            moved = {name: rate * g + noise[name] for name, g in gradient.items()}
-            moved["frozen"] = torch.zeros(40, dtype=F64)
-            answer = expect_number(
-                function(
-                    {name: t.float() for name, t in moved.items()}, {name: t.float() for name, t in gradient.items()}
-                ),
-                "The learning rate",
-            )
-            if abs(answer / rate - 1) < 1e-3:
-                continue
-            g, m = torch.cat(list(gradient.values())), torch.cat(list(moved.values()))
-            trained = torch.cat([gradient[name] for name in ("a", "b")]), torch.cat([moved[name] for name in "ab"])
-            looks = (
-                (m @ g / (g @ g), "the frozen tensor is counted as one that moved by zero. Leave it out"),
-                (m.norm() / g.norm(), "the frozen tensor is counted as one that moved by zero. Leave it out"),
-                ((trained[1] / trained[0]).mean(), "a mean of ratios lets the smallest gradients decide, where "
-                 "there is only rounding"),
-                ((m / g).mean(), "a mean of ratios lets the smallest gradients decide, and counts what is frozen"),
-                (torch.tensor(2 * rate / 3), "the frozen tensor is counted as one that moved by zero. Leave it out"),
-                (torch.tensor(1 / rate), "that is one over it"),
-                (torch.tensor(-rate), "its sign is turned: moved is before − after"),
-            )  # fmt: skip
-            hint = next((f": {words}" for value, words in looks if abs(answer / float(value) - 1) < 1e-2), "")
-            stop(f"The learning rate is {rate:g}, not {answer:.4g}{hint}.")
-        return "Right: one number explains every entry that moved, and the server knows the rate as well."
-
-    return run(check)
-
-
-# --- 9.3: undo weight decay -----------------------------------------------------------------------------------------
+# --- 9.2: undo weight decay -----------------------------------------------------------------------------------------
 
 
 def check_without_decay(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Feedback:
-    """Exercise 9.3: ``function(dW, dE, W, E)`` has the patches of (9.4), whatever a is."""
+    """Exercise 9.2: ``function(dW, dE, W, E)`` has the patches of (9.4), whatever a is."""
 
     def check() -> str:
         for seed, (n, d, p, a) in enumerate(((6, 10, 5, 0.02), (4, 15, 9, 0.3))):
@@ -146,113 +106,11 @@ def check_without_decay(function: Callable[[Tensor, Tensor, Tensor, Tensor], Ten
     return run(check)
 
 
-# --- 9.4: two local steps by hand -----------------------------------------------------------------------------------
-
-
-def _by_torch(rate: float, momentum: float, decay: float) -> tuple[float, float, float]:
-    """a, c_1 and c_2, from three runs of torch.optim.SGD."""
-
-    def end(weight: float, gradients: tuple[float, float]) -> float:
-        w = torch.nn.Parameter(torch.tensor(weight, dtype=F64))
-        optimizer = torch.optim.SGD([w], lr=rate, momentum=momentum, weight_decay=decay)
-        for g in gradients:
-            w.grad = torch.tensor(g, dtype=F64)
-            optimizer.step()
-        return w.item()
-
-    return 1 - end(1.0, (0.0, 0.0)), -end(0.0, (1.0, 0.0)) / rate, -end(0.0, (0.0, 1.0)) / rate
-
-
-def check_two_steps(function: Callable[[float, float, float], tuple[float, float, float]]) -> Feedback:
-    """Exercise 9.4: ``function(rate, momentum, decay)`` is a, c_1, c_2 after two steps."""
-
-    def check() -> str:
-        for rate, momentum, decay in ((0.1, 0.9, 0.0), (0.1, 0.0, 0.5), (0.2, 0.9, 0.3), (1.0, 0.5, 0.1)):
-            names = ("a", "c_1", "c_2")
-            given = _several(function(rate, momentum, decay), names)
-            answer = [expect_number(x, name) for x, name in zip(given, names, strict=True)]
-            wanted = _by_torch(rate, momentum, decay)
-            off = [abs(x - y) > 1e-9 for x, y in zip(answer, wanted, strict=True)]
-            if not any(off):
-                continue
-            case = f"For η = {rate:g}, μ = {momentum:g}, λ = {decay:g}"
-            if abs(answer[1] - wanted[2]) + abs(answer[2] - wanted[1]) < 1e-9:
-                stop(f"{case}: c_1 and c_2 have changed places. The first gradient is the one that is taken twice.")
-            shrunk = rate * decay
-            looks: dict[str, tuple[int, float]] = {
-                "the decay is in c_1 as well: what the first step added has shrunk by the second": (1, 1 + momentum),
-                "what is left of g_1 in the momentum is missing": (1, 1 - shrunk),
-                "that is a without momentum: the decay's first step goes on in b": (0, 1 - (1 - shrunk) ** 2),
-                "the second step shrinks weights that the first has shrunk": (0, shrunk * (2 + momentum)),
-                "the decay acts in the second step as well": (0, shrunk),
-                "η stands in front of the bracket already": (1, rate * wanted[1]),
-                "after the second step nothing shrinks what it added": (2, 1 - shrunk),
-            }
-            for words, (which, value) in looks.items():
-                if off[which] and abs(answer[which] - value) < 1e-9:
-                    stop(f"{case}: {names[which]} is {wanted[which]:.6g}, not {answer[which]:.6g}: {words}.")
-            which = off.index(True)
-            stop(f"{case}: {names[which]} is {wanted[which]:.6g}, not {answer[which]:.6g}.")
-        return "Right: three numbers, the same for every tensor, and the picture never minds them."
-
-    return run(check)
-
-
-# --- 9.5: who holds one photograph ----------------------------------------------------------------------------------
-
-_RATES = (1.0, 1e-9, 2.0, 0.5, 1e-2, 0.1)  # the second: at the end of a schedule
-_PICTURES = (3, 2, 1, 0, 8, 2)  # of each client; 0: it did nothing
-
-
-def _mail(order: Sequence[int], seed: int, n: int = 6, d: int = 14, p: int = 10) -> Mail:
-    """What clients send in float32, each with its rate and its number of photographs."""
-    mail = []
-    for client in order:
-        dW, dE = torch.zeros(d, p, dtype=F64), torch.zeros(n, d, dtype=F64)
-        for j in range(_PICTURES[client]):
-            M = _RATES[client] * _random(n, d, seed=1000 * seed + 50 * client + j)
-            dW, dE = dW + M.T @ _random(n, p, seed=1000 * seed + 50 * client + 20 + j), dE + M
-        mail.append((dW.float(), dE.float()))
-    return mail
-
-
-def _left(dW: Tensor, dE: Tensor) -> float:
-    dW, dE = dW.double(), dE.double()
-    return float((dW - dE.T @ _solved(dE, dW)).norm())
-
-
-def check_holds_one(function: Callable[[Mail], int]) -> Feedback:
-    """Exercise 9.5: ``function(mail)`` is the number of the client with one photograph."""
-
-    def check() -> str:
-        for seed, order in enumerate(((0, 1, 2, 4, 5), (3, 5, 4, 1, 0, 2), (4, 2, 3, 0))):
-            mail = _mail(order, seed)
-            wanted, one = order.index(2), "The number of the client"
-            answer = expect_whole(function([(dW.clone(), dE.clone()) for dW, dE in mail]), one)
-            if answer == wanted:
-                continue
-            if not 0 <= answer < len(mail):
-                stop(f"{one} should be from 0 to {len(mail) - 1}, not {answer}.")
-            dW, dE = mail[answer]
-            if not dW.any():
-                stop(f"Client {answer} did nothing: its weights have not changed, and zero fits anything.")
-            relative = _left(dW, dE) / float(dW.norm())
-            small = answer == min((i for i in range(len(mail)) if mail[i][0].any()), key=lambda i: mail[i][0].norm())
-            hint = " It has the smallest learning rate: divide what is left by the norm of dW." if small else ""
-            stop(
-                f"Client {answer} holds {_PICTURES[order[answer]]} photographs: the best single picture leaves "
-                f"{relative:.0%} of its dW. The right one's leaves a ten-millionth.{hint}"
-            )
-        return "Right: the equations to spare say who can be attacked, before anybody is."
-
-    return run(check)
-
-
-# --- 9.6: Adam's first step, undone ---------------------------------------------------------------------------------
+# --- 9.3: Adam's first step, undone ---------------------------------------------------------------------------------
 
 
 def check_first_gradient(function: Callable[[Tensor, Tensor, float, float, float], Tensor]) -> Feedback:
-    """Exercise 9.6: ``function(before, after, rate, eps, decay)`` is the gradient behind AdamW's first step."""
+    """Exercise 9.3: ``function(before, after, rate, eps, decay)`` is the gradient behind AdamW's first step."""
 
     def check() -> str:
         for seed, (rate, eps, decay) in enumerate(((1e-3, 1e-6, 0.0), (1e-2, 1e-4, 0.1), (0.1, 1e-2, 0.5))):
@@ -291,3 +149,145 @@ def check_first_gradient(function: Callable[[Tensor, Tensor, float, float, float
 
 def _undone(r: Tensor, eps: float) -> Tensor:
     return eps * r / (1 - r.abs())
+
+
+# --- 9.4: who holds one photograph ----------------------------------------------------------------------------------
+
+_RATES = (1.0, 1e-9, 2.0, 0.5, 1e-2, 0.1)  # the second: at the end of a schedule
+_PICTURES = (3, 2, 1, 0, 8, 2)  # of each client; 0: it did nothing
+
+
+def _mail(order: Sequence[int], seed: int, n: int = 6, d: int = 14, p: int = 10) -> Mail:
+    """What clients send in float32, each with its rate and its number of photographs."""
+    mail = []
+    for client in order:
+        dW, dE = torch.zeros(d, p, dtype=F64), torch.zeros(n, d, dtype=F64)
+        for j in range(_PICTURES[client]):
+            M = _RATES[client] * _random(n, d, seed=1000 * seed + 50 * client + j)
+            dW, dE = dW + M.T @ _random(n, p, seed=1000 * seed + 50 * client + 20 + j), dE + M
+        mail.append((dW.float(), dE.float()))
+    return mail
+
+
+def _left(dW: Tensor, dE: Tensor) -> float:
+    dW, dE = dW.double(), dE.double()
+    return float((dW - dE.T @ _solved(dE, dW)).norm())
+
+
+def check_holds_one(function: Callable[[Mail], int]) -> Feedback:
+    """Exercise 9.4: ``function(mail)`` is the number of the client with one photograph."""
+
+    def check() -> str:
+        for seed, order in enumerate(((0, 1, 2, 4, 5), (3, 5, 4, 1, 0, 2), (4, 2, 3, 0))):
+            mail = _mail(order, seed)
+            wanted, one = order.index(2), "The number of the client"
+            answer = expect_whole(function([(dW.clone(), dE.clone()) for dW, dE in mail]), one)
+            if answer == wanted:
+                continue
+            if not 0 <= answer < len(mail):
+                stop(f"{one} should be from 0 to {len(mail) - 1}, not {answer}.")
+            dW, dE = mail[answer]
+            if not dW.any():
+                stop(f"Client {answer} did nothing: its weights have not changed, and zero fits anything.")
+            relative = _left(dW, dE) / float(dW.norm())
+            small = answer == min((i for i in range(len(mail)) if mail[i][0].any()), key=lambda i: mail[i][0].norm())
+            hint = " It has the smallest learning rate: divide what is left by the norm of dW." if small else ""
+            stop(
+                f"Client {answer} holds {_PICTURES[order[answer]]} photographs: the best single picture leaves "
+                f"{relative:.0%} of its dW. The right one's leaves a ten-millionth.{hint}"
+            )
+        return "Right: the equations to spare say who can be attacked, before anybody is."
+
+    return run(check)
+
+
+# --- 9.5: how fast it learned ---------------------------------------------------------------------------------------
+
+
+def check_learning_rate(function: Callable[[dict[str, Tensor], dict[str, Tensor]], float]) -> Feedback:
+    """Exercise 9.5: ``function(moved, gradient)`` is the rate of one step of SGD."""
+
+    def check() -> str:
+        for seed, rate in enumerate((0.05, 2.0)):
+            gradient = {name: _random(40, seed=10 * seed + k) ** 3 for k, name in enumerate(("a", "b", "frozen"))}
+            gradient["a"][:3] = 1e-9  # an entry that says nothing of the rate
+            noise = {name: 1e-5 * rate * _random(40, seed=30 + 10 * seed + k) for k, name in enumerate(gradient)}
+            moved = {name: rate * g + noise[name] for name, g in gradient.items()}
+            moved["frozen"] = torch.zeros(40, dtype=F64)
+            answer = expect_number(
+                function(
+                    {name: t.float() for name, t in moved.items()}, {name: t.float() for name, t in gradient.items()}
+                ),
+                "The learning rate",
+            )
+            if abs(answer / rate - 1) < 1e-3:
+                continue
+            g, m = torch.cat(list(gradient.values())), torch.cat(list(moved.values()))
+            trained = torch.cat([gradient[name] for name in ("a", "b")]), torch.cat([moved[name] for name in "ab"])
+            looks = (
+                (m @ g / (g @ g), "the frozen tensor is counted as one that moved by zero. Leave it out"),
+                (m.norm() / g.norm(), "the frozen tensor is counted as one that moved by zero. Leave it out"),
+                ((trained[1] / trained[0]).mean(), "a mean of ratios lets the smallest gradients decide, where "
+                 "there is only rounding"),
+                ((m / g).mean(), "a mean of ratios lets the smallest gradients decide, and counts what is frozen"),
+                (torch.tensor(2 * rate / 3), "the frozen tensor is counted as one that moved by zero. Leave it out"),
+                (torch.tensor(1 / rate), "that is one over it"),
+                (torch.tensor(-rate), "its sign is turned: moved is before − after"),
+            )  # fmt: skip
+            hint = next((f": {words}" for value, words in looks if abs(answer / float(value) - 1) < 1e-2), "")
+            stop(f"The learning rate is {rate:g}, not {answer:.4g}{hint}.")
+        return "Right: one number explains every entry that moved, and the server knows the rate as well."
+
+    return run(check)
+
+
+# --- 9.6: two local steps by hand -----------------------------------------------------------------------------------
+
+
+def _by_torch(rate: float, momentum: float, decay: float) -> tuple[float, float, float]:
+    """a, c_1 and c_2, from three runs of torch.optim.SGD."""
+
+    def end(weight: float, gradients: tuple[float, float]) -> float:
+        w = torch.nn.Parameter(torch.tensor(weight, dtype=F64))
+        optimizer = torch.optim.SGD([w], lr=rate, momentum=momentum, weight_decay=decay)
+        for g in gradients:
+            w.grad = torch.tensor(g, dtype=F64)
+            optimizer.step()
+        return w.item()
+
+    return 1 - end(1.0, (0.0, 0.0)), -end(0.0, (1.0, 0.0)) / rate, -end(0.0, (0.0, 1.0)) / rate
+
+
+def check_two_steps(function: Callable[[float, float, float], tuple[float, float, float]]) -> Feedback:
+    """Exercise 9.6: ``function(rate, momentum, decay)`` is a, c_1, c_2 after two steps."""
+
+    def check() -> str:
+        for rate, momentum, decay in ((0.1, 0.9, 0.0), (0.1, 0.0, 0.5), (0.2, 0.9, 0.3), (1.0, 0.5, 0.1)):
+            names = ("a", "c_1", "c_2")
+            given = _several(function(rate, momentum, decay), names)
+            answer = [expect_number(x, name) for x, name in zip(given, names, strict=True)]
+            wanted = _by_torch(rate, momentum, decay)
+            off = [abs(x - y) > 1e-9 for x, y in zip(answer, wanted, strict=True)]
+            if not any(off):
+                continue
+            case = f"For η = {rate:g}, μ = {momentum:g}, λ = {decay:g}"
+            if abs(answer[1] - wanted[2]) + abs(answer[2] - wanted[1]) < 1e-9:
+                stop(f"{case}: c_1 and c_2 have changed places. The first gradient is the one that is taken twice.")
+            shrunk = rate * decay
+            looks: dict[str, tuple[int, float]] = {
+                "the decay is in c_1 as well: what the first step added has shrunk by the second": (1, 1 + momentum),
+                "what is left of g_1 in the momentum is missing": (1, 1 - shrunk),
+                "that is a without momentum: the decay's first step goes on in b": (0, 1 - (1 - shrunk) ** 2),
+                "the second step shrinks weights that the first has shrunk": (0, shrunk * (2 + momentum)),
+                "the decay acts in the second step as well": (0, shrunk),
+                "η stands in front of the bracket already": (1, rate * wanted[1]),
+                "after the second step nothing shrinks what it added": (2, 1 - shrunk),
+            }
+            for words, (which, value) in looks.items():
+                if off[which] and abs(answer[which] - value) < 1e-9:
+                    stop(f"{case}: {names[which]} is {wanted[which]:.6g}, not {answer[which]:.6g}: {words}.")
+            which = off.index(True)
+            stop(f"{case}: {names[which]} is {wanted[which]:.6g}, not {answer[which]:.6g}.")
+        return "Right: three numbers, the same for every tensor, and the picture never minds them."
+
+    return run(check)

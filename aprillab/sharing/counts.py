@@ -4,7 +4,7 @@ All counts are of one image. With n patches of p pixels, width d, t tokens and c
 norms before the first attention take:
 
     patch-embedding system     n ≤ d, d − 1 where only LayerNorms read the tokens          (4.3)
-    APRIL's closed form        t ≤ d and, without the patch embedding's gradient, p ≤ d     (3.5)
+    APRIL's closed form        t ≤ d and, without the patch embedding's gradient, p ≤ d     (3.3)
     span attack                min(p, n) + t + c ≤ d                                        (7.6)
     the same without ∂W_e      p + t + c ≤ d                                                (7.6)
 

@@ -277,7 +277,7 @@ def _normal(like: Tensor) -> Tensor:
 
 
 def _steps_of_truth(reduced: ReducedLattice, centres: Tensor, truth: Tensor) -> Tensor:
-    """How many whole numbers each coordinate (p, n) of the truth is off what its row asks for, (7.12)."""
+    """How many whole numbers each coordinate (p, n) of the truth is off what its row asks for, (8.6)."""
     target = reduced.rotation.T @ (reduced.root @ centres)
     z = torch.linalg.solve(reduced.basis, truth.T).round()
     middle = z + (target - reduced.triangle @ z) / reduced.triangle.diagonal()[:, None]

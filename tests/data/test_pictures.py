@@ -1,5 +1,6 @@
 """A user's own photograph: every format, every orientation, and files that are none."""
 
+import io
 import struct
 import sys
 import zlib
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aprillab.data import PictureError, PictureWarning, read_picture
+from aprillab.data import PictureError, PictureWarning, decode_picture, read_picture
 
 
 def corners(size: int = 40) -> Image.Image:
@@ -279,3 +280,29 @@ def test_impossible_forms_are_refused_before_the_file_is_opened() -> None:
         read_picture("absent.png", channels=2)
     with pytest.raises(ValueError, match="dtype must be"):
         read_picture("absent.png", dtype=torch.int32)
+
+
+# --- From bytes ---------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_read_as_their_file_is(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    Image.effect_noise((60, 40), 80).convert("RGB").save(path)
+    assert torch.equal(decode_picture(path.read_bytes(), 32), read_picture(path, 32))
+    assert decode_picture(path.read_bytes(), (8, 16), channels=1, dtype=torch.float64).shape == (1, 8, 16)
+
+
+def test_bytes_that_are_no_picture_are_called_by_the_name_given() -> None:
+    with pytest.raises(PictureError, match=r"^mine: the file is empty"):
+        decode_picture(b"", name="mine")
+    with pytest.raises(PictureError, match=r"^your picture: this is not a picture"):
+        decode_picture(b"%PDF-1.7")
+    with pytest.raises(ValueError, match="channels must be"):
+        decode_picture(b"", channels=2)
+
+
+def test_several_frames_in_bytes_are_said_too() -> None:
+    file, frames = io.BytesIO(), [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(file, format="gif", save_all=True, append_images=frames[1:])
+    with pytest.warns(PictureWarning, match=r"^mine: this holds 2 frames"):
+        decode_picture(file.getvalue(), 8, name="mine")

@@ -9,6 +9,13 @@ MUTANTS = [
     ("check_grey_levels", "/ 20", "/ 10", "not yet its root"),
     ("check_grey_levels", "255 * 10 ** (-decibels / 20)", "10 ** (-decibels / 10)", "full range, not yet its root"),
     ("check_grey_levels", "255 * 10 ** (-decibels / 20)", "255**2 * 10 ** (-decibels / 10)", "squared grey levels"),
+    (
+        "check_grey_levels",
+        "255 * 10 ** (-decibels / 20)",
+        "(255 * 10 ** (-decibels / 10)) ** 0.5",
+        "root comes first",
+    ),
+    ("check_grey_levels", "255 * 10 ** (-decibels / 20)", "round(255 * 10 ** (-decibels / 20))", "Do not round"),
     ("check_grey_levels", "255", "256", "level 255"),
     ("check_grey_levels", "-decibels", "decibels", "wrong sign"),
     ("check_grey_levels", "10 **", "2.718281828459045 **", "powers of ten"),

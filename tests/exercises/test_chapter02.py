@@ -10,6 +10,7 @@ MUTANTS = [
     ("check_linear_backward", "dQ.T @ Z,", "dQ.T @ Z / len(Z),", "mean over tokens"),
     ("check_linear_backward", "dQ.T @ Z,", "torch.outer(dQ[0], Z[0]),", "first token"),
     ("check_linear_backward", "dQ @ W", "dQ @ (W.T if len(W) == len(W.T) else W)", "going back takes W"),
+    ("check_linear_backward", "dQ.T @ Z, dQ @ W", "dQ @ Z.T, W.T @ dQ", "tokens are rows"),
     ("check_linear_backward", "dQ @ W", "(dQ @ W).mean(0).expand_as(Z)", "same row"),
     ("check_linear_backward", "dQ @ W", "-dQ @ W", "wrong sign"),
     ("check_linear_backward", "dQ.T @ Z, dQ @ W", "dQ.T @ Z", "two tensors"),
@@ -38,8 +39,9 @@ MUTANTS = [
     ("check_sticks_out", "M - basis @ (basis.T @ M)", "M - (M @ basis) @ basis.T", "wrong side"),
     ("check_sticks_out", "M - basis @ (basis.T @ M)", "basis @ (basis.T @ M)", "inside the span"),
     ("check_sticks_out", " / M.norm()", "", "not relative"),
+    ("check_sticks_out", "/ M.norm()", "/ (basis.T @ M).norm()", "relative to the part inside"),
     ("check_sticks_out", "/ M.norm())", "/ M.norm()) ** 2", "squared"),
-    ("check_sticks_out", "torch.linalg.qr(G.T).Q", "G.T", "should be"),
+    ("check_sticks_out", "torch.linalg.qr(G.T).Q", "G.T", "rows of G are orthonormal"),
     ("check_sticks_out", "return float(", "return None and float(", "one number"),
     (
         "check_sticks_out",

@@ -15,19 +15,10 @@ from aprillab.exercises import chapter05
 NOTEBOOK = tools.read("05")
 RESULTS = tools.ROOT / "data" / "results"
 
-TERM, COS, TV = "(g - t).square().sum()", "1 - a @ b / (a.norm() * b.norm())", "down + right"
+COS = "1 - a @ b / (a.norm() * b.norm())"
+TERM = "(1 - cosines).mean()"
+SUM = "(rows @ shared.T).numpy(), maximize=True"
 MUTANTS = [
-    ("check_squared_distance", TERM, "(g - t).abs().sum()", "absolute values"),
-    ("check_squared_distance", TERM, "(g - t).square().mean()", "means"),
-    ("check_squared_distance", TERM, "(g + t).square().sum()", "subtract"),
-    ("check_squared_distance", TERM, "-(g - t).square().sum()", "sign"),
-    ("check_squared_distance", TERM, "(g - t).sum().square()", "square first"),
-    ("check_squared_distance", "zip(gradients, targets)", "zip(gradients[:1], targets[:1])", "first tensor"),
-    ("check_squared_distance", "zip(gradients, targets)", "zip(gradients[-1:], targets[-1:])", "last tensor"),
-    ("check_squared_distance", "zip(gradients, targets))", "zip(gradients, targets)).sqrt()", "square it"),
-    ("check_squared_distance", TERM, "(g - t).square().sum().item()", "tensor"),
-    ("check_squared_distance", TERM, "(g - t).detach().square().sum()", "graph"),
-    ("check_squared_distance", TERM, "g.square().sum()", "shared gradients"),
     ("check_cosine_distance", COS, "a @ b / (a.norm() * b.norm())", "1 minus"),
     ("check_cosine_distance", COS, "-a @ b / (a.norm() * b.norm())", "add 1"),
     ("check_cosine_distance", COS, "1 - a @ b", "both lengths"),
@@ -39,14 +30,6 @@ MUTANTS = [
     ("check_cosine_distance", f"return {COS}",
      "return 1 - sum((g * t).sum() / (g.norm() * t.norm()) for g, t in zip(gradients, targets))", "was summed"),
     ("check_cosine_distance", "for t in targets", "for t in gradients", "opposite"),
-    ("check_total_variation", TV, "down", "one of the two directions"),
-    ("check_total_variation", TV, "(down + right) / 2", "mean of the two"),
-    ("check_total_variation", TV, "-(down + right)", "sign"),
-    ("check_total_variation", ".abs().mean()", ".square().mean()", "squared"),
-    ("check_total_variation", ".abs().mean()", ".abs().sum()", "sum over all pixels"),
-    ("check_total_variation", ".abs().mean()", ".mean().abs()", "before the mean, not after"),
-    ("check_total_variation", ".abs().mean()", ".mean()", "sign"),
-    ("check_total_variation", "images[..., 1:, :] - images[..., :-1, :]", "images - images.roll(1, -2)", "wraps"),
     ("check_position_term", "(1 - dot / lengths).mean()", "(dot / lengths).mean()", "1 minus"),
     ("check_position_term", "(1 - dot / lengths).mean()", "-(dot / lengths).mean()", "add 1"),
     ("check_position_term", "(1 - dot / lengths).mean()", "(1 - dot / lengths).sum()", "summed"),
@@ -79,9 +62,42 @@ MUTANTS = [
      ".grad is filled"),
     ("check_dlg_step", "    return (images - step * slope).detach(), distance.item()",
      "    return (images - step * slope).detach()", "two things"),
+    ("check_with_position_term", "weight * term", "term", "no weight"),
+    ("check_with_position_term", " + weight * term", "", "The term is missing"),
+    ("check_with_position_term", "distance + weight * term", "weight * distance + term", "multiplies the distance"),
+    ("check_with_position_term", "distance + weight * term", "weight * (distance + term)", "multiplies both"),
+    ("check_with_position_term", "distance + weight * term", "distance - weight * term", "taken off"),
+    ("check_with_position_term", "gradients[place], targets[place], dim=-1",
+     "gradients[place].flatten(), targets[place].flatten(), dim=0", "one cosine of the whole embedding"),
+    ("check_with_position_term", TERM, "(1 - cosines).sum()", "summed"),
+    ("check_with_position_term", TERM, "(1 - cosines)[:, 1:].mean()", "class token"),
+    ("check_with_position_term", "for x in tensors]", "for k, x in enumerate(tensors) if k != place]",
+     "missing in the distance"),
+    ("check_with_position_term", "distance = 1 - a @ b / (a.norm() * b.norm())", "distance = (a - b).square().sum()",
+     "DLG"),
+    ("check_with_position_term", "gradients[place], targets", "gradients[place].detach(), targets",
+     "wrong derivative"),
+    ("check_places", "maximize=True", "maximize=False", "fits worst"),
+    ("check_places", "torch.from_numpy(place)", "torch.from_numpy(place).argsort()", "inverse"),
+    ("check_places", f"_, place = linear_sum_assignment({SUM})", "place = (rows @ shared.T).argmax(1).numpy()",
+     "two patches at one place"),
+    ("check_places", "x / x.norm(dim=-1, keepdim=True)", "x", "longest rows"),
+    ("check_places", "torch.from_numpy(place)", "torch.arange(len(rows))", "where it is"),
 ]  # fmt: skip
 
-TestExercises = exercise_tests(chapter05, MUTANTS)
+TERMS = "1 - torch.nn.functional.cosine_similarity(gradients[place], targets[place], dim=-1)"
+RIGHT = [
+    ("check_position_term", "return (1 - torch.nn.functional.cosine_similarity(gradient, target, dim=-1)).mean()"),
+    ("check_with_position_term",
+     "g, t = (torch.cat([x.flatten() for x in y]) for y in (gradients, targets)); "
+     f"return 1 - torch.nn.functional.cosine_similarity(g, t, dim=0) + weight * ({TERMS}).mean()"),
+    ("check_places",
+     "import itertools; n = len(rows); "
+     "cos = torch.nn.functional.cosine_similarity(rows[:, None], shared[None], dim=-1); "
+     "return list(max(itertools.permutations(range(n)), key=lambda o: sum(cos[i, j] for i, j in enumerate(o))))"),
+]  # fmt: skip
+
+TestExercises = exercise_tests(chapter05, MUTANTS, RIGHT)
 
 
 # --- The recordings and the interactive figure ----------------------------------------------------------------

@@ -1,27 +1,14 @@
 """Chapter 07's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
 
-import notebook_tools as tools
-import pytest
 from exercise_tests import exercise_tests
 
 from aprillab.exercises import chapter07
 
-EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("07"))}
-
-BASIS = "torch.linalg.svd(dW, full_matrices=False).Vh[:n].T "
 CENTRING = "        columns = columns - columns.mean(0)\n"
-ZEROS = "z = torch.zeros_like(y)"
-BACKWARD = "range(len(y) - 1, -1, -1)"
-ROWS = f"{BACKWARD}:\n        later = S[k, k + 1 :] @ z[k + 1 :]"
-ROWS_OF_THE_TRANSPOSE = "range(len(y)):\n        later = S[:k, k] @ z[:k]"
-ROUNDED = "((y[k] - later) / S[k, k]).round()"
+BOUND = "p + n + prefix + 1 > d"
+BEYOND = "torch.linalg.svd(M).Vh[k:] "
+NOISE = "(M @ beyond.T).square().mean(1, keepdim=True).sqrt()"
 MUTANTS = [
-    ("check_outside", "torch.eye(D.shape[1]).to(D) - Vh.T @ Vh", "Vh.T @ Vh", "onto the span"),
-    ("check_outside", "[:k] ", "[: k + 1] ", "too many"),
-    ("check_outside", "[:k] ", "[: k - 1] ", "too few"),
-    ("check_outside", "[:k] ", "[min(D.shape) - k : min(D.shape)] ", "weakest"),
-    ("check_outside", "svd(D).Vh[:k] ", "svd(D if len(D) != D.shape[1] else D.T).Vh[:k] ", "left singular"),
-    ("check_outside", "torch.eye(D.shape[1])", "torch.eye(len(D))", "RuntimeError"),
     ("check_directions", "(u - beta) / gamma", "u / gamma", "β is still in it"),
     ("check_directions", "(u - beta) / gamma", "(u + beta) / gamma", "wrong sign"),
     ("check_directions", "(u - beta) / gamma", "(u - beta) * gamma", "division"),
@@ -36,54 +23,49 @@ MUTANTS = [
     ("check_width_needed", " + prefix", " + 1", "more or less than one"),
     ("check_width_needed", " + int(layernorm)", "", "mean takes one dimension"),
     ("check_width_needed", " + int(layernorm)", " + 1", "no mean to lose"),
-    ("check_span_attack", "-outside(places.T)", "outside(places.T)", "right side's sign"),
-    ("check_span_attack", CENTRING, "", "centring"),
-    ("check_span_attack", "[: n + prefix]", "[:n]", "A direction is missing"),
-    ("check_span_attack", BASIS, "torch.eye(dW.shape[1]).to(dW) ", "row space of ∂W_e"),
-    ("check_span_attack", "(R @ Y).T", "R @ Y", "transpose"),
-    ("check_twin", "twin[0] = X[0] + corners", "", "X' is X"),
-    ("check_twin", " - X[columns] + ", " + X[columns] - ", "signs + − − +"),
-    ("check_twin", "X[columns + 1]", "X[columns + 2]", "leaves the span"),
-    ("check_twin", "X[0] + corners", "X[0] + 1", "position embeddings"),
-    ("check_twin", "return twin", "return twin.T", "transpose"),
-    ("check_nearest_plane", ZEROS, "return torch.linalg.solve(S, y).round()", "all at once"),
-    ("check_nearest_plane", ZEROS, "return torch.linalg.solve(S, y)", "not made of whole numbers"),
-    ("check_nearest_plane", ROUNDED, ROUNDED.removesuffix(".round()"), "not made of whole numbers"),
-    ("check_nearest_plane", ".round()", ".floor()", "floor"),
-    ("check_nearest_plane", ".round()", ".trunc()", "int()"),
-    ("check_nearest_plane", BACKWARD, "range(len(y))", "from the first to the last"),
-    ("check_nearest_plane", "y[k] - later", "y[k]", "Nothing was subtracted"),
-    ("check_nearest_plane", "y[k] - later", "y[k] + later", "were added"),
-    ("check_nearest_plane", "S[k, k + 1 :]", "S[k + 1 :, k]", "Is S transposed?"),
-    ("check_nearest_plane", ROWS, ROWS_OF_THE_TRANSPOSE, "S is transposed"),
-    ("check_nearest_plane", "/ S[k, k]", "/ S[k, k].abs()", "wrong sign"),
-    ("check_nearest_plane", "return z", "return z[:, None]", "shape (1,), not (1, 1)"),
+    ("check_width_needed", " + int(layernorm)", " + 0.0", "not a float"),
+    ("check_without_rows", "-outside(places.T)", "outside(places.T)", "right side's sign"),
+    ("check_without_rows", CENTRING, "", "centring"),
+    ("check_without_rows", "[: n + prefix] ", "[: n + prefix - 1] ", "A direction is missing"),
+    ("check_without_rows", BOUND, "False", "47 independent equations for the 48 pixels"),
+    ("check_without_rows", BOUND, "min(p, n) + n + prefix + 1 > d", "None is asked"),
+    ("check_without_rows", BOUND, "p + n + prefix > d", "None is asked"),
+    ("check_without_rows", BOUND, "p + n + 2 + 1 > d", "fix the 48 pixels"),
+    ("check_without_rows", ".solution.T", ".solution", "transpose"),
+    ("check_equal_noise", "return M / noise", "return M", "have length 1"),
+    ("check_equal_noise", "M = M / M.norm(dim=1, keepdim=True) ", "return M ", "the same factor"),
+    ("check_equal_noise", "M / noise", "M * noise", "multiplied"),
+    ("check_equal_noise", BEYOND, "torch.linalg.svd(M).Vh[:k] ", "along the strongest"),
+    ("check_equal_noise", NOISE, "(M @ beyond.T).square().mean().sqrt()", "have length 1"),
+    ("check_equal_noise", NOISE, "(M @ beyond.T).square().mean(1, keepdim=True)", "not equal yet"),
+    ("check_equal_noise", "return M / noise", "return M @ beyond.T @ beyond / noise", "scaled and not turned"),
+    ("check_equal_noise", "M / noise", "-M / noise", "turned around"),
+    ("check_how_many", "(directions - prefix) // patches", "directions // (patches + prefix)", "count once"),
+    ("check_how_many", "(directions - prefix) // patches", "directions", "number of directions"),
+    ("check_how_many", "(directions - prefix) // patches", "-(-directions // patches)", "come off first"),
+    ("check_how_many", "D.shape[1] - 1:", "D.shape[1]:", "the span is full"),
+    ("check_how_many", "D.shape[1] - 1:", "0:", "can be told"),
+    ("check_how_many", "//", "/", "not a float"),
 ]  # fmt: skip
 
-# The two projections commute for γ = 1 and β = 0.
+# The two projections commute for γ = 1 and β = 0, and the bound can be read off the rank.
 SPAN_FIRST = """import torch
     n = len(places)
     V = torch.linalg.svd(D).Vh[: n + prefix]
-    R = torch.linalg.svd(dW, full_matrices=False).Vh[:n].T
     def outside(columns):
         columns = columns - V.T @ (V @ columns)
         return columns - columns.mean(0)
-    return (R @ torch.linalg.lstsq(outside(W_e @ R), -outside(places.T)).solution).T"""
-RIGHT = [("check_span_attack", SPAN_FIRST)]
+    left = outside(W_e)
+    if torch.linalg.matrix_rank(left, rtol=1e-10) < W_e.shape[1]:
+        return None
+    return torch.linalg.lstsq(left, -outside(places.T)).solution.T"""
+# Without the first scaling, and up to a common factor: the noise is equal all the same.
+UNSCALED = """import torch
+    beyond = torch.linalg.svd(M).Vh[k:]
+    return 7 * M / (M @ beyond.T).norm(dim=1, keepdim=True)"""
+RANK = """import torch
+    directions = int(torch.linalg.matrix_rank(D, rtol=1e-10))
+    return None if directions >= D.shape[1] - 1 else round((directions - prefix) / patches)"""
+RIGHT = [("check_without_rows", SPAN_FIRST), ("check_equal_noise", UNSCALED), ("check_how_many", RANK)]
 
 TestExercises = exercise_tests(chapter07, MUTANTS, RIGHT)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [(ZEROS, "z = y"), ("return z", "return z.long()"), (ROUNDED, f"{ROUNDED}\n        S[k] = 0")]
-)
-def test_the_nearest_plane_may_overwrite_what_it_gets_and_answer_in_integers(old: str, new: str) -> None:
-    exercise = EXERCISES["check_nearest_plane"]
-    answer = tools.feedback(exercise, chapter07, tools.mutate(exercise.solution, old, new))
-    assert answer.passed, answer.message
-
-
-def test_a_mistake_that_also_overwrites_what_it_gets_is_named() -> None:
-    exercise = EXERCISES["check_nearest_plane"]
-    code = tools.mutate(tools.mutate(exercise.solution, ZEROS, "z = y"), "y[k] - later", "y[k] + later")
-    assert "were added" in tools.feedback(exercise, chapter07, code).message

@@ -4,11 +4,13 @@ import notebook_tools as tools
 import pytest
 from exercise_tests import exercise_tests
 
+from aprillab import VisionTransformer, leak_map
 from aprillab.exercises import chapter10
 
 EXERCISES = {exercise.check: exercise for exercise in tools.exercises(tools.read("10"))}
 
-COUNT = "p + n + prefix + 1 <= width"
+EQUATIONS = "width - (patches + prefix) - 1"
+UNKNOWNS = "min(pixels, patches) if patch_trained else pixels"
 LETTERS = '{"B", "C", "E"}'
 LEFT, RIGHT = "G.T / noise", "dW / noise"
 CEILING = "1 + -(-tokens // (rank * factors))"
@@ -24,14 +26,17 @@ ONE_BY_ONE = "sum(torch.linalg.lstsq(G.T, dW, driver='gelsd').solution for G, dW
 SUMMED = "torch.linalg.lstsq(sum(G for G, _ in rounds).T, sum(dW for _, dW in rounds), driver='gelsd').solution"
 STACKED = "torch.linalg.lstsq(left, right).solution"
 MUTANTS = [
-    ("check_patch_sizes", COUNT, "min(p, n) + n + prefix + 1 <= width", "all p pixels are unknown"),
-    ("check_patch_sizes", COUNT, "p + n + prefix <= width", "LayerNorm's mean"),
-    ("check_patch_sizes", COUNT, "p + n + 1 + 1 <= width", "fewer than one token"),
-    ("check_patch_sizes", COUNT, "p + n + 1 <= width", "are in the span as well"),
-    ("check_patch_sizes", COUNT, "p + n + prefix + 1 < width", "equality is enough"),
-    ("check_patch_sizes", COUNT, "p <= width", "takes n + prefix dimensions"),
-    ("check_patch_sizes", "p, n = 3 * P**2", "p, n = P**2", "three channels"),
-    ("check_patch_sizes", "image_size % P == 0", "P", "divide the image's side"),
+    ("check_span_rounds", EQUATIONS, "width - (patches + prefix)", "LayerNorm's mean"),
+    ("check_span_rounds", EQUATIONS, "width - (patches + 1) - 1", "fewer than one token"),
+    ("check_span_rounds", EQUATIONS, "width - patches - 1", "are in the span as well"),
+    ("check_span_rounds", EQUATIONS, "width - 1", "only the rest are equations"),
+    ("check_span_rounds", UNKNOWNS, "pixels", "min(p, n) unknowns"),
+    ("check_span_rounds", UNKNOWNS, "min(pixels, patches)", "all p pixels are unknown"),
+    ("check_span_rounds", "if not patch_trained:", "if False:", "are the same in every round"),
+    ("check_span_rounds", "if not patch_trained:", "if True:", "equations of its own"),
+    ("check_span_rounds", "-(-unknowns // equations)", "unknowns // equations", "round up"),
+    ("check_span_rounds", "if equations <= 0:", "if False:", "leaves no equation"),
+    ("check_span_rounds", "-(-unknowns // equations)", "unknowns / equations", "should be an int"),
     ("check_sets", LETTERS, '{"B", "E"}', "run on C"),
     ("check_sets", LETTERS, '{"C", "E"}', "run on B"),
     ("check_sets", LETTERS, '{"A", "B", "C", "E"}', "run on A"),
@@ -71,13 +76,22 @@ TestExercises = exercise_tests(
     MUTANTS,
     right=[
         ("check_sets", "return ['E', 'C', 'B']"),
-        ("check_patch_sizes", "return {P for P in range(1, image_size + 1) if image_size % P == 0 and "
-         "3 * P * P + (image_size // P) ** 2 + prefix < width}"),
+        ("check_span_rounds", "room = width - patches - prefix - 1\n"
+         "    if not patch_trained:\n        return 1 if pixels <= room else None\n"
+         "    return next((T for T in range(1, 10_000) if T * room >= min(pixels, patches)), None)"),
         ("check_present", "V = torch.linalg.svd(gradient.double()).Vh[:pictures]\n"
          "    f = features / features.norm(dim=1, keepdim=True)\n"
          "    return ((f @ V.T).norm(dim=1)).topk(pictures).indices"),
     ],
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [17, 18, 24, 28, 33, 34, 209, 210])
+def test_rounds_for_the_span_are_those_of_the_leak_map(width: int) -> None:
+    """16 patches of 192 numbers and a class token, by the package's own counts."""
+    leaks = leak_map(VisionTransformer(image_size=32, patch_size=8, width=width, depth=2, heads=1, classes=10))
+    for row, trained in (("position embedding withheld", True), ("both embeddings frozen", False)):
+        assert chapter10.span_rounds(16, 192, width, 1, trained) == leaks[row].rounds, (row, width)
 
 
 def test_the_five_sets_are_decided_by_attacks() -> None:

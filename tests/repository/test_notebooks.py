@@ -24,6 +24,14 @@ PICTURE = '<figure><img alt="A cat, and the same cat again." src="data:image/png
 pytestmark = pytest.mark.skipif(not PATHS, reason="there is no notebook yet")
 
 
+def tool_named(name: str) -> ModuleType:
+    """A file of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
 # --- The course's notebooks -------------------------------------------------------------------------------------
 
 
@@ -42,32 +50,121 @@ def text_of(path: Path) -> str:
 
 
 def test_chapters_are_chained() -> None:
-    for before, after in itertools.pairwise(PATHS):
+    for before, after in itertools.pairwise(path for path in PATHS if path.name[:2].isdigit()):
         if int(after.name[:2]) != int(before.name[:2]) + 1:
             continue  # a chapter between them is not written yet
         for path, other in ((before, after), (after, before)):
             assert f"]({other.name})" in text_of(path), f"{path.name} does not link to {other.name}"
 
 
+def test_an_appendix_and_a_chapter_link_to_each_other() -> None:
+    for appendix in (path for path in PATHS if tools.APPENDIX.match(path.name)):
+        linked = set(re.findall(r"\]\((\d\d_\w+\.ipynb)\)", text_of(appendix)))
+        back = [name for name in linked if f"]({appendix.name})" in text_of(tools.NOTEBOOKS / name)]
+        assert back, f"no chapter that {appendix.name} links to has a link back"
+
+
 def test_the_map_has_every_chapter_with_its_own_minutes() -> None:
-    rows = dict(re.findall(r"\]\((\d\d_\w+\.ipynb)\) \|[^|]+\| (\d+) \|", text_of(PATHS[0])))
-    headers = {path.name: tools.read(path).cells[0].source for path in PATHS[1:]}
+    rows = dict(re.findall(r"\]\((\w\d_\w+\.ipynb)\) \|[^|]+\| (\d+) \|", text_of(PATHS[0])))
+    headers = {path.name: tools.read(path).cells[0].source for path in PATHS[1:] if re.match(r"\w\d_", path.name)}
     said = {
         name: re.search(r"(\d+)(?: minutes)? to read(?: and run)?, (\d+) for", head) for name, head in headers.items()
     }
     assert rows == {name: str(sum(map(int, found.groups()))) for name, found in said.items()}
 
 
+SYLLABUS = (tools.NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_syllabus_counts_each_chapters_exercises_and_minutes() -> None:
-    syllabus = (tools.NOTEBOOKS / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| \[[^]]+\]\((\d\d_\w+)\.ipynb\) .*\| (\d+) min \| (\d+), (\d+) min \|", syllabus, re.M)
-    assert sorted(row[0] for row in rows) == [path.stem for path in PATHS]
+    rows = re.findall(r"^\| \[[^]]+\]\((\w+)\.ipynb\) .*\| (\d+) min \| (\d+), (\d+) min \|", SYLLABUS, re.M)
+    others = re.findall(r"^\| \[[^]]+\]\((\w+)\.ipynb\) .*\| none \|$", SYLLABUS, re.M)
+    assert sorted([row[0] for row in rows] + others) == [path.stem for path in PATHS]
     for name, to_read, count, minutes in rows:
         prose = "\n".join(c.source for c in tools.read(name[:2]).cells if c.cell_type == "markdown")
-        each = re.findall(r"^### Exercise \d+\.\d+ .*· (\d+) minutes$", prose, re.M)
+        each = re.findall(r"^### Exercise \w+\.\d+ .*· (\d+) minutes$", prose, re.M)
         header = re.search(r"(\d+)(?: minutes)? to read(?: and run)?, (\d+) for", prose)
         assert (int(count), int(minutes)) == (len(each), sum(map(int, each))), name
         assert header is None or header.groups() == (to_read, minutes), name
+
+
+@pytest.fixture(scope="module")
+def counting() -> ModuleType:
+    return tool_named("count_minutes")
+
+
+def plan(title: str) -> str:
+    """The text of one plan, by the start of its heading."""
+    (found,) = re.findall(rf"^### {title}.*?(?=^##|\Z)", SYLLABUS, re.M | re.S)
+    return found
+
+
+def test_no_page_has_other_minutes_than_the_notebooks(counting: ModuleType) -> None:
+    assert counting.main(["--check"]) == 0, "python tools/count_minutes.py writes them"
+
+
+@pytest.mark.parametrize(
+    ("title", "chapters"),
+    [
+        ("A two-week module", ["00", "01", "02", "03", "04", "05", "06", "07", "08"]),
+        ("A term", ["00", "01", "02", "03", "A1", *(f"{number:02}" for number in range(4, 13))]),
+    ],
+)
+def test_a_plans_hours_are_those_of_the_chapters_it_names(title: str, chapters: list[str]) -> None:
+    named = re.findall(r"^\| \d+ \| ([\w, ]+) \|", plan(title), re.M)
+    assert list(dict.fromkeys(", ".join(named).split(", "))) == chapters
+    minutes = [0, 0]
+    for chapter in chapters:
+        row = re.search(rf"^\| \[{chapter} · .*\| (\d+) min \| \d+, (\d+) min \|", SYLLABUS, re.M)
+        minutes = [total + int(more) for total, more in zip(minutes, row.groups(), strict=True)]
+    said = re.search(r"\*\*By the notebooks:\*\* ([\d.]+) hours to read and run, ([\d.]+) for", plan(title))
+    assert [float(hours) for hours in said.groups()] == [round(total / 60, 1) for total in minutes]
+
+
+def test_the_half_day_has_no_exercise_before_its_section() -> None:
+    taught: set[tuple[str, str]] = set()
+    end, seen, total = 0, 0, 0
+    for start, to, what, how in re.findall(r"^\| (\d+)–(\d+) \| (.*?) \|(.*?)\|$", plan("A half-day"), re.M):
+        assert int(start) == end
+        end = int(to)
+        if found := re.match(r"(\d\d), (?:section|Step)s? (\d+)(?:(, | to | and )(\d+))?(?: and (\d+))?", what):
+            chapter, *numbers = found[1], *filter(str.isdigit, filter(None, found.groups()[1:]))
+            between = range(int(numbers[0]), int(numbers[-1]) + 1) if found[3] == " to " else map(int, numbers)
+            taught |= {(chapter, str(number)) for number in between}
+        minutes = 0
+        for number, title, section in re.findall(r"Exercise (\d+\.\d+) · (.+?) \((?:section|Step) (\d+)\)", how):
+            chapter = number.partition(".")[0].zfill(2)
+            assert (chapter, section) in taught, f"Exercise {number} before section {section} of {chapter}"
+            text = text_of(next(tools.NOTEBOOKS.glob(f"{chapter}_*.ipynb")))
+            heading = re.escape(f"{number} · {title}")
+            (each,) = re.findall(rf"^### Exercise {heading} · ★.* · (\d+) minutes$", text, re.M)
+            above = re.findall(r"^## (.+)$", text[: text.index(f"### Exercise {number} ")], re.M)[-1]
+            assert re.match(r"(\d+)?", above)[1] in (None, section), f"Exercise {number} is in section {above}"
+            minutes += int(each)
+            seen += 1
+        assert minutes <= end - int(start)
+        total += minutes
+    assert (end, seen) == (240, plan("A half-day").count("Exercise "))
+    assert f"**By the notebooks:** {total} minutes for the exercises named" in plan("A half-day")
+
+
+def test_counting_rewrites_rows_plans_and_map(counting: ModuleType) -> None:
+    first, second = counting.Minutes(20, {"0.1 · One": 5}), counting.Minutes(30, {"1.1 · Two": 40})
+    found = {"00_a.ipynb": first, "01_b.ipynb": second}
+    page = (
+        "| [00 · A](00_a.ipynb) | see | 1 min | 9, 9 min |\n| [01 · B](01_b.ipynb) | do | 2 min | 9, 9 min |\n"
+        "| [02 · C](02_c.ipynb) | not there yet | 60 min | 1, 30 min |\n\n### Plan\n\n| 1 | 00, 02 | all |\n\n"
+        "**By the notebooks:** 9.9 hours to read and run, 9.9 for the exercises.\n\n### Short\n\nExercise 1.1 · Two\n"
+        "\n**By the notebooks:** 9 minutes for the exercises named.\n"
+    )
+    text = counting.counted(page, found)
+    assert "| see | 20 min | 1, 5 min |" in text
+    assert "| do | 30 min | 1, 40 min |" in text
+    assert "| not there yet | 60 min | 1, 30 min |" in text
+    assert "1.3 hours to read and run, 0.6 for the exercises." in text
+    assert "40 minutes for the exercises named" in text
+    assert counting.counted(text, found) == text
+    assert counting.mapped("| [01 · B](01_b.ipynb) | do | 9 |", found) == "| [01 · B](01_b.ipynb) | do | 70 |"
 
 
 # --- The lint itself: what it is there to find, it finds --------------------------------------------------------
@@ -226,6 +323,11 @@ def test_the_lint_counts_exercises(sound: Callable[..., Path]) -> None:
     path = sound(lambda nb: nb.cells[3].update(source=f"### Exercise 1.1 · one line · ★☆☆ · 5 minutes\n\n{TASK}"))
     chapter = path.rename(path.with_name("01_chapter.ipynb"))
     assert tools.lint(chapter) == ["1 exercises, fewer than 4"]
+    appendix = chapter.rename(path.with_name("A1_chapter.ipynb"))
+    assert tools.lint(appendix) == [
+        "1 exercises, fewer than 4",
+        "header of exercise A1.1: '1.1 · one line · ★☆☆ · 5 minutes'",
+    ]
 
 
 def test_exercises_are_read(sound: Callable[..., Path]) -> None:
@@ -244,10 +346,7 @@ def test_exercises_are_read(sound: Callable[..., Path]) -> None:
 
 @pytest.fixture(scope="module")
 def student_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_student_notebooks", ROOT / "tools/make_student_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_named("make_student_notebooks")
 
 
 def test_the_command_writes_them_all(tmp_path: Path) -> None:
@@ -274,6 +373,29 @@ def test_the_command_writes_them_all(tmp_path: Path) -> None:
         assert "<summary>Solution" not in text
         code = [cell for cell in student.cells if cell.cell_type == "code"]
         assert not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_what_students_get_stands_alone(student_tool: ModuleType, tmp_path: Path) -> None:
+    student_tool.write_all(tmp_path)
+    kept = 0
+    for path in tmp_path.iterdir():
+        text = text_of(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)\s]+)\)|href=[\"']([^\"']+)", re.sub(r"`[^`\n]+`(?!\])", "", text)):
+            file = "".join(target).partition("#")[0]
+            assert re.match(r"[a-z]+:|$", file) or (tmp_path / file).exists(), f"{path.name} links to {file}"
+            kept += file.endswith((".ipynb", ".md"))
+    assert kept > 100
+    everything = "\n".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    key = (ROOT / "docs/teaching.md").read_text(encoding="utf-8")
+    weak = re.findall(r"\(1\) \| (\"[^|]+\")[^|]* \|$", key, re.M)
+    assert len(weak) >= 10  # the grading key's last column
+    assert not [answer for answer in weak if answer in everything]
+    assert "| a good answer |" not in everything
+
+
+def test_both_names_of_the_folder_are_options(student_tool: ModuleType, tmp_path: Path) -> None:
+    assert student_tool.main(["--out", str(tmp_path / "class"), "--no-hints"]) == 0
+    assert len(list((tmp_path / "class").glob("*.ipynb"))) == len(PATHS)
 
 
 def test_hints_can_go_too_and_the_original_stays(student_tool: ModuleType, sound: Callable[..., Path]) -> None:

@@ -32,6 +32,8 @@ DISTRIBUTION_OF = {
     "skimage": "scikit-image",
     "IPython": "ipywidgets",
     "matplotlib_inline": "ipywidgets",
+    "nbclient": "jupyterlab",
+    "nbformat": "jupyterlab",
 }
 
 
@@ -81,7 +83,8 @@ def test_bounds_are_lower_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "Makefile", "environment.yml", ".github/workflows/ci.yml"]
+    "name",
+    ["README.md", "docs/install.md", "docs/your-model.md", "Makefile", "environment.yml", ".github/workflows/ci.yml"],
 )
 def test_extras_that_documents_name_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -111,12 +114,13 @@ WITH_FLOWER = {f"aprillab/federation/{name}.py" for name in ("client", "curious"
 
 def test_the_package_imports_only_what_it_declares() -> None:
     base, course, federation = set(requirements()), set(requirements("course")), set(requirements("federation"))
-    cluster = set(requirements("cluster"))
+    cluster, lab = set(requirements("cluster")), set(requirements("lab"))
     for path, line, top, distribution in imported("aprillab"):
         # Widgets need the course's packages as soon as they are imported, files of the federation may need Flower.
         eager = top and path.name != "widgets.py"
         brought = (base if eager else course) | (federation if path.parts[1] == "federation" else set())
         brought |= cluster if path.name == "parallel.py" and not eager else set()
+        brought |= lab if path.name == "record.py" and not eager else set()
         assert distribution in brought, f"{path}:{line} imports {distribution}, which no extra for it brings"
 
 

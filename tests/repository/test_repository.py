@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from notebook_tools import anchors
 
 import aprillab
 from aprillab.data import load_victim
@@ -19,6 +20,8 @@ from aprillab.data import load_victim
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+#: What the front page had no room for.
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split())
 
@@ -31,13 +34,18 @@ needs_make = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "path", [*ROOT.glob("*.md"), ROOT / "data/README.md", *ROOT.glob("notebooks/*.md")], ids=lambda path: path.name
+    "path",
+    [*ROOT.glob("*.md"), ROOT / "data/README.md", *ROOT.glob("notebooks/*.md"), *ROOT.glob("docs/**/*.md")],
+    ids=lambda path: path.name,
 )
 def test_links_within_the_repository_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:|#", target):
-            assert (path.parent / target.partition("#")[0]).exists(), f"{path.name} links to {target}"
+            file, _, heading = target.partition("#")
+            assert (path.parent / file).exists(), f"{path.name} links to {target}"
+            if heading and file.endswith(".md"):
+                assert heading in anchors(path.parent / file), f"{path.name} links to {target}"
 
 
 def test_pictures_have_alternative_texts() -> None:
@@ -52,7 +60,16 @@ def test_readme_starts_with_the_two_commands() -> None:
     assert README.index("docs/demo.png") < README.index(first)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", ".ci/run"])
+def test_the_front_page_is_short() -> None:
+    assert len(README.split()) < 1500  # half of what it once had; the rest is in docs/
+    for name in ("install", "your-model", "attacks", "measured", "teaching"):
+        assert f"](docs/{name}.md" in README
+        assert re.search(rf"^{name}$", DOCS["index"], re.M), f"the book's table of contents lacks {name}"
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", ".ci/run", "notebooks/README.md", "docs/install.md", "docs/teaching.md"]
+)
 def test_make_commands_that_documents_name_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     named = set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.M))
@@ -61,28 +78,26 @@ def test_make_commands_that_documents_name_exist(name: str) -> None:
 
 
 def test_chapter_table_knows_every_notebook() -> None:
-    states = dict(re.findall(r"^\| (\d\d) .*\| ([a-z ]+) \|$", README, re.M))
-    assert sorted(states) == [f"{chapter:02}" for chapter in (*range(8), *range(9, 13))]
-    for notebook in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
-        assert states.get(notebook.name[:2], "missing") not in ("planned", "missing"), notebook.name
+    named = re.findall(r"^\| \[[^]]+\]\(notebooks/(\w+\.ipynb)\) \| \S.* \|$", README, re.M)
+    assert sorted(named) == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_functions_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"\bal\.(\w+)", README))
+def test_functions_that_readme_and_book_name_exist() -> None:
+    named = {name for text in (README, *DOCS.values()) for name in re.findall(r"\bal\.(\w+)", text)}
     assert {"client_update", "invert"} <= named
     missing = {name for name in named if not hasattr(aprillab, name)}
-    assert not missing, f"the README speaks of al.{', al.'.join(sorted(missing))}"
+    assert not missing, f"somebody speaks of al.{', al.'.join(sorted(missing))}"
 
 
 def test_one_version_everywhere() -> None:
     assert aprillab.__version__ == PROJECT["version"]
-    assert set(re.findall(r"aprillab-(\d[\d.]*)-py3", README)) == {PROJECT["version"]}
+    assert set(re.findall(r"aprillab-(\d[\d.]*)-py3", DOCS["install"])) == {PROJECT["version"]}
 
 
 @pytest.mark.slow
-def test_round_of_the_readme_ends_in_an_audit(tmp_path: Path) -> None:
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    (then,) = re.findall(r"^```\n(python federated.py\n.*?)^```", README, re.M | re.S)
+def test_round_of_the_book_ends_in_an_audit(tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", DOCS["your-model"], re.M | re.S)
+    (then,) = re.findall(r"^```\n(python federated.py\n.*?)^```", DOCS["your-model"], re.M | re.S)
     from torchvision.utils import save_image
 
     save_image(load_victim("coffee"), tmp_path / "holiday.jpg")
@@ -103,11 +118,13 @@ def test_round_of_the_readme_ends_in_an_audit(tmp_path: Path) -> None:
     assert psnr(shown, read_picture(tmp_path / "holiday.jpg")) > 40
 
 
-def test_commands_of_the_readme_are_commands() -> None:
+def test_commands_of_readme_and_book_are_commands() -> None:
     from aprillab.commands import cli
 
-    commands = re.findall(r"^(?:\.venv\S+)?aprillab (.+)$", README, re.M)
-    assert len(commands) >= 6
+    fenced = re.findall(r"^```([^\n]*)\n(.*?)^```$", "\n".join([README, *DOCS.values()]), re.M | re.S)
+    shells = [text for language, text in fenced if not language]
+    commands = [line for text in shells for line in re.findall(r"^(?:\.venv\S+)?aprillab (.+)$", text, re.M)]
+    assert len(commands) >= 10
     for line in commands:
         cli._parser().parse_args(shlex.split(line))
 
@@ -159,6 +176,20 @@ def test_demo_needs_no_extra_and_test_needs_its_own(checkout: Path) -> None:
         assert 0 < commands.index("pip install") < commands.index("-m compileall -qq -j 0 .venv/lib || true")
     for command in ("ruff check .", "ruff format --check .", "mypy aprillab", "pytest tests"):
         assert command in test
+
+
+@needs_make
+def test_pytorch_for_the_cpu_comes_first_and_from_its_own_index(checkout: Path) -> None:
+    address = "TORCH_INDEX=https://index.example/cpu"
+    assert "keeps the PyTorch that it has" in make(checkout, "-n", "demo", address).stdout
+    shutil.rmtree(checkout / ".venv")
+    for target in ("demo", "lab", "test"):
+        shown = make(checkout, "-n", target, address).stdout
+        installed = re.findall(r"pip install --disable-pip-version-check --no-compile (.*)", shown)
+        assert installed[0] == "torch torchvision --index-url https://index.example/cpu"
+        assert all("--index-url" not in line for line in installed[1:])
+        assert "keeps the PyTorch" not in shown
+    assert "torch torchvision" not in make(checkout, "-n", "demo").stdout
 
 
 @needs_make

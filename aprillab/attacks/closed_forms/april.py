@@ -6,8 +6,9 @@ The chain rule then ties three shared things to the one unknown:
     (∂l/∂z) zᵀ = W_Qᵀ ∂l/∂W_Q + W_Kᵀ ∂l/∂W_K + W_Vᵀ ∂l/∂W_V,     ∂l/∂z = ∂l/∂E_pos.
 
 Tokens are rows here, so it reads Gᵀ Z = M, with G = ∂l/∂E_pos, (3.1). The pixels follow from W_e x
-= z − E − b_e, (3.2). Both together are Gᵀ (X − X₀) W_eᵀ = B, (3.4), which the singular vectors of G
-and W_e make diagonal, a ∘ y = b, (3.5). Chapter 02 derives the identity, chapter 03 solves it.
+= z − E − b_e, (3.2). Both together are Gᵀ (X − X₀) W_eᵀ = B, (A1.1), which the singular vectors of G
+and W_e make diagonal, a ∘ y = b, (A1.2). Chapter 02 derives the identity,
+chapter 03 solves it, and appendix A1 damps it for what float32 leaves of a gradient.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _driver(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Diagonal:
-    """The system (3.5), a ∘ y = b, all (n, r), and what belongs to it.
+    """The system (A1.2), a ∘ y = b, all (n, r), and what belongs to it.
 
     ``rest`` is the squared residual of the ``spare`` equations that no y can meet. The patches are
     X₀ + V y Qᵀ Rᵀ, with Vᵀ (n, n), Qᵀ (r, r) and the basis R (p, r). The singular values of G_p and
@@ -99,17 +100,17 @@ class Diagonal:
 
 
 def diagonal(system: System, B: Tensor, basis: Tensor) -> Diagonal:
-    """System (3.5) of the patches in the span of ``basis`` (p, r): all pixels, or the row space
-    (3.9).
+    """System (A1.2) of the patches in the span of ``basis`` (p, r): all pixels, or the row space
+    (3.5).
     """
     d, r = len(B), basis.shape[1]
     U, s, Vt = torch.linalg.svd(system.G_p.T, full_matrices=False)  # (d, n), (n,), (n, n)
-    P, s_e, Qt = torch.linalg.svd(system.W_e @ basis, full_matrices=r > d)  # (d, min(d, r)), (min(d, r),), (r, r)
+    L, s_e, Qt = torch.linalg.svd(system.W_e @ basis, full_matrices=r > d)  # (d, min(d, r)), (min(d, r),), (r, r)
     # Where r > d, W_e does not see r − d directions of a patch.
     unseen = (0, r - len(s_e))
-    P, s_e = nn.functional.pad(P, unseen), nn.functional.pad(s_e, unseen)  # (d, r), (r,)
-    b = U.T @ B @ P  # (n, r)
-    rest = float((B - U @ b @ P.T).square().sum())
+    L, s_e = nn.functional.pad(L, unseen), nn.functional.pad(s_e, unseen)  # (d, r), (r,)
+    b = U.T @ B @ L  # (n, r)
+    rest = float((B - U @ b @ L.T).square().sum())
     return Diagonal(s[:, None] * s_e[None], b, rest, d * d - b.numel(), s, s_e, U, Vt, Qt, basis)
 
 
@@ -129,7 +130,7 @@ def stack_rows(diagonal: Diagonal, system: System, dW: Tensor, X0: Tensor) -> Di
 
 
 def damped(a: Tensor, b: Tensor, damping: float) -> Tensor:
-    """The y that minimizes Σ (a y − b)² + λ y², entry by entry: Tikhonov's filter (3.6).
+    """The y that minimizes Σ (a y − b)² + λ y², entry by entry: Tikhonov's filter (A1.3).
 
     Examples
     --------
@@ -140,7 +141,7 @@ def damped(a: Tensor, b: Tensor, damping: float) -> Tensor:
 
 
 def gcv(a: Tensor, b: Tensor, rest: float, spare: int, damping: float) -> float:
-    """The score V of generalized cross-validation, (3.7): lower predicts better (Golub, Heath &
+    """The score V of generalized cross-validation, (A1.6): lower predicts better (Golub, Heath &
     Wahba, 1979).
     """
     unused = damping / (a**2 + damping)  # 1 − φ
@@ -154,7 +155,7 @@ def choose_damping(a: Tensor, b: Tensor, rest: float, spare: int, candidates: Se
 
 
 def remaining_error(diagonal: Diagonal, damping: float, least: float = 0.0) -> Tensor:
-    """Expected squared error of each entry of y, (n, r), (3.8): σ² / (a² + λ); infinite where
+    """Expected squared error of each entry of y, (n, r), (A1.7): σ² / (a² + λ); infinite where
     nothing is known. σ² is at least ``least``, for residuals that no equation is to spare for.
     """
     a, b = diagonal.a, diagonal.b
@@ -314,7 +315,7 @@ def _solve_in_two_steps(system: System) -> _Solution:
     # The tokens, (3.1), then the pixels, (3.2).
     Z = tokens_from(system.G, system.M)  # (t, d)
     X = patches_from(Z[system.prefix :], system.E[system.prefix :], system.W_e)  # (n, p)
-    # What sticks out of the span of G's rows is noise, and every division enlarges it, (3.8).
+    # What sticks out of the span of G's rows is noise, and every division enlarges it, (A1.7).
     residual = (system.M - system.G.T @ Z).norm()
     s, s_e = torch.linalg.svdvals(system.G_p), torch.linalg.svdvals(system.W_e)
     noise = residual**2 / max(d * (d - tokens), 1)
@@ -329,7 +330,7 @@ def _solve_as_one(
 ) -> _Solution:
     """Both steps at once, Gᵀ (X − X₀) W_eᵀ = B, diagonal in the singular vectors, and damped there."""
     n, p = X0.shape
-    # Deviations from grey, (3.4), of all pixels or in the row space, (3.9), made diagonal, (3.5).
+    # Deviations from grey, (A1.1), of all pixels or in the row space, (3.5), made diagonal, (A1.2).
     B = system.known(X0)
     # A flat picture of model input zero leaves no row space at all.
     by_rows = systems == "row_space" and bool(dW.any())
@@ -337,7 +338,7 @@ def _solve_as_one(
     parts = diagonal(system, B, basis)
     if systems == "both":
         parts = stack_rows(parts, system, dW, X0)
-    # How much to damp, (3.7), and the damped solution, (3.6).
+    # How much to damp, (A1.6), and the damped solution, (A1.3).
     damping = _damping(regularization, parts)
     X = X0 + parts.patches(damped(parts.a, parts.b, damping))  # (n, p)
     residual = (B - system.G_p.T @ (X - X0) @ system.W_e.T).norm()

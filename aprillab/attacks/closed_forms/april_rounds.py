@@ -39,7 +39,7 @@ _DIGITS = 1e-14
 
 @dataclass(frozen=True)
 class RoundEquations:
-    """G (n, d), W (d, p) and B (d, d) of one round, (3.4), and the noise of an entry of B."""
+    """G (n, d), W (d, p) and B (d, d) of one round, (A1.1), and the noise of an entry of B."""
 
     G: Tensor
     W: Tensor

@@ -43,7 +43,7 @@ class System:
         return self.G[self.prefix :]
 
     def known(self, X0: Tensor) -> Tensor:
-        """B (d, d) of (3.4), the right side for deviations from the picture X₀ (n, p)."""
+        """B (d, d) of (A1.1), the right side for deviations from the picture X₀ (n, p)."""
         return self.M - self.G.T @ self.E - self.G_p.T @ X0 @ self.W_e.T
 
 

@@ -2,12 +2,12 @@
 
 The gradients of W_Q, W_K, W_V are sums over tokens of (something) u_iᵀ, with u_i the token as the
 attention reads it: their rows D lie in span{u_0 … u_n}, and wherever that span is smaller than the
-width, it is known from D. In architecture B, u_i = γ ∘ (C z_i)/σ_i + β with C = I − 11ᵀ/d, so C z_i
+width, it is known from D. In architecture B, u_i = γ ∘ (Π z_i)/σ_i + β with Π = I − 11ᵀ/d, so Π z_i
 lies in the span of the rows of D/γ and of β/γ:
 
-    C (W_e x_i + b_e + E_i) = (D/γ)ᵀ c_i (+ t β/γ)        for some coefficients c_i.
+    Π (W_e x_i + b_e + E_i) = (D/γ)ᵀ c_i (+ t β/γ)        for some coefficients c_i.
 
-In architecture A the same holds without C, γ and β; token_equations.py has this and other norms.
+In architecture A the same holds without Π, γ and β; token_equations.py has this and other norms.
 Likewise x_i = (∂l/∂W_e)ᵀ c'_i, for the patch
 embedding reads the patches. W_e, b_e and E_i are known to the server, so both are linear in the
 pixels of patch i alone. Chapter 07 derives it. We know of no publication that attacks a ViT this

@@ -4,13 +4,13 @@ The rows D lie in the span of the u_i that the attention reads. Whatever stands 
 and u is undone up to a factor of each token, which a span does not mind:
 
     nothing                u = z                          z is in the span of D
-    LayerNorm γ, β         u = γ ∘ (C z)/σ + β            C z is in that of D/γ and β/γ
+    LayerNorm γ, β         u = γ ∘ (Π z)/σ + β            Π z is in that of D/γ and β/γ
     RMSNorm γ              u = γ ∘ z/σ                    z is in that of D/γ
-    LayerNorm γ₁, β₁ and   y = γ₁ ∘ (C z)/σ₁ + β₁         C Γ₁ C z is in that of D/γ₂, β₂/γ₂ and C β₁
-    LayerNorm γ₂, β₂       u = γ₂ ∘ (C y)/σ₂ + β₂
+    LayerNorm γ₁, β₁ and   y = γ₁ ∘ (Π z)/σ₁ + β₁         Π Γ₁ Π z is in that of D/γ₂, β₂/γ₂ and Π β₁
+    LayerNorm γ₂, β₂       u = γ₂ ∘ (Π y)/σ₂ + β₂
 
-with C = I − 11ᵀ/d, and Γ₁ the diagonal matrix of γ₁. The last line: γ₂⁻¹ (u − β₂) is parallel to
-C y, and σ₁ C y = C Γ₁ C z + σ₁ C β₁. So two LayerNorms cost one known direction more.
+with Π = I − 11ᵀ/d, and Γ₁ the diagonal matrix of γ₁. The last line: γ₂⁻¹ (u − β₂) is parallel to
+Π y, and σ₁ Π y = Π Γ₁ Π z + σ₁ Π β₁. So two LayerNorms cost one known direction more.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class TokenEquations:
     Attributes
     ----------
     D : Tensor (3d, w), the projections' gradients
-    A : Tensor (w, p), C W_e
-    e : Tensor (w, n), C (b_e + E_i) in columns
+    A : Tensor (w, p), Π W_e
+    e : Tensor (w, n), Π (b_e + E_i) in columns
     usable : int
         The width that counts: without features that do not reach the attention.
     """
@@ -71,10 +71,10 @@ def token_equations(
         return TokenEquations(D, A, e, len(A))
     known = []
     if before is not None:
-        # σ₁ (y − β₁) = Γ₁ C z; the next step centres it, and C β₁ is in every token.
+        # σ₁ (y − β₁) = Γ₁ Π z; the next step centres it, and Π β₁ is in every token.
         A, e = (before[0][:, None] * _centre(x) for x in (A, e))
         known = [] if before[1] is None else [_centre(before[1])]
-    # γ⁻¹(u − β) is parallel to C z: centre the tokens, divide the rows by γ.
+    # γ⁻¹(u − β) is parallel to Π z: centre the tokens, divide the rows by γ.
     if centred:
         A, e = _centre(A), _centre(e)
     alive = gamma.abs() > _DEAD * gamma.abs().median()
@@ -95,7 +95,7 @@ def token_equations(
 
 
 def _centre(x: Tensor) -> Tensor:
-    """C x, for a vector (d,) or columns (d, m)."""
+    """Π x, for a vector (d,) or columns (d, m)."""
     return x - x.mean(0)
 
 

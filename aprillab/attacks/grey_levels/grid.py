@@ -2,8 +2,8 @@
 
 The error of a patch has a known covariance. Divided by its deviations it is a set of rows W, and
 the whole levels that the span finds most probable minimize ‖W (g − ĝ)‖. With the rows of a prior,
-patches near a guess or smooth ones, this is the lattice that lattice.py reduces. Chapter 07,
-equations (7.10) to (7.12).
+patches near a guess or smooth ones, this is the lattice that lattice.py reduces. Chapter 08,
+equations (8.4) to (8.6).
 """
 
 from __future__ import annotations

@@ -4,18 +4,18 @@ A stored pixel is one of 256 levels. Where linear algebra leaves a patch uncerta
 directions, most of the pictures it still allows are not made of whole levels, and often a single
 one is. To find it is the closest-vector problem of a lattice, integer least squares:
 
-    min ‖W (g − t)‖  over whole g,                                               (7.11)
+    min ‖W (g − t)‖  over whole g,                                               (8.5)
 
 with t what is known and W its rows over their deviations. A lattice has many bases. In a reduced
 one (Lenstra, Lenstra, Lovász 1982; the FLINT library does it) the columns are short and nearly at
 right angles. Babai (1986) then rounds one coordinate after the other, from the last to the first
-(7.12). Keeping the best few beginnings at each step, and not one (Schnorr and Euchner 1994;
+(8.6). Keeping the best few beginnings at each step, and not one (Schnorr and Euchner 1994;
 "K-best" in radio receivers; satellite positioning finds its whole numbers of wavelengths in the
 same way), comes out right far more often. None of this is guaranteed to find the nearest vector in
 dimensions like a patch's: it does where that one is nearer than all others by far, and a replay of the
 client says whether it did.
 
-:func:`k_best` is that search for one point, as chapter 07 tells it;
+:func:`k_best` is that search for one point, as chapter 08 tells it;
 :meth:`ReducedLattice.nearest` is the same for many points at once.
 """
 
@@ -41,7 +41,7 @@ def k_best(
     """The whole z of least ‖S z − y‖², as far as a search of limited width finds them.
 
     The search of :meth:`ReducedLattice.nearest` for a single point, written to be read.
-    With ``width=1`` this is Babai's nearest plane, exercise 7.6.
+    With ``width=1`` this is Babai's nearest plane, exercise 8.4.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def k_best(
     for k in reversed(range(len(target))):
         longer = []
         for distance, z in beginnings:
-            # The value of z_k that row k of S z = y would have, given those behind it (7.12).
+            # The value of z_k that row k of S z = y would have, given those behind it (8.6).
             middle = (target[k] - triangle[k, k + 1 :] @ z) / triangle[k, k]
             for z_k in middle.round() + torch.arange(-_REACH, _REACH + 1):
                 added = float((triangle[k, k] * (z_k - middle)).square())
@@ -82,7 +82,7 @@ def k_best(
 
 @dataclass(frozen=True)
 class ReducedLattice:
-    """The lattice R·ℤᵖ in a reduced basis; R, U, Q and S as in (7.12).
+    """The lattice R·ℤᵖ in a reduced basis; Q S = R U is chapter 08's Q T = W U.
 
     Attributes
     ----------
@@ -152,7 +152,7 @@ def _continued(
     """
     z, distances = beginnings  # (m, w, p − 1 − k), (m, w)
     steps = torch.arange(-_REACH, _REACH + 1).to(z)  # (7,)
-    # Each beginning goes on with the seven whole numbers nearest to what row k asks for (7.12).
+    # Each beginning goes on with the seven whole numbers nearest to what row k asks for (8.6).
     middle = (target[:, None] - z @ row[1:]) / row[0]  # (m, w)
     z_k = middle.round()[..., None] + steps  # (m, w, 7)
     longer = distances[..., None] + (row[0] * (z_k - middle[..., None])).square()  # (m, w, 7)

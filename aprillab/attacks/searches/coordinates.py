@@ -4,7 +4,7 @@ A patch is origin + coefficients @ basis. With a basis of few rows, what is know
 is never tried; with rows as long as the patch is uncertain in their direction, the search takes
 long steps where it must find something and short ones where the picture is known already: a
 preconditioner. The row space of the patch embedding's gradient is of the first kind (chapter 05),
-what the span attack leaves open of the second (chapter 07).
+what the span attack leaves open of the second (chapter 08).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Coordinates:
 
 
 def row_space_of(gradient: Tensor, batch_size: int, tiling: Tiling) -> Coordinates | None:
-    """Coordinates in the row space of ∂l/∂W_e, which holds the patches, equation (3.9).
+    """Coordinates in the row space of ∂l/∂W_e, which holds the patches, equation (3.5).
 
     Parameters
     ----------

@@ -167,7 +167,7 @@ class Recipe:
     priors : Priors
     optimizer : LBFGS or Adam
     row_space : bool
-        Look for the patches in the row space of ∂l/∂W_e = Σ_i (∂l/∂z_i) x_iᵀ, equation (3.9), which
+        Look for the patches in the row space of ∂l/∂W_e = Σ_i (∂l/∂z_i) x_iᵀ, equation (3.5), which
         holds them: B·n coefficients a patch in place of p pixels. Without effect where B·n ≥ p, or
         where that gradient is not shared. Not for gradients with noise added, whose row space is
         another.

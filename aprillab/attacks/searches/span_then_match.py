@@ -4,7 +4,7 @@ The span attack says of every direction in a patch how uncertain it is. For a fr
 nothing is left to ask. For sinusoids in float32, or for more than one image, most directions are
 known to rounding and a few are open; a search over all pixels would spend its time on what is
 known. So gradient matching runs in coordinates whose rows are longer where more is uncertain: it
-starts from the span's picture and moves where the span could not see. Chapter 07.
+starts from the span's picture and moves where the span could not see. Chapter 08.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def span_then_match(
     """
     began = time.perf_counter()
     recipe = recipe_of(recipe)
-    # What the span knows, and where it left something open (7.9)
+    # What the span knows, and where it left something open (8.3)
     anatomy = anatomy or dissect(model)
     update = only_one("span_then_match", update)
     batch_size = assumed_batch_size(update, labels, batch_size)

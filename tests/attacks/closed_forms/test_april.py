@@ -162,7 +162,7 @@ def test_tokens_of_noisy_equations_are_those_of_least_squares():
 
 
 def test_the_two_steps_expect_the_error_they_make():
-    """(3.8) with the patches' rows: the class token's, large here, must not stand in for the smallest of them."""
+    """(A1.7) with the patches' rows: the class token's, large here, must not stand in for the smallest of them."""
     (n, d, p), sigma, draws = (6, 30, 10), 1e-4, 60
     system, _, X = system_of(n, d, p)
     basis = torch.linalg.qr(normal(d, n + 1, seed=5)).Q.T  # (n + 1, d)
@@ -257,7 +257,7 @@ def test_without_noise_nothing_is_damped():
 
 
 def test_the_error_that_remains_is_the_one_that_is_made():
-    """(3.8) against the mean over 200 draws of noise: within 10 % for every singular value undamped."""
+    """(A1.7) against the mean over 200 draws of noise: within 10 % for every singular value undamped."""
     a, sigma, draws = torch.logspace(0, -3, 12, dtype=torch.float64).reshape(3, 4), 1e-2, 200
     y = normal(3, 4)
     errors = torch.stack([(damped(a, a * y + sigma * normal(3, 4, seed=k), 0.0) - y).square() for k in range(draws)])
