@@ -144,6 +144,9 @@ def check_invert_noisy(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback
                 "That weighs the rows' ratios by |∂l/∂b|; the least-squares weights are its square.": (
                     size[alive] @ ratios[alive] / size.sum()
                 ),
+                "That divides the sum of the rows by the sum of the entries: rows of opposite sign cancel.": (
+                    gradient.sum(0) / delta.sum()
+                ),
                 "The division by Σ (∂l/∂b)² is missing.": delta @ gradient,
                 "That divides by the norm; Σ (∂l/∂b)² is its square.": delta @ gradient / delta.norm(),
             },
@@ -247,7 +250,8 @@ def check_unmix_relu(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
         nearest = distance.min(1)
         if (far := int((nearest.values > 1e-6).sum())) > 0:
             stop(
-                f"{what}: {far} of your {len(answer)} rows are mixtures of images. A pure row appears at least twice."
+                f"{what}: {far} of your {len(answer)} rows are no image of the batch, but mixtures or of another "
+                "length. A pure row over its bias entry appears at least twice."
             )
         found = set(nearest.indices.tolist())
         if len(found) < len(wanted):
@@ -300,6 +304,11 @@ def check_no_bias(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) 
                 "The length is right, and the sign is wrong: a = relu(W x) is positive where a unit is on.": -x,
                 "Units that are off are in the fit: there a = 0, whatever (W u) says.": everywhere * u,
                 "You compare with the size of (W u), which loses s's sign.": abs(size) * u,
+                "That solves W x = a over the units that are on: where they are fewer than the pixels, many x fit. "
+                "dW has the direction of the right one.": torch.linalg.lstsq(W[on], a[on, None]).solution[:, 0],
+                "That solves W x = a with the units that are off, and they have a = 0 whatever (W x) says.": (
+                    torch.linalg.lstsq(W, a[:, None]).solution[:, 0]
+                ),
             },
         )
         assert on.any()
