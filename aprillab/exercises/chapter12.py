@@ -118,6 +118,9 @@ def _looks_of_strength(
         "the bound is √d ‖γ ⊙ w‖, which is less than √d times the largest γ": wanted
         - root
         + d**0.5 * float(w.norm() * gamma.abs().max()),
+        "‖γ ⊙ w‖ is less than ‖γ‖ ‖w‖. One inequality is enough": wanted
+        - root
+        + d**0.5 * float(gamma.norm() * w.norm()),
         "‖x̂‖ is up to √d, and not up to 1": wanted - root + length,
         "‖x̂‖ is up to √d, and not up to d": wanted - root + d * length,
         "γ stretches x̂: the bound is √d ‖γ ⊙ w‖, and not √d ‖w‖": wanted - root + d**0.5 * float(w.norm()),
@@ -176,7 +179,7 @@ def _check_members(answer: int, wanted: int, B: int, bias: Tensor) -> None:
         "int() cuts off: 1.997 pictures are two. Round": int(-B * float(bias[-1])),
     }
     hint = next((f": {text}" for text, value in looks.items() if answer == value), "")
-    stop(f"Of these {B} pictures not {answer} are of class c{hint}.")
+    stop(f"The number of class c among these {B} pictures is not {answer}{hint}.")
 
 
 def _check_bins(answer: list[int], wanted: list[int], B: int, bias: Tensor) -> None:

@@ -32,6 +32,7 @@ MUTANTS = [
     ("check_strength_for", "w @ beta + ", "", "w·β is missing"),
     ("check_strength_for", "w @ beta", "(w @ beta).abs()", "has a sign"),
     ("check_strength_for", "(gamma * w).norm()", "w.norm() * gamma.abs().max()", "times the largest γ"),
+    ("check_strength_for", "(gamma * w).norm()", "gamma.norm() * w.norm()", "One inequality"),
     ("check_strength_for", BOUND, BOUND + " + 1", "more than is needed"),
     ("check_strength_for", BOUND, BOUND + " - 1", "not enough"),
     ("check_strength_for", "len(w) ** 0.5 * ", "", "not up to 1"),
