@@ -118,6 +118,9 @@ def _looks_of_strength(
         "the bound is √d ‖γ ⊙ w‖, which is less than √d times the largest γ": wanted
         - root
         + d**0.5 * float(w.norm() * gamma.abs().max()),
+        "‖γ ⊙ w‖ is less than ‖γ‖ ‖w‖. One inequality is enough": wanted
+        - root
+        + d**0.5 * float(gamma.norm() * w.norm()),
         "‖x̂‖ is up to √d, and not up to 1": wanted - root + length,
         "‖x̂‖ is up to √d, and not up to d": wanted - root + d * length,
         "γ stretches x̂: the bound is √d ‖γ ⊙ w‖, and not √d ‖w‖": wanted - root + d**0.5 * float(w.norm()),
@@ -176,7 +179,7 @@ def _check_members(answer: int, wanted: int, B: int, bias: Tensor) -> None:
         "int() cuts off: 1.997 pictures are two. Round": int(-B * float(bias[-1])),
     }
     hint = next((f": {text}" for text, value in looks.items() if answer == value), "")
-    stop(f"Of these {B} pictures not {answer} are of class c{hint}.")
+    stop(f"The number of class c among these {B} pictures is not {answer}{hint}.")
 
 
 def _check_bins(answer: list[int], wanted: list[int], B: int, bias: Tensor) -> None:
@@ -256,11 +259,11 @@ def _check_passage(weight: Tensor, bias: Tensor, c: int, L: float) -> None:
 # --- 12.5: a detector, and how it is evaded -------------------------------------------------------------------------
 
 
-def _trained(K: int, d: int, seed: int) -> Head:
+def _trained(K: int, d: int, seed: int, common: float = 0.5) -> Head:
     """A head as training leaves it: rows with something in common, of different lengths, and biases."""
     lengths = torch.linspace(0.7, 1.4, K, dtype=F64)[torch.randperm(K, generator=torch.Generator().manual_seed(seed))]
     rows = _random(K, d, seed=seed + 1) / d**0.5 * lengths[:, None]
-    return rows + 0.5 * _random(d, seed=seed + 2) / d**0.5, torch.linspace(-1.0, 1.0, K, dtype=F64)
+    return rows + common * _random(d, seed=seed + 2) / d**0.5, torch.linspace(-1.0, 1.0, K, dtype=F64)
 
 
 def _honest_heads() -> dict[str, list[Head]]:
@@ -272,6 +275,10 @@ def _honest_heads() -> dict[str, list[Head]]:
             (torch.zeros(K, d, dtype=F64), torch.zeros(K, dtype=F64)) for K, d, _ in sizes
         ],
     }
+    # A vector added to all rows changes no probability; here it has nearly all of the first singular value.
+    heads["a trained head whose rows have much in common"] = [
+        _trained(K, d, 10 * s, common=12.0) for K, d, s in sizes
+    ]
     heads["a trained head with biases of up to two nats"] = [(W, 2 * b) for W, b in heads["a trained head"]]
     return heads
 
@@ -299,6 +306,10 @@ def _fished_heads() -> dict[str, list[Head]]:
             found.setdefault("the head of exercise 12.4, all rows of one length", []).append((weight, bias))
             shaken = weight + 1e-6 * _random(*weight.shape, seed=c)
             found.setdefault("the same with rows that differ in the sixth digit", []).append((shaken, bias))
+            other = W[c - 1] - (W[c - 1] @ v) / (v @ v) * v  # the same length at a right angle: rank two
+            turned = weight.clone()
+            turned[c] = other * (v.norm() / other.norm())
+            found.setdefault("a head of exercise 12.4, row c at a right angle", []).append((turned, bias))
     return found
 
 
@@ -337,6 +348,11 @@ def _why(top: str, missed: str, scores: dict[str, list[float]]) -> str:
         return "Your score is the same for all heads: does it look at the weight?"
     if "zeros" in top:
         return "Where all rows are alike, no picture of any class passes anything: such a head is not fished."
+    if "much in common" in top:
+        return (
+            "What all rows share changes no probability, and there may be much of it in an honest head. Take it off "
+            "before you measure rows or directions."
+        )
     if "sixth digit" in missed:
         return "Rows need not be equal to the last digit to be alike: measure how much they differ."
     if "12.4" in missed:
