@@ -23,7 +23,7 @@ def answered(text: str) -> NotebookNode:
 
 
 def exercise(
-    number: str, stars: str, *outputs: NotebookNode, call: str = "ex.check_psnr(psnr)"
+    number: str, stars: str, *outputs: NotebookNode, call: str = "ex.check_grey_levels(psnr)"
 ) -> list[NotebookNode]:
     return [
         new_markdown_cell(f"### Exercise {number} · A | B · {stars} · 5 minutes\n\nThe task."),
