@@ -1,6 +1,6 @@
 """Gradient matching, fairly asked: `python -m studies.fair_matching` writes fair_matching.csv and .md.
 
-Chapter 05 takes APRIL's recipe apart at 200 evaluations. Five questions that this leaves open:
+Chapter 05 takes APRIL's recipe apart at 100 evaluations. Five questions that this leaves open:
 
 - baselines: what becomes of DLG, Inverting Gradients, TAG and GradInversion with the position term, and with ten
   times the evaluations?
