@@ -27,7 +27,7 @@ def exercise(
 ) -> list[NotebookNode]:
     return [
         new_markdown_cell(f"### Exercise {number} · A | B · {stars} · 5 minutes\n\nThe task."),
-        new_code_cell("def psnr(a, b):\n    raise NotImplementedError", metadata={"tags": ["exercise-stub"]}),
+        new_code_cell("def psnr(*given):\n    raise NotImplementedError", metadata={"tags": ["exercise-stub"]}),
         new_code_cell(call, metadata={"tags": ["exercise-check"]}, outputs=list(outputs)),
     ]
 

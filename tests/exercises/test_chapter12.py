@@ -6,7 +6,7 @@ import pytest
 import torch
 from exercise_tests import exercise_tests
 
-from aprillab.exercises import chapter12
+from aprillab.exercises import chapter12, detectors
 
 U = "u = (1 / gamma) / (beta / gamma).sum()"
 ROW = "W[c] - L * u"
@@ -125,12 +125,12 @@ TestExercises = exercise_tests(
 
 def test_the_disguised_head_of_the_check_is_fished() -> None:
     """What the detector's check calls fished lets class c alone pass."""
-    for name, heads in chapter12._fished_heads().items():
+    for name, heads in detectors._fished_heads().items():
         for weight, bias in heads:
             K, d = weight.shape
-            f = torch.nn.functional.normalize(chapter12._random(200, d, seed=5), dim=1) * 3
+            f = torch.nn.functional.normalize(detectors.drawn(200, d, seed=5), dim=1) * 3
             if "12.1" in name:
-                f = chapter12._features(*chapter12._norm(d, K // 3), 200, 5)
+                f = chapter12._features(*detectors.norm_of(d, K // 3), 200, 5)
             y = torch.arange(200) % K
             passed = chapter12._passed(weight, bias, f, y)
             c = K // 3
@@ -154,7 +154,7 @@ def test_success_says_how_the_detector_is_evaded(scale_free: bool) -> None:
 
 def test_strength_is_enough_for_any_features() -> None:
     """The bound of exercise 12.2 holds for drawn features, with room."""
-    w, (gamma, beta) = chapter12._random(64, seed=3), chapter12._norm(64, 4)
+    w, (gamma, beta) = detectors.drawn(64, seed=3), detectors.norm_of(64, 4)
     K, N, bits = 100, 799, 24
     L = bits * math.log(2) + math.log(N) + float(w @ beta + 8 * (gamma * w).norm()) - math.log(K - 1)
     f = chapter12._features(gamma, beta, N, 5)
