@@ -29,7 +29,7 @@ smartquotes = False
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "text/html", 0)]
-nb_code_prompt_show, nb_code_prompt_hide = "Show the set-up cell", "Hide the set-up cell"  # nothing else is folded
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"  # of set-up and of drawings
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 6

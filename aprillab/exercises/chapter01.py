@@ -144,6 +144,9 @@ def check_invert_noisy(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback
                 "That weighs the rows' ratios by |∂l/∂b|; the least-squares weights are its square.": (
                     size[alive] @ ratios[alive] / size.sum()
                 ),
+                "That divides the sum of the rows by the sum of the entries: rows of opposite sign cancel.": (
+                    gradient.sum(0) / delta.sum()
+                ),
                 "The division by Σ (∂l/∂b)² is missing.": delta @ gradient,
                 "That divides by the norm; Σ (∂l/∂b)² is its square.": delta @ gradient / delta.norm(),
             },
@@ -224,6 +227,33 @@ def _called(function: Callable[[Tensor, Tensor], Tensor], gradient: Tensor, bias
         return stop(f"{what}: your code raised {type(error).__name__}: {error}")
 
 
+def _expect_images(answer: Any, wanted: Tensor, k: int, what: str) -> None:
+    """Stop unless the rows of ``answer`` are the images ``wanted`` (N, k), each of them once."""
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] != k:
+        shape = tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+        stop(f"Return a tensor of shape (N, {k}), one row for each image found, not {shape}.")
+    if not torch.isfinite(answer).all():
+        stop(f"{what}: NaN or infinite rows. Leave the units with a zero bias gradient out before you divide.")
+    if len(answer) == 0:
+        if len(wanted):
+            stop(f"{what}: nothing found. Look for {_images(len(wanted))} with two units that agree.")
+        return
+    if len(wanted) == 0:
+        stop(f"{what}: no two units agree here, and you return {len(answer)} rows: these are mixtures.")
+    distance = torch.cdist(answer.double(), wanted) / wanted.norm(dim=1)
+    nearest = distance.min(1)
+    if (far := int((nearest.values > 1e-6).sum())) > 0:
+        stop(
+            f"{what}: {far} of your {len(answer)} rows are no image of the batch, but mixtures or of another "
+            "length. A pure row over its bias entry appears at least twice."
+        )
+    found = set(nearest.indices.tolist())
+    if len(found) < len(wanted):
+        stop(f"{what}: you found {len(found)} of {len(wanted)} images.")
+    if len(answer) > len(wanted):
+        stop(f"{what}: the same image appears several times ({len(answer)} rows for {len(wanted)} images).")
+
+
 def check_unmix_relu(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
     """Exercise 1.8: ``function(weight_gradient, bias_gradient)`` gives the images (N, k) that two
     units agree on.
@@ -231,29 +261,7 @@ def check_unmix_relu(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
 
     def compare(delta: Tensor, x: Tensor, wanted: Tensor, what: str) -> None:
         gradient, bias = delta.T @ x, delta.sum(0)
-        answer = _called(function, gradient, bias, what)
-        if not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] != x.shape[1]:
-            shape = tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-            stop(f"Return a tensor of shape (N, {x.shape[1]}), one row for each image found, not {shape}.")
-        if not torch.isfinite(answer).all():
-            stop(f"{what}: NaN or infinite rows. Leave the units with a zero bias gradient out before you divide.")
-        if len(answer) == 0:
-            if len(wanted):
-                stop(f"{what}: nothing found. Look for {_images(len(wanted))} with two units that agree.")
-            return
-        if len(wanted) == 0:
-            stop(f"{what}: no two units agree here, and you return {len(answer)} rows: these are mixtures.")
-        distance = torch.cdist(answer.double(), wanted) / wanted.norm(dim=1)
-        nearest = distance.min(1)
-        if (far := int((nearest.values > 1e-6).sum())) > 0:
-            stop(
-                f"{what}: {far} of your {len(answer)} rows are mixtures of images. A pure row appears at least twice."
-            )
-        found = set(nearest.indices.tolist())
-        if len(found) < len(wanted):
-            stop(f"{what}: you found {len(found)} of {len(wanted)} images.")
-        if len(answer) > len(wanted):
-            stop(f"{what}: the same image appears several times ({len(answer)} rows for {len(wanted)} images).")
+        _expect_images(_called(function, gradient, bias, what), wanted, x.shape[1], what)
 
     def body() -> str:
         generator = torch.Generator().manual_seed(6)
@@ -300,6 +308,11 @@ def check_no_bias(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) 
                 "The length is right, and the sign is wrong: a = relu(W x) is positive where a unit is on.": -x,
                 "Units that are off are in the fit: there a = 0, whatever (W u) says.": everywhere * u,
                 "You compare with the size of (W u), which loses s's sign.": abs(size) * u,
+                "That solves W x = a over the units that are on: where they are fewer than the pixels, many x fit. "
+                "dW has the direction of the right one.": torch.linalg.lstsq(W[on], a[on, None]).solution[:, 0],
+                "That solves W x = a with the units that are off, and they have a = 0 whatever (W x) says.": (
+                    torch.linalg.lstsq(W, a[:, None]).solution[:, 0]
+                ),
             },
         )
         assert on.any()

@@ -327,10 +327,11 @@ def check_predicted_mse(function: Callable[[Tensor, Tensor], float]) -> Feedback
             square = float((Q.T @ W).square().sum())
             noise, s = square / ((d - n) * p), torch.linalg.svdvals(G)
             wanted = noise * float((1 / s**2).mean())
-            plain, inverse, total = (
+            plain, inverse, total, upside_down = (
                 square / (d * p) * float((1 / s**2).mean()),
                 noise * float((1 / s).mean()),
                 wanted * n,
+                noise / float((s**2).mean()),
             )
             answer = torch.tensor(_as_number(function(G.clone(), W.clone())), dtype=F64)
             expect_close(
@@ -347,8 +348,14 @@ def check_predicted_mse(function: Callable[[Tensor, Tensor], float]) -> Feedback
                     "It is summed over the n components; a mean squared error is their mean.": torch.tensor(
                         total, dtype=F64
                     ),
+                    "That divides by the mean of s²; each component has an s of its own: the mean of 1/s².": (
+                        torch.tensor(upside_down, dtype=F64)
+                    ),
                     "That is the root of it.": torch.tensor(wanted**0.5, dtype=F64),
                     "That is the noise of one equation; carry it through the solve.": torch.tensor(noise, dtype=F64),
+                    "That is the mean squared residual, which judges the equations; X is asked.": torch.tensor(
+                        square / (d * p), dtype=F64
+                    ),
                 },
                 tolerance=1e-6,
             )

@@ -134,6 +134,12 @@ def check_first_gradient(function: Callable[[Tensor, Tensor, float, float, float
                 "The decay is taken off the wrong weights: it is the old one that shrinks.": eps
                 * later
                 / (1 - later.abs()),
+                "The learning rate is missing in the decay: the weight shrinks by 1 − ηλ, not by 1 − λ.": _undone(
+                    ((1 - decay) * before - after) / rate, eps
+                ),
+                "The decay is taken off the weight after the step: it is the old one that shrinks.": _undone(
+                    raw - decay * after, eps
+                ),
                 "The decay is counted twice: the old weight shrinks, so take (1 − ηλ) times it.": _undone(
                     ((1 + rate * decay) * before - after) / rate, eps
                 ),
@@ -278,6 +284,7 @@ def check_two_steps(function: Callable[[float, float, float], tuple[float, float
                 "the decay is in c_1 as well: what the first step added has shrunk by the second": (1, 1 + momentum),
                 "what is left of g_1 in the momentum is missing": (1, 1 - shrunk),
                 "that is a without momentum: the decay's first step goes on in b": (0, 1 - (1 - shrunk) ** 2),
+                "that is 1 − a, what is left of the old weight": (0, 1 - wanted[0]),
                 "the second step shrinks weights that the first has shrunk": (0, shrunk * (2 + momentum)),
                 "the decay acts in the second step as well": (0, shrunk),
                 "η stands in front of the bracket already": (1, rate * wanted[1]),

@@ -86,6 +86,14 @@ def check_stack(function: Callable[[list[System], list[float]], Tensor]) -> Feed
                 "That is the first round alone.": each[0],
             }
             wanted = _solved(systems, [1 / noise for noise in noises])
+            scale = float(wanted.abs().max())
+            away = [float((answer.double() - value).abs().max()) / scale for value in (wanted, *mistakes.values())]
+            if min(away) > 1e-5 and away[0] < 1e-2:
+                stop(
+                    f"X is nearly right, and digits are lost: it is off by {away[0]:.0e} of the largest entry. Were "
+                    "both sides multiplied by the left one (normal equations)? That squares weights which differ by "
+                    "a factor of a million. Leave the stack to lstsq."
+                )
             expect_close(answer, wanted, "X", mistakes=mistakes, tolerance=1e-5)
         return "Right: too few equations a round, enough in all, and each counts for what it is worth."
 
@@ -97,6 +105,12 @@ def check_stack(function: Callable[[list[System], list[float]], Tensor]) -> Feed
 
 def _residuals(systems: Sequence[System], X: Tensor) -> list[float]:
     return [float((dW - G.T @ X).norm() / dW.norm()) for G, dW in systems]
+
+
+def _foretold(systems: Sequence[System], i: int) -> float:
+    """How far the picture of the other rounds misses this one."""
+    rest = [system for j, system in enumerate(systems) if j != i]
+    return _residuals([systems[i]], _solved(rest, [1.0] * len(rest)))[0]
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,14 @@ def check_odd_round(function: Callable[[list[System]], int]) -> Feedback:
             rest = [system for i, system in enumerate(case.systems) if i != answer]
             away = max(_residuals(rest, _solved(rest, [1.0] * 5)))
             words = f"Without round {answer} the other five still miss each other by {away:.1e}: it is not that one."
-            if answer == left.index(max(left)):
+            foretold = [_foretold(case.systems, i) for i in range(6)]
+            if answer == foretold.index(max(foretold)):
+                words += (
+                    " It is the one that the picture of the other five foretells worst. But when an honest round is "
+                    "left out, that picture is bent by the odd one: ask how well the five agree with each other. "
+                    "(When all six are solved together, the odd one bends the solution as well.)"
+                )
+            elif answer == left.index(max(left)):
                 words += (
                     " It has the largest residual when all six are solved together, but a strong odd round bends "
                     "that solution to itself, and the others show the residual. Leave one out and solve the rest."

@@ -54,6 +54,13 @@ MUTANTS = [
     ("check_predicted_mse", "** 2).mean()", "** 2).sum()", "summed"),
     ("check_predicted_mse", ".mean())", ".mean()) ** 0.5", "root"),
     ("check_predicted_mse", "noise * (1 / torch.linalg.svdvals(G) ** 2).mean()", "noise", "carry it through"),
+    ("check_predicted_mse", "(1 / torch.linalg.svdvals(G) ** 2)", "1 / (torch.linalg.svdvals(G) ** 2)", "mean of s²"),
+    (
+        "check_predicted_mse",
+        "noise * (1 / torch.linalg.svdvals(G) ** 2).mean()",
+        "noise * (d - n) / d",
+        "mean squared residual",
+    ),
     ("check_predicted_mse", "(dW - G.T @ X)", "dW", "equations hold exactly"),
     ("check_predicted_mse", "return float(", "return None and float(", "Nothing was returned"),
 ]  # fmt: skip

@@ -48,6 +48,7 @@ MUTANTS = [
     ("check_two_steps", ALL, "rate * decay * (1 + c_1), rate * c_1, rate", "in front of the bracket"),
     ("check_two_steps", ALL, "rate * decay * (1 + c_1), c_1, 1 - rate * decay", "nothing shrinks"),
     ("check_two_steps", ALL, "rate * decay * (1 + c_1)", "Return 3 things"),
+    ("check_two_steps", ALL, "1 - rate * decay * (1 + c_1), c_1, 1.0", "left of the old weight"),
     ("check_holds_one", RELATIVE, "float((dW - dE.T @ X).norm())", "smallest learning rate"),
     ("check_holds_one", RELATIVE, "float(dW.norm())", "smallest learning rate"),
     ("check_holds_one", 'float("inf")', "0.0", "did nothing"),
@@ -64,6 +65,8 @@ MUTANTS = [
     ("check_first_gradient", STEP, "(before - after / (1 - rate * decay)) / rate", "wrong weights"),
     ("check_first_gradient", STEP, f"rate * ({STEP})", "divide the step"),
     ("check_first_gradient", STEP, "((1 + rate * decay) * before - after) / rate", "counted twice"),
+    ("check_first_gradient", STEP, "((1 - decay) * before - after) / rate", "learning rate is missing in the decay"),
+    ("check_first_gradient", STEP, "(before - after) / rate - decay * after", "after the step"),
     ("check_first_gradient", f"r = {STEP}\n    return {BACK}",
      f"r = (before - after) / rate\n    return {BACK} - decay * before", "no part of its gradient"),
 ]  # fmt: skip

@@ -24,6 +24,13 @@ ALL_AT_ONCE = """G = torch.cat([G.T for G, _ in rounds])
     """
 ONE_BY_ONE = "sum(torch.linalg.lstsq(G.T, dW, driver='gelsd').solution for G, dW in rounds) / len(rounds)"
 SUMMED = "torch.linalg.lstsq(sum(G for G, _ in rounds).T, sum(dW for _, dW in rounds), driver='gelsd').solution"
+NORMAL = "torch.linalg.solve(left.T @ left, left.T @ right)"
+FORETOLD = """def missed(t):
+        G, dW = (torch.cat(x) for x in zip(*((G.T, dW) for G, dW in rounds[:t] + rounds[t + 1 :])))
+        G_t, dW_t = rounds[t]
+        return (dW_t - G_t.T @ torch.linalg.lstsq(G, dW).solution).norm() / dW_t.norm()
+    return max(range(6), key=missed)
+    """
 STACKED = "torch.linalg.lstsq(left, right).solution"
 MUTANTS = [
     ("check_span_rounds", EQUATIONS, "width - (patches + prefix)", "LayerNorm's mean"),
@@ -48,6 +55,7 @@ MUTANTS = [
     ("check_stack", "/ noise", "/ noise**2", "by the deviation"),
     ("check_stack", "/ noise", "/ 1", "count alike"),
     ("check_stack", STACKED, SUMMED, "added up"),
+    ("check_stack", STACKED, NORMAL, "digits are lost"),
     ("check_stack", STACKED, ONE_BY_ONE, "averaged"),
     ("check_stack", STACKED, f"{STACKED}.T", "transpose"),
     ("check_rounds", CEILING, "-(-tokens // (rank * factors))", "B is zero"),
@@ -58,6 +66,7 @@ MUTANTS = [
     ("check_rounds", TOKENS, "tokens = pictures * (patches + prefix)", "public"),
     ("check_rounds", TOKENS, "tokens = patches", "n directions of its own"),
     ("check_odd_round", "def left(some):", f"{ALL_AT_ONCE}def left(some):", "bends that solution"),
+    ("check_odd_round", "def left(some):", f"{FORETOLD}def left(some):", "foretells worst"),
     ("check_odd_round", "return min(", "return 1 + min(", "other five still miss"),
     ("check_odd_round", SOLVED, "left([rounds[t]])", "not that one"),
     ("check_odd_round", "return min(", "return max(", "not that one"),

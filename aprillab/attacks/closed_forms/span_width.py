@@ -66,10 +66,11 @@ def refuse_width(needed: int, usable: int, tokens: int, unknowns: str, norms: in
     """
     of = "d" if groups == 1 else f"d and what {groups - 1} more state(s) of the model add"
     letters, _, number = unknowns.partition(" = ")
+    left = max(usable - tokens - norms, 0)
     raise AttackNotApplicable(
         NAME,
         f"{letters} + tokens{f' + {norms}' if norms else ''} = {needed} > {usable} = {of}: "
-        f"the span of {tokens} tokens leaves {max(usable - tokens, 0)} equations for {number} unknowns a patch",
+        f"the span of {tokens} tokens leaves {left} equations for {number} unknowns a patch",
         width_needed=needed,
         width=usable,
     )
