@@ -292,7 +292,7 @@ def test_the_site_has_its_pages_and_every_equation(site: Path) -> None:
         numbers = re.findall(r"\\tag\{(\w+\.\d+)\}", markdown_of(ROOT / "notebooks" / f"{name}.ipynb"))
         for number in numbers:
             assert f"\\tag{{{number}}}" in text
-            assert f'id="eq-{number.replace(".", "-")}"' in text
+            assert f'id="eq-{number.replace(".", "-").lower()}"' in text
         assert r"\begin{split}" not in text  # Sphinx's, in which MathJax takes no \tag
 
 
