@@ -19,7 +19,9 @@ def check_damped(function: Callable[[Tensor, Tensor, float], Tensor]) -> Feedbac
         unused = damping / (a**2 + damping)
         mistakes = {
             "That is φ·b: the filtered right side, not yet divided by a.": (1 - unused) * b,
-            "The damping enters as λ², but it stands squared already.": a * b / (a**2 + damping**2),
+            "The damping enters as λ², but the sum has λ y²: λ itself is not squared.": a * b / (a**2 + damping**2),
+            "A factor 2 is left over: both terms of the derivative have it.": a * b / (a**2 + 2 * damping),
+            "A factor 2 is missing: both terms of the derivative have it.": a * b / (a**2 + damping / 2),
             "The denominator needs a², not a.": a * b / (a + damping),
             "That is (1 − φ)·b/a: what the filter takes away.": unused * b / a,
             "That is b/(a + λ): it shifts a instead of minimizing the sum.": b / (a + damping),
@@ -98,13 +100,14 @@ def check_average_score(function: Callable[[Tensor, int], float]) -> Feedback:
         padded = ((place[:, None] - place).abs() <= half).double() / (2 * half + 1)
         inner = 1 - 1 / (2 * half + 1)
         mistakes = {
-            "That is ordinary cross-validation, with each point's own leverage: GCV takes the mean.": (
+            "That is ordinary cross-validation: GCV keeps each point in its mean, and takes the mean leverage.": (
                 (residual / (1 - leverage)).square().mean()
             ),
             "Near the ends fewer points are averaged, and a point's own share is larger than 1/(2·half + 1).": (
                 misfit / inner**2
             ),
             "The denominator is not squared.": misfit / free,
+            "The leverages are summed: divide the trace by the number of points.": misfit / (1 - leverage.sum()) ** 2,
             "That is the misfit alone.": misfit,
             "The squared residuals are summed: take their mean, as of the leverages.": N * misfit / free**2,
             "At the ends it goes round to the other side: average over the points that are there.": (
@@ -143,6 +146,7 @@ def check_expected_error(function: Callable[[Tensor, Tensor, float, float], Tens
             "That is the plain solution's error, σ²/a².": noise**2 / a**2,
             "Bias and noise are independent: their squares add up, without a mixed term.": (bias + spread) ** 2,
             "The bias is missing its square.": bias + spread**2,
+            "The noise's part is missing its square.": bias**2 + spread,
             "The bias is λ y/(a² + λ): what is missing of y, not what is left.": (a**2 * y / under) ** 2 + spread**2,
             "That is the root of it.": (bias**2 + spread**2).sqrt(),
         }

@@ -150,6 +150,11 @@ _RANKS: dict[str, Callable[[int, int, int, int], int]] = {
     ),
     "That is what the shape allows; one block sends back less.": lambda n, d, h, t: min(d, n + t),
     "Each head has two directions, the value's and the key's.": lambda n, d, h, t: min(d, n + t, (h + 1) * t),
+    "Each token that is read adds a direction by its query: T in all, not one.": (
+        lambda n, d, h, t: min(d, n + t, 2 * h * t + 1)
+    ),
+    "A matrix has no more rank than it has rows, or than it has columns.": lambda n, d, h, t: (2 * h + 1) * t,
+    "The tokens that are read are rows of G too: it has n + T rows.": lambda n, d, h, t: min(d, n, (2 * h + 1) * t),
     "The query's gradient is one direction for all heads together: it comes back to one row.": (
         lambda n, d, h, t: min(d, n + t, 3 * h * t)
     ),

@@ -1,7 +1,6 @@
 """Checks for chapter 05: gradient matching.
 
-References are sums written out number by number, or central differences; none is the package's own
-objective.
+References are sums written out number by number, or central differences, never the package's objectives.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ F64 = torch.float64
 SHAPES = (((2, 3), (4,)), ((5,), (2, 2), (3, 1, 2)), ((1, 4, 3), (6,)))
 
 Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+Step = Callable[[nn.Module, Tensor, Tensor, list[Tensor], float], tuple[Tensor, float]]
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -73,9 +73,7 @@ def _pairs() -> list[tuple[list[Tensor], list[Tensor]]]:
     return cases
 
 
-def check_dlg_step(
-    function: Callable[[nn.Module, Tensor, Tensor, list[Tensor], float], tuple[Tensor, float]],
-) -> Feedback:
+def check_dlg_step(function: Step) -> Feedback:
     """Exercise 5.1: ``function(model, images, labels, shared, step)`` is (images after, loss before)."""
 
     def check() -> str:
@@ -94,7 +92,9 @@ def check_dlg_step(
             after = float(_matching_loss(model, trial - step * slope, labels, shared))
             expect_close(_number(loss), _number(wanted), "The loss",
                 mistakes={"That is the loss after the step: return the one before it.": _number(after),
-                          "That is the root of it: DLG's distance is squared.": _number(math.sqrt(wanted))},
+                          "That is the root of it: DLG's distance is squared.": _number(math.sqrt(wanted)),
+                          "You take means over entries; DLG sums them.": torch.stack(
+                              list(map(nn.functional.mse_loss, _gradients(model, trial, labels), shared))).sum()},
                 tolerance=1e-4)  # fmt: skip
             expect_close(images, trial - step * slope, "The picture after the step",
                 mistakes={"It goes uphill: subtract the step.": trial + step * slope,
@@ -151,11 +151,9 @@ def _matching_loss(model: nn.Module, images: Tensor, labels: Tensor, shared: Seq
     return torch.stack([(a - b).square().sum() for a, b in zip(mine, shared, strict=True)]).sum()
 
 
-def _central_differences(
-    model: nn.Module, images: Tensor, labels: Tensor, shared: Sequence[Tensor], h: float = 1e-5
-) -> Tensor:
+def _central_differences(model: nn.Module, images: Tensor, labels: Tensor, shared: Sequence[Tensor]) -> Tensor:
     """The slope of the matching loss at the picture, pixel by pixel."""
-    slope = torch.zeros_like(images)
+    slope, h = torch.zeros_like(images), 1e-5
     for k in range(images.numel()):
         nudge = torch.zeros_like(images).flatten()
         nudge[k] = h
@@ -184,7 +182,7 @@ def check_cosine_distance(function: Distance) -> Feedback:
         what = "The cosine distance"
         g = [_random(2, 3, seed=3), _random(4, seed=4), _random(5, seed=5)]
         parallel = float(_scalar(function(g, [3 * x for x in g]), what))
-        if abs(parallel) > 1e-9:
+        if abs(parallel) > 1e-7:
             tell = {
                 1.0: "That is the cosine; the distance is 1 minus it.",
                 -1.0: "That is −cos; add 1.",
@@ -192,7 +190,7 @@ def check_cosine_distance(function: Distance) -> Feedback:
             }.get(round(parallel, 9), "Divide by both lengths: the distance must not feel the factor 3.")
             stop(f"{what} of gradients that are parallel should be 0, not {parallel:.4g}. {tell}")
         opposite = float(function(g, [-x for x in g]))
-        if abs(opposite - 2) > 1e-9:
+        if abs(opposite - 2) > 1e-7:
             stop(f"{what} of opposite gradients should be 2, not {opposite:.4g}: the cosine has a sign.")
         found = []
         for g, t in _pairs():
@@ -206,6 +204,7 @@ def check_cosine_distance(function: Distance) -> Feedback:
                 "Only the first tensor is in it.": each[0],
                 "Only the last tensor is in it.": each[-1],
                 "The cosine is squared, or its sign lost.": 1 - abs(_cosine(a, b)),
+                "It is the angle, which is 0, 1, 2 as well; take 1 − cos.": math.acos(_cosine(a, b)) * 2 / math.pi,
                 "The product of the norms is a root short: ‖g'‖‖g‖, not ‖g'‖²‖g‖².": 1
                 - sum(x * y for x, y in zip(a, b, strict=True)) / (sum(x * x for x in a) * sum(y * y for y in b)),
             }
@@ -312,6 +311,8 @@ def check_with_position_term(
                 + weight * term,
                 "The distance is a mean over tensors; it is one cosine of all tensors as one long vector.": sum(alone)
                 / len(alone) + weight * term,
+                "The term reads the first tensor; the embedding's is at index `place`.": distance
+                + weight * float(1 - nn.functional.cosine_similarity(g[0], t[0], dim=-1).mean()),
                 "The distance is DLG's squared one; Inverting Gradients takes 1 − cos.": squares + weight * term,
             }  # fmt: skip
             answer = _scalar(function([x.clone() for x in g], [x.clone() for x in t], place, weight), what)

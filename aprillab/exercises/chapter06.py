@@ -52,11 +52,15 @@ def check_who_is_left(function: Callable[[set[str], str], Any]) -> Feedback:
                 for name, attack in _CLOSED_FORMS.items():
                     applies = _applies(attack, model, withhold(whole, withheld))
                     if applies != (name in named):
-                        case = f"block={block!r}, without {' and '.join(withheld) or 'nothing'}"
+                        case = f"block={block!r}, {_listed(withheld)}"
                         stop(f"{case}: {_why(name, withheld, block, applies)}")
         return "Right. On an ordinary ViT a frozen patch embedding takes both away. The next cells ask who is left."
 
     return run(check)
+
+
+def _listed(withheld: Sequence[str]) -> str:
+    return f"without {' and '.join(withheld)}" if withheld else "nothing withheld"
 
 
 def _names(answer: Any) -> set[str]:

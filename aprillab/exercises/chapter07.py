@@ -38,11 +38,11 @@ def check_directions(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Fe
             def unit(x: Tensor) -> Tensor:
                 return x / x.norm(dim=1, keepdim=True)
 
-            answer = expect_tensor(function(u.clone(), gamma.clone(), beta.clone()), (t, d), "The directions")
+            answer = expect_tensor(function(u.clone(), gamma.clone(), beta.clone()), (t, d), "The answer")
             expect_close(
                 answer,
                 wanted,
-                "The directions",
+                "The answer",
                 mistakes={
                     "β is still in it: LayerNorm adds it last, so it goes first.": unit(u / gamma),
                     "β has the wrong sign: subtract it.": unit((u + beta) / gamma),
@@ -50,6 +50,9 @@ def check_directions(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Fe
                     "γ is still in it.": unit(u - beta),
                     "The order is wrong: u = γ·(…) + β, so subtract β before you divide by γ.": unit(
                         u / gamma - beta
+                    ),
+                    "u was centred, which does not take β off: LayerNorm centres first and adds β last.": unit(
+                        u - u.mean(1, keepdim=True)
                     ),
                     "The directions are right, their lengths are not 1.": (u - beta) / gamma,
                 },
@@ -79,6 +82,7 @@ def check_width_needed(function: Callable[[int, int, int, bool], int]) -> Feedba
                 min(p, n) + n + 1 + layernorm: "the prefix may be more or less than one class token.",
                 min(p, n) + n + prefix: "LayerNorm's mean takes one dimension.",
                 min(p, n) + n + prefix + 1: "without a LayerNorm there is no mean to lose.",
+                min(p, n) + n + prefix + 2: "β/γ is not centred, so it takes none of the d − 1 centred dimensions.",
                 n + prefix + layernorm: "the equations must also pay for the min(p, n) unknowns.",
             }
             case = f"n = {n}, p = {p}, prefix = {prefix}, layernorm = {layernorm}"
@@ -213,7 +217,9 @@ def check_how_many(function: Callable[[Tensor, int, int], int | None]) -> Feedba
     """
 
     def check() -> str:
-        for images, n, prefix, d in ((1, 9, 1, 40), (3, 9, 1, 40), (2, 16, 5, 64), (4, 6, 0, 30), (8, 9, 1, 40)):
+        # Five tokens before four patches: B·n + prefix over n is B only where n > prefix.
+        cases = ((1, 9, 1, 40), (3, 9, 1, 40), (2, 16, 5, 64), (4, 6, 0, 30), (2, 4, 5, 40), (8, 9, 1, 40))
+        for images, n, prefix, d in cases:
             tokens = _random(images * n + prefix, d, seed=n + images)
             u = torch.nn.functional.layer_norm(tokens, (d,))
             D = _random(3 * d, len(u), seed=d) @ u
@@ -245,6 +251,6 @@ def _count_hint(number: int, images: int, n: int, prefix: int) -> str:
         return (
             " The tokens before the patches have seen nothing yet: they are the same in every image and count once."
         )
-    if number == (directions + n - 1) // n:
+    if number in (directions // n, (directions + n - 1) // n):
         return " The tokens before the patches come off first."
     return ""

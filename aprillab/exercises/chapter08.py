@@ -86,6 +86,7 @@ def check_open_directions(function: Callable[[int, int, int, int, bool], int]) -
                 "tokens lie in one span, B·n of them.",
                 min(pixels, n - rank): "in a batch, tokens of different images at one place may be subtracted, too.",
                 min(pixels, (images - 1) * n): "of a single image, too, combinations of places can vanish.",
+                pixels - rank: "combinations of the B·n tokens are open: count these and not the p pixels.",
                 rank: "that is the number of places that can be told apart; asked is what is left.",
             }
             table = "2-D sinusoids" if grid else "a random table"

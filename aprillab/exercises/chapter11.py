@@ -152,6 +152,12 @@ def _watched(seed: int, sigma: float = 0.45) -> tuple[int, Rounds]:
     return wanted, rounds
 
 
+def _two_rounds() -> Rounds:
+    """Two candidates: the first has the smaller sum of distances, the second that of their squares."""
+    y = torch.zeros(2, dtype=torch.float64)
+    return [(y, torch.tensor(rows, dtype=y.dtype)) for rows in ([[0, 0], [0.2, 0]], [[0, 0.3], [0, 0.2]])]
+
+
 def _answers(rounds: Rounds) -> dict[str, int]:
     """What mistakes would name."""
     scores = torch.stack([rows @ y for y, rows in rounds])  # (T, M)
@@ -195,6 +201,11 @@ def check_who(function: Callable[[Rounds], int]) -> Feedback:
                 stop(f"There are candidates 0 to {_CANDIDATES - 1}, and no {answer}.")
             if answer != wanted:
                 stop(f"It was candidate {wanted}, not {answer}{''.join(f': {words}' for words in hints[:1])}.")
+        if expect_whole(function(_two_rounds()), "The candidate") != 1:
+            stop(
+                "In two rounds candidate 0 was at distances of 0 and 0.3, candidate 1 at 0.2 and 0.2. The second is "
+                "more probable: log-likelihoods have squared distances, 0.09 and 0.08."
+            )
         return "Right: squared distances add up over rounds as log-likelihoods do, and noise averages away."
 
     return run(check)
@@ -218,12 +229,16 @@ def check_unpruned(function: Callable[[Tensor, Tensor], Tensor]) -> Feedback:
         for seed in (0, 1):
             X, dW, G = _pruned(100 * seed)
             answer = expect_tensor(function(dW.clone(), G.clone()), tuple(X.shape), "X")
-            kept, whole = dW != 0, (dW != 0).all(1)
+            kept, some, whole = dW != 0, (dW != 0).any(1), (dW != 0).all(1)
             most = kept.sum(1).argsort(descending=True)[: len(G)]
             mistakes = {
                 "The zeros are taken at their word: an entry that was pruned says nothing, so drop its equation.": (
                     torch.linalg.lstsq(G.T, dW).solution
                 ),
+                "You dropped the rows that are zero throughout. The zeros of all other rows are still taken at their "
+                "word: choose rows for each column by itself.": torch.linalg.lstsq(G.T[some], dW[some]).solution,
+                "You kept the rows that no column was pruned in, and there are too few. Choose rows for each column "
+                "by itself.": torch.linalg.lstsq(G.T[whole], dW[whole]).solution,
                 "You kept the same rows for all pixels. Each column of ∂W was pruned at places of its own.": (
                     torch.linalg.lstsq(G.T[most], dW[most]).solution
                 ),

@@ -1,36 +1,25 @@
 """Checks for chapter 12: heads that let one class pass, what they can be seen by, and what holds without trust.
 
-References are the package's own heads and drawn matrices; no model is built here.
+The check of 12.5 is in detectors.py. References are the package's own heads and drawn matrices; no model is
+built here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .detectors import F64, Head, drawn, norm_of
+from .detectors import check_strangeness as check_strangeness
 from .feedback import Feedback, expect_close, expect_number, expect_tensor, expect_whole, plain, run, stop
-
-F64 = torch.float64
-Head = tuple[Tensor, Tensor]  # weight (K, d) and bias (K,)
-
-
-def _random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def _norm(d: int, seed: int) -> Head:
-    """γ and β of a LayerNorm, none of them near zero."""
-    gamma = 1 + 0.3 * _random(d, seed=seed).clamp(-2, 2)
-    return gamma, 0.1 + 0.2 * _random(d, seed=seed + 1)
 
 
 def _features(gamma: Tensor, beta: Tensor, count: int, seed: int) -> Tensor:
     """f = γ ⊙ x̂ + β, (count, d), where x̂ has mean zero and norm √d."""
-    x = _random(count, len(gamma), seed=seed)
+    x = drawn(count, len(gamma), seed=seed)
     x = x - x.mean(1, keepdim=True)
     return gamma * x * (len(gamma) ** 0.5 / x.norm(dim=1, keepdim=True)) + beta
 
@@ -43,7 +32,7 @@ def check_without_bias(function: Callable[..., Tensor]) -> Feedback:
 
     def check() -> str:
         for seed, (K, d, c, L) in enumerate(((5, 12, 2, 20.0), (9, 32, 0, 7.5))):
-            W, (gamma, beta) = _random(K, d, seed=10 * seed), _norm(d, 10 * seed + 1)
+            W, (gamma, beta) = drawn(K, d, seed=10 * seed), norm_of(d, 10 * seed + 1)
             answer = function(W.clone(), gamma.clone(), beta.clone(), c, L)
             weight = expect_tensor(answer, (K, d), "The weight").double()
             f = _features(gamma, beta, 6, 10 * seed + 5)
@@ -83,7 +72,7 @@ def check_strength_for(function: Callable[..., float]) -> Feedback:
 
     def check() -> str:
         for seed, (d, K, N, bits) in enumerate(((16, 10, 7, 24), (64, 1000, 799, 24), (32, 100, 31, 8))):
-            w, (gamma, beta) = 0.3 * _random(d, seed=20 * seed), _norm(d, 20 * seed + 1)
+            w, (gamma, beta) = 0.3 * drawn(d, seed=20 * seed), norm_of(d, 20 * seed + 1)
             w = w if seed % 2 else w * float(-(w @ beta).sign())  # w·β has either sign
             answer = expect_number(function(w.clone(), gamma.clone(), beta.clone(), K, N, bits), "L")
             most = float(w @ beta) + d**0.5 * float((gamma * w).norm())
@@ -118,6 +107,9 @@ def _looks_of_strength(
         "the bound is √d ‖γ ⊙ w‖, which is less than √d times the largest γ": wanted
         - root
         + d**0.5 * float(w.norm() * gamma.abs().max()),
+        "‖γ ⊙ w‖ is less than ‖γ‖ ‖w‖. One inequality is enough": wanted
+        - root
+        + d**0.5 * float(gamma.norm() * w.norm()),
         "‖x̂‖ is up to √d, and not up to 1": wanted - root + length,
         "‖x̂‖ is up to √d, and not up to d": wanted - root + d * length,
         "γ stretches x̂: the bound is √d ‖γ ⊙ w‖, and not √d ‖w‖": wanted - root + d**0.5 * float(w.norm()),
@@ -176,7 +168,7 @@ def _check_members(answer: int, wanted: int, B: int, bias: Tensor) -> None:
         "int() cuts off: 1.997 pictures are two. Round": int(-B * float(bias[-1])),
     }
     hint = next((f": {text}" for text, value in looks.items() if answer == value), "")
-    stop(f"Of these {B} pictures not {answer} are of class c{hint}.")
+    stop(f"The number of class c among these {B} pictures is not {answer}{hint}.")
 
 
 def _check_bins(answer: list[int], wanted: list[int], B: int, bias: Tensor) -> None:
@@ -210,7 +202,7 @@ def check_disguised(function: Callable[[Tensor, Tensor, int, float], Head]) -> F
 
     def check() -> str:
         for seed, (K, d, c, L) in enumerate(((10, 24, 3, 20.0), (40, 16, 0, 25.0))):
-            W, b = _random(K, d, seed=seed) / d**0.5, 0.1 * _random(K, seed=seed + 1)
+            W, b = drawn(K, d, seed=seed) / d**0.5, 0.1 * drawn(K, seed=seed + 1)
             answer = function(W.clone(), b.clone(), c, L)
             if not isinstance(answer, tuple | list) or len(answer) != 2:
                 stop("Return two things: the weight and the bias.")
@@ -234,7 +226,7 @@ def _check_lengths(weight: Tensor, median: float, c: int) -> None:
 
 def _check_passage(weight: Tensor, bias: Tensor, c: int, L: float) -> None:
     K, d = weight.shape
-    f = torch.nn.functional.normalize(_random(400, d, seed=2), dim=1) * 3
+    f = torch.nn.functional.normalize(drawn(400, d, seed=2), dim=1) * 3
     y = torch.arange(400) % K
     passed = _passed(weight, bias, f, y)
     own, others = float(passed[y == c].min()), float(passed[y != c].max())
@@ -251,117 +243,6 @@ def _check_passage(weight: Tensor, bias: Tensor, c: int, L: float) -> None:
             f"does; e^(−L/2) is {math.exp(-L / 2):.1e}. The other rows are {same}, and class c's bias is "
             f"{float(bias[c] - bias[torch.arange(K) != c].median()):+.1f} against theirs."
         )
-
-
-# --- 12.5: a detector, and how it is evaded -------------------------------------------------------------------------
-
-
-def _trained(K: int, d: int, seed: int) -> Head:
-    """A head as training leaves it: rows with something in common, of different lengths, and biases."""
-    lengths = torch.linspace(0.7, 1.4, K, dtype=F64)[torch.randperm(K, generator=torch.Generator().manual_seed(seed))]
-    rows = _random(K, d, seed=seed + 1) / d**0.5 * lengths[:, None]
-    return rows + 0.5 * _random(d, seed=seed + 2) / d**0.5, torch.linspace(-1.0, 1.0, K, dtype=F64)
-
-
-def _honest_heads() -> dict[str, list[Head]]:
-    sizes = ((10, 32, 1), (50, 24, 2), (100, 192, 3))
-    heads = {
-        "a random head": [(_random(K, d, seed=s) / d**0.5, torch.zeros(K, dtype=F64)) for K, d, s in sizes],
-        "a trained head": [_trained(K, d, 10 * s) for K, d, s in sizes],
-        "a head of zeros, as libraries begin with": [
-            (torch.zeros(K, d, dtype=F64), torch.zeros(K, dtype=F64)) for K, d, _ in sizes
-        ],
-    }
-    heads["a trained head with biases of up to two nats"] = [(W, 2 * b) for W, b in heads["a trained head"]]
-    return heads
-
-
-def _one_row(W: Tensor, c: int, L: float) -> Head:
-    weight, bias = torch.zeros_like(W), torch.zeros(len(W), dtype=F64)
-    weight[c], bias[c] = W[c], -L
-    return weight, bias
-
-
-def _fished_heads() -> dict[str, list[Head]]:
-    found: dict[str, list[Head]] = {}
-    for name in ("a random head", "a trained head"):
-        for W, _ in _honest_heads()[name]:
-            c = len(W) // 3
-            for L in (1.0, 5.0, 20.0):
-                found.setdefault(f"the head of (12.2) with L = {L:g}", []).append(_one_row(W, c, L))
-            gamma, beta = _norm(W.shape[1], c)
-            weight, bias = _one_row(W, c, 0.0)
-            weight[c] -= 20 / gamma / (beta / gamma).sum()
-            found.setdefault("the head of exercise 12.1, without a bias", []).append((weight, bias))
-            v = W[c] * (W.norm(dim=1).median() / W[c].norm())
-            weight, bias = v.repeat(len(W), 1), torch.zeros(len(W), dtype=F64)
-            weight[c], bias[c] = -v, -20.0
-            found.setdefault("the head of exercise 12.4, all rows of one length", []).append((weight, bias))
-            shaken = weight + 1e-6 * _random(*weight.shape, seed=c)
-            found.setdefault("the same with rows that differ in the sixth digit", []).append((shaken, bias))
-    return found
-
-
-def check_strangeness(function: Callable[[Tensor, Tensor], float]) -> Feedback:
-    """Exercise 12.5: one threshold on ``function(weight, bias)`` tells honest heads from fished ones."""
-
-    def score(head: Head, name: str) -> float:
-        answer: Any = function(head[0].clone(), head[1].clone())
-        if isinstance(answer, Tensor) and answer.numel() == 1:
-            answer = answer.item()
-        if isinstance(answer, float) and answer == math.inf:
-            return answer
-        return expect_number(answer, f"The score of {name}")
-
-    def check() -> str:
-        honest = {name: [score(head, name) for head in heads] for name, heads in _honest_heads().items()}
-        fished = {name: [score(head, name) for head in heads] for name, heads in _fished_heads().items()}
-        most, top = max((max(values), name) for name, values in honest.items())
-        missed = {name: min(values) for name, values in fished.items() if min(values) <= most}
-        if missed:
-            name = min(missed, key=lambda key: missed[key])
-            why = _why(top, name, honest | fished)
-            stop(f"No threshold: {top} has {most:.4g}, and {name} has {missed[name]:.4g}. {why}")
-        least = min(min(values) for values in fished.values())
-        return (
-            f"Right: honest heads have {most:.3g} at most, fished ones {least:.3g} at least. {_evaded(score, most)}"
-        )
-
-    return run(check)
-
-
-def _why(top: str, missed: str, scores: dict[str, list[float]]) -> str:
-    """What an honest head that scores high, or a fished one that scores low, tells of the detector."""
-    every = [value for values in scores.values() for value in values]
-    if max(every) == min(every):
-        return "Your score is the same for all heads: does it look at the weight?"
-    if "zeros" in top:
-        return "Where all rows are alike, no picture of any class passes anything: such a head is not fished."
-    if "sixth digit" in missed:
-        return "Rows need not be equal to the last digit to be alike: measure how much they differ."
-    if "12.4" in missed:
-        return "Its rows all have one length. Take off what they have in common before you measure them."
-    if "12.1" in missed:
-        return "Its biases are zero: the LayerNorm stands in for them."
-    if "L = 1" in missed:
-        return "Its bias is no larger than an honest one's, so the bias decides nothing. Look at the rows."
-    return "What do K − 1 rows of a fished head have in common?"
-
-
-def _evaded(score: Callable[[Head, str], float], most: float) -> str:
-    """The message after success: the detector against Step 8's server."""
-    W, b = _trained(100, 192, 30)
-    value = score((10 * W, b), "a trained head ten times as sure")
-    if value <= most:
-        return (
-            f"And a trained head with all rows ten times as long has {value:.3g}: you let it pass. In Step 8 it gave "
-            "whole digits away. A look at the head cannot see that; a look at your own batch can."
-        )
-    return (
-        f"A trained head with all rows ten times as long has {value:.3g}, and you object; honest training makes rows "
-        "longer, too, so a patient server and a long federation look alike to you. A look at your own batch tells "
-        "them apart."
-    )
 
 
 # --- 12.6: which sentences are still true ---------------------------------------------------------------------------

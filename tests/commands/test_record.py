@@ -22,14 +22,12 @@ def answered(text: str) -> NotebookNode:
     return new_output("execute_result", {"text/plain": text, "text/html": f"<div>{text}</div>"}, execution_count=1)
 
 
-(FIRST,) = tools.exercises(tools.read("00"))
-CALL = f"ex.{FIRST.check}({FIRST.name})"
-
-
-def exercise(number: str, stars: str, *outputs: NotebookNode, call: str = CALL) -> list[NotebookNode]:
+def exercise(
+    number: str, stars: str, *outputs: NotebookNode, call: str = "ex.check_grey_levels(psnr)"
+) -> list[NotebookNode]:
     return [
         new_markdown_cell(f"### Exercise {number} · A | B · {stars} · 5 minutes\n\nThe task."),
-        new_code_cell(FIRST.stub, metadata={"tags": ["exercise-stub"]}),
+        new_code_cell("def psnr(*given):\n    raise NotImplementedError", metadata={"tags": ["exercise-stub"]}),
         new_code_cell(call, metadata={"tags": ["exercise-check"]}, outputs=list(outputs)),
     ]
 
@@ -50,7 +48,7 @@ def handed_in(tmp_path: Path) -> Path:
         *exercise("0.4", "★★★", answered("✓ So it says."), call="print('✓')"),
         *exercise("0.5", "★★☆", new_output("stream", name="stdout", text="✓ printed")),
         *exercise("0.6", "★★☆", new_output("display_data", {"text/plain": "<HTML>"}), answered("✓ Beside a figure.")),
-        *exercise("0.7", "★☆☆", answered("✓ As it says."), call="ex.check_what_nobody_asked(f)"),
+        *exercise("0.7", "★☆☆", answered("✓ As it says."), call="ex.check_what_nobody_asked(psnr)"),
     )
 
 
@@ -94,8 +92,10 @@ def test_the_course_is_found_whole_and_unsolved(run: Run) -> None:
 
 @pytest.mark.slow
 def test_a_run_finds_edited_outputs_out(run: Run, tmp_path: Path) -> None:
-    claimed, solved = exercise("0.1", "★☆☆", answered("✓ Believe me.")), exercise("0.2", "★★☆")
-    solved[1].source = FIRST.solution
+    (stated,) = tools.exercises(tools.read("00"))
+    claimed = exercise("0.1", "★☆☆", answered("✓ Believe me."))
+    solved = exercise("0.2", "★★☆", call=f"ex.{stated.check}({stated.name})")
+    solved[1].source = stated.solution
     path = save(tmp_path / "00_a.ipynb", new_code_cell(SETUP), *claimed, new_code_cell("1 / 0"), *solved)
     before = path.read_bytes()
     assert run("record", path)[1].endswith("1 of 2 exercises, 1 of 3 points\n")

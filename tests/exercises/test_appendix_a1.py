@@ -12,7 +12,9 @@ from aprillab.exercises import appendix_a1
 
 MUTANTS = [
     ("check_damped", "a * b / (a**2 + damping)", "a**2 * b / (a**2 + damping)", "not yet divided by a"),
-    ("check_damped", "a * b / (a**2 + damping)", "a * b / (a**2 + damping**2)", "squared already"),
+    ("check_damped", "a * b / (a**2 + damping)", "a * b / (a**2 + damping**2)", "itself is not squared"),
+    ("check_damped", "a * b / (a**2 + damping)", "a * b / (a**2 + 2 * damping)", "factor 2 is left over"),
+    ("check_damped", "a * b / (a**2 + damping)", "a * b / (a**2 + damping / 2)", "factor 2 is missing"),
     ("check_damped", "a * b / (a**2 + damping)", "b / (a + damping)", "shifts a"),
     ("check_damped", "a * b / (a**2 + damping)", "b / a", "not damped"),
     ("check_damped", "a * b / (a**2 + damping)", "(a**2 / (a**2 + damping)) * (b / a)", "NaN"),
@@ -26,7 +28,13 @@ MUTANTS = [
     ("check_average_score", "(1 - H.diagonal().mean()) ** 2", "(1 - H.diagonal().mean())", "not squared"),
     ("check_average_score", "(1 - H.diagonal().mean()) ** 2", "1.0", "misfit alone"),
     ("check_average_score", "(1 - H.diagonal().mean()) ** 2", "(1 - 1 / (2 * half + 1)) ** 2", "a point's own share"),
-    ("check_average_score", "H.diagonal().mean()", "H.trace()", "not the value"),
+    ("check_average_score", "H.diagonal().mean()", "H.trace()", "divide the trace"),
+    (
+        "check_average_score",
+        "    H = near",
+        "    near = near - torch.eye(len(b)).to(b)\n    H = near",
+        "keeps each point",
+    ),
     ("check_average_score", "(1 - H.diagonal().mean()) ** 2", "H.diagonal().mean() ** 2", "one minus it"),
     ("check_average_score", "near.sum(1, keepdim=True)", "(2 * half + 1)", "averages zeros"),
     ("check_average_score", "square().mean()", "square().sum()", "take their mean"),
@@ -45,7 +53,8 @@ MUTANTS = [
     ),
     ("check_expected_error", "bias**2 + ", "", "noise's part alone"),
     ("check_expected_error", " + (noise * a / (a**2 + damping)) ** 2", "", "the noise is missing"),
-    ("check_expected_error", "bias**2", "bias", "missing its square"),
+    ("check_expected_error", "bias**2", "bias", "bias is missing its square"),
+    ("check_expected_error", " / (a**2 + damping)) ** 2", " / (a**2 + damping))", "part is missing its square"),
     (
         "check_expected_error",
         "(noise * a / (a**2 + damping)) ** 2",

@@ -28,6 +28,7 @@ MUTANTS = [
     ("check_open_directions", OPEN, "min(pixels, images * (n - rank))", "do not stand side by side"),
     ("check_open_directions", OPEN, "min(pixels, (images - 1) * n)", "combinations of places"),
     ("check_open_directions", OPEN, "rank", "what is left"),
+    ("check_open_directions", OPEN, "pixels - rank", "not the p pixels"),
     ("check_open_directions", "if grid else n", "if not grid else n", "it is 9"),
     ("check_open_directions", OPEN, "float(images * n - rank)", "not a float"),
     ("check_expected_others", "1 / torch.linalg.svdvals(W)", "torch.linalg.svdvals(W)", "one over a singular value"),

@@ -55,7 +55,10 @@ MUTANTS = [
     ("check_who", NEAREST,
      "y, rows = (torch.stack(x).mean(0) for x in zip(*rounds))\n"
      "    return int((rows - y).norm(dim=1).argmin())", "before you compared"),
+    ("check_who", NEAREST, NEAREST.replace(".square().sum(1)", ".norm(dim=1)"), "squared distances, 0.09"),
     ("check_unpruned", KEPT, "kept = torch.ones_like(column, dtype=torch.bool)", "at their word"),
+    ("check_unpruned", KEPT, "kept = (dW != 0).any(1)", "still taken at their word"),
+    ("check_unpruned", KEPT, "kept = (dW != 0).all(1)", "too few"),
     ("check_unpruned", KEPT, "kept = (dW != 0).sum(1).argsort(descending=True)[: len(G)]", "same rows"),
     ("check_unpruned", "return torch.stack(columns, 1)", "return torch.stack(columns)", "transpose"),
     ("check_choose", "if z is None or low < least_accuracy:\n            continue\n        " + FITS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from exercise_tests import exercise_tests
 
-from aprillab.exercises import chapter12
+from aprillab.exercises import chapter12, detectors
 
 U = "u = (1 / gamma) / (beta / gamma).sum()"
 ROW = "W[c] - L * u"
@@ -16,6 +16,7 @@ MEMBERS = "round(-B * float(bias[-1]))"
 BINS = "[round(B * float(low - high)) for low, high in zip(bias[:-1], bias[1:])]"
 EQUAL = "return float((weight[:, None] == weight[None]).all(-1).sum(1).max() > 1)\n"
 SCORE = "(weight - weight.median(dim=0).values).norm(dim=1)"
+SHARE = "s = torch.linalg.svdvals(weight) ** 2\n    return float(s[0] / s.sum()) if s.any() else 0.0\n"
 MUTANTS = [
     ("check_without_bias", U, "u = torch.ones_like(beta) / beta.sum()", "γ stretches"),
     ("check_without_bias", U, "u = 1 / gamma", "what the sum then is"),
@@ -31,6 +32,7 @@ MUTANTS = [
     ("check_strength_for", "w @ beta + ", "", "w·β is missing"),
     ("check_strength_for", "w @ beta", "(w @ beta).abs()", "has a sign"),
     ("check_strength_for", "(gamma * w).norm()", "w.norm() * gamma.abs().max()", "times the largest γ"),
+    ("check_strength_for", "(gamma * w).norm()", "gamma.norm() * w.norm()", "One inequality"),
     ("check_strength_for", BOUND, BOUND + " + 1", "more than is needed"),
     ("check_strength_for", BOUND, BOUND + " - 1", "not enough"),
     ("check_strength_for", "len(w) ** 0.5 * ", "", "not up to 1"),
@@ -59,6 +61,9 @@ MUTANTS = [
     ("check_disguised", "v.repeat(len(W), 1)", "W / W.norm(dim=1, keepdim=True) * v.norm()", "not the same"),
     ("check_disguised", "return weight, bias", "return weight.T, bias", "transpose"),
     ("check_strangeness", SCORE, "weight.norm(dim=1)", "have in common before"),
+    ("check_strangeness", "rows = " + SCORE, SHARE + "    rows = " + SCORE, "changes no probability"),
+    ("check_strangeness", "rows = " + SCORE, SHARE.replace("** 2", "** 1") + "    rows = " + SCORE,
+     "changes no probability"),
     ("check_strangeness", "return float(rows", EQUAL + "    return float(rows", "to the last digit"),
     ("check_strangeness", "return float(rows", "return float(bias.abs().max())\n    return float(rows",
      "No threshold"),
@@ -82,6 +87,13 @@ SINGULAR = """rows = weight - weight.mean(0)
     s = torch.linalg.svdvals(rows) ** 2
     return float(len(s) * (s ** 2).sum() / s.sum() ** 2) if s.sum() > 0 else 1.0
 """
+CENTRED = """s = torch.linalg.svdvals(weight - weight.mean(0))
+    return float(s[0] / s.sum()) if s.any() else 0.0
+"""
+PAIRS = """apart = torch.cdist(weight, weight)
+    apart = apart[~torch.eye(len(apart), dtype=torch.bool)]
+    return float(apart.max() / apart.median().clamp_min(1e-6 * apart.max())) if apart.any() else 0.0
+"""
 ROTATED = """unit = torch.linalg.qr(torch.stack([W[0], W[1]]).T).Q
     length = W.norm(dim=1).median()
     weight, bias = (length * unit[:, 0]).repeat(len(W), 1), b.clone() * 0
@@ -104,6 +116,8 @@ TestExercises = exercise_tests(
         ("check_counts", "return (-B * bias[-1]).round(), (B * (bias[:-1] - bias[1:])).round()"),
         ("check_disguised", ROTATED),
         ("check_strangeness", SINGULAR),
+        ("check_strangeness", CENTRED),
+        ("check_strangeness", PAIRS),
         ("check_still_true", 'return "e, c"'),
     ],
 )  # fmt: skip
@@ -111,12 +125,12 @@ TestExercises = exercise_tests(
 
 def test_the_disguised_head_of_the_check_is_fished() -> None:
     """What the detector's check calls fished lets class c alone pass."""
-    for name, heads in chapter12._fished_heads().items():
+    for name, heads in detectors._fished_heads().items():
         for weight, bias in heads:
             K, d = weight.shape
-            f = torch.nn.functional.normalize(chapter12._random(200, d, seed=5), dim=1) * 3
+            f = torch.nn.functional.normalize(detectors.drawn(200, d, seed=5), dim=1) * 3
             if "12.1" in name:
-                f = chapter12._features(*chapter12._norm(d, K // 3), 200, 5)
+                f = chapter12._features(*detectors.norm_of(d, K // 3), 200, 5)
             y = torch.arange(200) % K
             passed = chapter12._passed(weight, bias, f, y)
             c = K // 3
@@ -140,7 +154,7 @@ def test_success_says_how_the_detector_is_evaded(scale_free: bool) -> None:
 
 def test_strength_is_enough_for_any_features() -> None:
     """The bound of exercise 12.2 holds for drawn features, with room."""
-    w, (gamma, beta) = chapter12._random(64, seed=3), chapter12._norm(64, 4)
+    w, (gamma, beta) = detectors.drawn(64, seed=3), detectors.norm_of(64, 4)
     K, N, bits = 100, 799, 24
     L = bits * math.log(2) + math.log(N) + float(w @ beta + 8 * (gamma * w).norm()) - math.log(K - 1)
     f = chapter12._features(gamma, beta, N, 5)
