@@ -13,7 +13,7 @@ from studies.fuzz.measure import attacked, faults
 pytestmark = pytest.mark.slow  # all of them together, not one
 
 
-@pytest.mark.parametrize("seed", range(0, 300, 2))  # `python -m studies.fuzz` has them all
+@pytest.mark.parametrize("seed", range(0, 300, 3))  # `python -m studies.fuzz` has them all
 def test_a_random_world_is_told_the_truth(seed: int) -> None:
     found = faults(attacked((seed,)))
     assert not found, f"seed {seed}: {'; '.join(found)}. To see it: python -m studies.fuzz --show {seed}"

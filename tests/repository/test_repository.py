@@ -101,7 +101,9 @@ def test_round_of_the_book_ends_in_an_audit(tmp_path: Path) -> None:
     from torchvision.utils import save_image
 
     save_image(load_victim("coffee"), tmp_path / "holiday.jpg")
-    (tmp_path / "federated.py").write_text(snippet, encoding="utf-8")
+    whole, short = "vit_b_16(num_classes=10)", "VisionTransformer(224, 16, 3, 12, 768, 3072, num_classes=10)"
+    assert whole in snippet
+    (tmp_path / "federated.py").write_text(snippet.replace(whole, short), encoding="utf-8")  # three blocks of twelve
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for line in then.splitlines():
         program, *words = shlex.split(line)
