@@ -241,7 +241,7 @@ def batch_strip(
         for b, share in enumerate(shares, start=1):
             label = f"{round(share, 2) + 0.0:.2f}"
             ax.annotate(label, (b, max(share, 0)), textcoords="offset points", xytext=(0, 2), ha="center", fontsize=9)
-        ax.set(xlim=(0.4, len(pictures) + 0.6), ylim=(min(0, *shares, 0) - 0.05, 1.3), yticks=[])
+        ax.set(xlim=(0.4, len(pictures) + 0.6), ylim=(min(0, *shares) - 0.05, 1.3), yticks=[])
         ax.set_xticks(range(1, len(pictures) + 1))
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.axhline(0, color="0.4", linewidth=0.8)

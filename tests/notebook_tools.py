@@ -201,6 +201,9 @@ def _lint_page(notebook: NotebookNode) -> list[str]:
             wrong.append(
                 f"{FOLDED} folds a cell in the book, jupyter.source_hidden in JupyterLab: both, or none: {start}"
             )
+        shown = "".join(output.get("data", {}).get("text/html", "") for output in cell.get("outputs", []))
+        if cell.cell_type == "code" and "sliders(" in cell.source and "<img" not in shown:
+            wrong.append(f"sliders that leave no still picture: {start}")
         if "setup" in tags(cell) and FOLDED not in tags(cell):
             wrong.append(f"a set-up cell that is not folded: {start}")
         if cell.source.startswith("### Exercise ") and not BOX.fullmatch(cell.source):
