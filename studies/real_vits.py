@@ -1,12 +1,15 @@
-"""Gradient matching on real ViTs at 224×224: `python -m studies.real_vits` writes real_vits.csv and .md.
+"""Gradient matching on real ViTs at 224×224: `python -m studies.real_vits` writes real_vits.csv, .md and .png.
 
 The learned position embedding's gradient is shared. Every published recipe attacks the same updates,
 with the position term and without it, matching in float32 and in float64. Random weights, a head that
 is not zero, one photograph, float32 gradients, labels recovered. A search ends after its evaluations
-or its seconds, whichever comes first.
+or its seconds, whichever comes first. Convolutions keep all digits of float32: CUDA would round
+their factors to ten bits (TF32), and with them the client's gradient.
 
-    python -m studies.real_vits            # needs a CUDA device; days on a CPU
-    python -m studies.real_vits --quick    # one update of a tiny ViT, on the CPU; keeps no file
+    python -m studies.real_vits              # needs a CUDA device; days on a CPU
+    python -m studies.real_vits --updates 2  # one photograph on each of the models, not three with two seeds
+    python -m studies.real_vits --jobs 6     # one process launches kernels too slowly to keep a GPU busy
+    python -m studies.real_vits --quick      # one update of a tiny ViT, on the CPU; keeps no file
 """
 
 from __future__ import annotations
@@ -17,13 +20,17 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import resize, to_pil_image, to_tensor
 
 import aprillab as al
+from aprillab import viz
 from aprillab.zoo import build_model
 
 from ._rows import StudyError, fill, made, read
@@ -35,6 +42,8 @@ MODELS = ("torchvision vit_b_16", "timm deit_base_patch16_224")
 VICTIMS = ("astronaut", "chelsea", "coffee")
 SEEDS = (0, 1)  # of weights and first guess
 EVALUATIONS, SECONDS = 2000, 300.0  # of one search, over all its restarts
+PICTURES = "real_vits_pictures"  # the folder of what the searches found, which the figure is drawn from
+THUMBNAIL = 112  # pixels a side
 
 
 class Case(NamedTuple):
@@ -69,9 +78,9 @@ class Row:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """All searches, those on one update together."""
-    updates = [("tiny", VICTIMS[0], 0)] if options.quick else list(itertools.product(MODELS, VICTIMS, SEEDS))
-    for (model, victim, seed), precision in itertools.product(updates, ("float32", "float64")):
+    """All searches, in float32 first; each photograph on all models before the next."""
+    updates = [(0, VICTIMS[0], "tiny")] if options.quick else list(itertools.product(SEEDS, VICTIMS, MODELS))
+    for precision, (seed, victim, model) in itertools.product(("float32", "float64"), updates[: options.updates]):
         for recipe, position_term in itertools.product(al.RECIPES, (True, False)):
             yield Case(model, victim, seed, precision, recipe, position_term)
 
@@ -98,7 +107,10 @@ def shared(name: str, victim: str, seed: int, device: str) -> tuple[nn.Module, a
     anatomy = al.dissect(model)
     pixels = al.load_victim(victim, anatomy.image_size[0])[None].to(device)
     images = anatomy.preprocessing.to_input(pixels)
-    return model, al.client_update(model, images, torch.tensor([LABEL], device=device)), pixels
+    # Torchvision's and timm's patch embeddings are convolutions.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        update = al.client_update(model, images, torch.tensor([LABEL], device=device))
+    return model, update, pixels
 
 
 def recipe_of(name: str, position_term: bool) -> al.Recipe:
@@ -108,21 +120,29 @@ def recipe_of(name: str, position_term: bool) -> al.Recipe:
     return replace(recipe, position_term=term)
 
 
-def attacked(case: Case, *, device: str, evaluations: int, seconds: float) -> Iterator[Row]:
+def attacked(case: Case, *, folder: Path, device: str, evaluations: int, seconds: float) -> Iterator[Row]:
     model, update, pixels = shared(case.model, case.victim, case.seed, device)
-    found = al.match_gradients(
-        model, update, recipe=recipe_of(case.recipe, case.position_term), dtype=getattr(torch, case.precision),
-        seed=case.seed, max_evaluations=evaluations, max_seconds=seconds, progress=False,
-    )  # fmt: skip
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found = al.match_gradients(
+            model, update, recipe=recipe_of(case.recipe, case.position_term), dtype=getattr(torch, case.precision),
+            seed=case.seed, max_evaluations=evaluations, max_seconds=seconds, progress=False,
+        )  # fmt: skip
     numbers, pixels = found.diagnostics, pixels.to(found.pixels)
     if numbers["stopped"] == "interrupted":
         raise KeyboardInterrupt
+    small = resize(found.pixels[0].float().cpu(), [THUMBNAIL, THUMBNAIL], antialias=True)
+    to_pil_image(small.clamp(0, 1)).save(picture_of(folder, case))
     yield Row(
         *case, psnr=float(al.psnr(found.pixels[0], pixels[0])), ssim=float(al.ssim(found.pixels[0], pixels[0])),
         loss=numbers["loss"], residual=numbers["residual"], evaluations=numbers["evaluations"],
         seconds=found.seconds, stopped=numbers["stopped"],
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     )  # fmt: skip
+
+
+def picture_of(folder: Path, case: Case) -> Path:
+    """The file of what a search found."""
+    return folder / PICTURES / f"{'-'.join(map(str, case))}.png".replace(" ", "-")
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
@@ -132,9 +152,11 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         device, evaluations, seconds = options.device, options.max_evaluations, options.max_seconds
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise StudyError("there is no CUDA device: --device cpu takes days, --quick a few seconds")
-    attack = functools.partial(attacked, device=device, evaluations=evaluations, seconds=seconds)
+    (folder / PICTURES).mkdir(exist_ok=True)
+    attack = functools.partial(attacked, folder=folder, device=device, evaluations=evaluations, seconds=seconds)
     settings = {"max_evaluations": evaluations, "max_seconds": seconds}
-    fill(folder / "real_vits.csv", Row, cases(options), attack, key=Case._fields, settings=settings)
+    path, columns = folder / "real_vits.csv", Case._fields
+    fill(path, Row, cases(options), attack, key=columns, settings=settings, workers=options.workers)
 
 
 def summary(group: pd.DataFrame) -> dict[str, str]:
@@ -167,12 +189,37 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     return fields, [Claim("each with the position term and without it", len(rows), complete)]
 
 
+def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
+    """What the searches in float32 made of the first photograph; nothing where their pictures are not kept."""
+    rows = read(folder / "real_vits.csv", Row)
+    first = rows[(rows.victim == VICTIMS[0]) & (rows.seed == SEEDS[0]) & (rows.precision == "float32")]
+    if not len(first) or not all(picture_of(folder, _case(row)).is_file() for row in first.itertuples()):
+        return {}
+    return {"real_vits.png": viz.to_png(pictures(folder, first), dpi=150)}
+
+
+def pictures(folder: Path, rows: pd.DataFrame) -> Figure:
+    """A line for each model with the position term and without it, a column for each recipe."""
+    lines, titles = {}, []
+    for (model, term), group in rows.groupby(["model", "position_term"], sort=False):
+        label = f"{model.split()[0]}, {'with' if term else 'without'} the term"
+        found = [to_tensor(Image.open(picture_of(folder, _case(row)))) for row in group.itertuples()]
+        lines[label] = [al.load_victim(VICTIMS[0], THUMBNAIL), *found]
+        titles.append(["the photograph", *(f"{row.recipe}\n{row.psnr:.1f} dB" for row in group.itertuples())])
+    return viz.picture_grid(lines, titles=titles, panel=1.6)
+
+
+def _case(row: Any) -> Case:
+    return Case(*(getattr(row, name) for name in Case._fields))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("real_vits", __doc__, alone="a search has the GPU for itself, and seconds end it")
+    parser = study_parser("real_vits", __doc__)
+    parser.add_argument("--updates", type=int, metavar="N", help="attack the first N of the 12 (default: all)")
     parser.add_argument("--device", default="cuda", help="where to search (%(default)s)")
     parser.add_argument("--max-evaluations", type=int, default=EVALUATIONS, help="of a search (%(default)s)")
     parser.add_argument("--max-seconds", type=float, default=SECONDS, help="of a search (%(default)s)")
-    run_study("real_vits", parser.parse_args(argv), measure=measure, describe=describe)
+    run_study("real_vits", parser.parse_args(argv), measure=measure, describe=describe, draw=draw)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from conftest import tiny_vit
 
 from aprillab.attacks.catalogue import ATTACKS, CLOSED_FORMS, Attack
 from aprillab.attacks.result import Reconstruction
+from aprillab.attacks.searches import pose
+from aprillab.attacks.searches.match import match_gradients
+from aprillab.attacks.searches.recipes import RECIPES
 from aprillab.preprocessing import HALF
 from aprillab.update import ClientUpdate, client_update
 
@@ -78,6 +81,38 @@ def test_the_client_shares_the_same_gradient(cuda: torch.device, dtype: torch.dt
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_on_the_gpu_ends_as_on_the_cpu(cuda: torch.device, name: str) -> None:
     compare(ATTACKS[name], torch.float64, cuda)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_evaluations_that_are_recorded_give_what_others_give(
+    cuda: torch.device, monkeypatch: pytest.MonkeyPatch, recipe: str, dtype: torch.dtype
+) -> None:
+    model, update = client("embedding", torch.float64, cuda)
+    options: dict[str, Any] = {"recipe": recipe, "dtype": dtype, "max_evaluations": 3 * BUDGET, "progress": False}
+    recorded = match_gradients(model, update, **options)
+    monkeypatch.setattr(pose, "recordable", lambda problem: False)
+    plain = match_gradients(model, update, **options)
+    assert recorded.diagnostics["recorded"] == "yes"
+    assert plain.diagnostics["recorded"] == "no"
+    before_rounding_grows = slice(BUDGET)
+    for mine, other in zip(recorded.history[before_rounding_grows], plain.history, strict=False):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4 if dtype == torch.float32 else TOLERANCE)
+
+
+def test_a_loss_that_cannot_be_recorded_is_evaluated_as_before(cuda: torch.device) -> None:
+    def asking(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        value = torch.nn.functional.cross_entropy(logits, labels)
+        return value * value.item() / value.item()
+
+    model, update = client("embedding", torch.float64, cuda)
+    options: dict[str, Any] = {"max_evaluations": BUDGET, "progress": False}
+    found = match_gradients(model, update, loss=asking, **options)
+    assert found.diagnostics["recorded"].startswith("no: ")
+    again = match_gradients(model, update, **options)  # the card is as it was
+    assert again.diagnostics["recorded"] == "yes"
+    for mine, other in zip(found.history, again.history, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)

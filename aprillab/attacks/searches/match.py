@@ -236,6 +236,7 @@ def _numbers(search: Search, best: Best, update: ClientUpdate, seconds: float) -
         "precision": _short(update.dtype),
         "dtype": _short(problem.dtype),
         "device": str(problem.device),
+        "recorded": "no" if problem.recording is None else problem.recording.words,
         "threads": torch.get_num_threads(),
     }
 

@@ -15,11 +15,13 @@ from ...anatomy import Anatomy, UnknownModelError, dissect, hooked
 from ...models import patchify
 from ...preprocessing import Preprocessing
 from ...update import ClientUpdate, logits_of
+from ..client import draws
 from ..labels import assumed_batch_size, recover_labels
 from ..result import AttackNotApplicable
 from .coordinates import Coordinates, row_space_of
 from .problem import Loss, Position, Problem
 from .recipes import Adam, Recipe
+from .recorded import Recording
 from .slopes import matcher
 
 
@@ -58,7 +60,7 @@ def pose(
     coordinates = coordinates or _row_space(update, anatomy, batch_size, recipe)
     if coordinates is not None and isinstance(recipe.optimizer, Adam) and recipe.optimizer.clamp:
         raise ValueError("clamp=True works on pixels, and the search has coordinates: choose one")
-    return Problem(
+    problem = Problem(
         model=copied,
         parameters=[parameters[name].requires_grad_() for name in names],
         targets=targets,
@@ -76,7 +78,20 @@ def pose(
         coordinates=None if coordinates is None else coordinates.to(like),
         patch_size=anatomy.tiling.patch_size if recipe.priors.seams else None,
         seed=seed,
+        draws=_draws(copied, like.expand(shape)),
     )
+    return replace(problem, recording=Recording(problem.restart) if recordable(problem) else None)
+
+
+def recordable(problem: Problem) -> bool:
+    """Whether evaluations may be recorded: on CUDA, where the model draws nothing at random, as dropout does."""
+    return problem.device.type == "cuda" and not problem.draws
+
+
+def _draws(model: nn.Module, images: Tensor) -> bool:
+    """Whether the model draws at random; the caller's random state is kept."""
+    with undisturbed(images.device):
+        return draws(model, images)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .coordinates import Coordinates
 from .objectives import position_cosine
 from .rearrange import places_of, rearranged
 from .recipes import PositionTerm, Recipe
+from .recorded import Recording
 from .slopes import Matcher
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -53,7 +54,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Restart:
+class Restart:
     """One restart's distance, residual and position term, scalars, and the slopes of its pictures and logits.
 
     Where there is a position term, ``token_gradients`` is the position embedding's gradient.
@@ -117,6 +118,10 @@ class Problem:
     patch_size : (height, width) or None
         Of a ViT's patches; None where the prior on their seams is not asked for.
     seed : int
+    draws : bool
+        Whether the model draws at random, as dropout does.
+    recording : Recording or None
+        Of a restart's evaluation, where evaluations may be recorded.
     """
 
     model: nn.Module
@@ -134,6 +139,8 @@ class Problem:
     coordinates: Coordinates | None
     patch_size: tuple[int, int] | None
     seed: int
+    draws: bool = False
+    recording: Recording | None = None
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +194,7 @@ class Problem:
 
     def gradients(self, images: Tensor, logits: Tensor | None) -> tuple[Tensor, ...]:
         """What the client would share, had it these images (B, C, H, W) and labels."""
-        if self.model.training:
+        if self.draws:
             _seed(self.seed, self.device)  # dropout draws the same mask at every evaluation
         labels = self.labels if logits is None else logits.softmax(-1)
         value = self.loss(logits_of(self.model, images), labels)  # type: ignore[arg-type]
@@ -196,7 +203,8 @@ class Problem:
     def evaluate(self, unknowns: Tensor, logits: Tensor | None) -> Evaluation:
         """The loss at unknowns (R, …) and label logits (R, B, classes), and its slope."""
         images = self.images_of(unknowns)  # (R, B, C, H, W)
-        restarts = [self._restart(x, None if logits is None else logits[r]) for r, x in enumerate(images)]
+        one = self.restart if self.recording is None else self.recording
+        restarts = [one(x, *(() if logits is None else (logits[r],))) for r, x in enumerate(images)]
         distances = torch.stack([restart.distance for restart in restarts])
         # The terms, means over the restarts, and their sum
         terms = {"distance": distances.mean()}
@@ -220,7 +228,7 @@ class Problem:
         token_gradients = torch.stack(rows) if rows else None
         return Evaluation(images.detach(), loss, tuple(slopes), values, distances, residuals, token_gradients)
 
-    def _restart(self, images: Tensor, logits: Tensor | None) -> _Restart:
+    def restart(self, images: Tensor, logits: Tensor | None = None) -> Restart:
         """One restart of pictures (B, C, H, W) and logits (B, classes), link by link."""
         leaves = [leaf.detach().requires_grad_() for leaf in (images, logits) if leaf is not None]
         # g' = ∇w(x'), still a function of x' (5.1)
@@ -237,7 +245,7 @@ class Problem:
         # ∂loss/∂x' = Jᵀ ∂loss/∂g' (5.2)
         live = [k for k, gradient in enumerate(gradients) if gradient.requires_grad]
         pulled = torch.autograd.grad([gradients[k] for k in live], leaves, [slopes[k] for k in live])
-        return _Restart(
+        return Restart(
             match.distance, match.residual, position.detach(), None if mine is None else mine.detach(),
             tuple(match.scale * slope for slope in pulled),
         )  # fmt: skip

@@ -30,13 +30,13 @@ class Match:
     slopes : sequence of Tensor
         ∂D/∂g' divided by ``scale``, one a tensor: a factor they share costs less after the second
         backward pass, on the picture.
-    scale : float
+    scale : float, or a scalar Tensor where to ask for the number were to wait for the card
     """
 
     distance: Tensor
     residual: Tensor
     slopes: Sequence[Tensor]
-    scale: float
+    scale: float | Tensor
 
 
 Matcher = Callable[[Sequence[Tensor]], Match]
@@ -107,22 +107,18 @@ def _relative_l2(targets: Sequence[Tensor], eps: float) -> Matcher:
 
 
 def _balanced_l2(targets: Sequence[Tensor], eps: float) -> Matcher:
-    size, weights = _size(targets), relative_weights(targets, eps)
-    k, factors = len(targets), weights.tolist()
+    size, weights, k = _size(targets), relative_weights(targets, eps), len(targets)
 
     def match(gradients: Sequence[Tensor]) -> Match:
-        norms, distances, slopes = [], [], []
-        for mine, shared, w in zip(gradients, targets, factors, strict=True):
-            difference = mine - shared
-            apart, strength = difference.norm(), mine.norm()
-            # Of each tensor w ‖g' − g‖² and 1 + w ‖g'‖²: D_j is twice their ratio.
-            relative, both = w * apart.square(), 1 + w * strength.square()
-            norms.append(apart)
-            distances.append(2 * relative / both)
-            # ∂D/∂g'_j = 4/k · (a (g'_j − g_j) − b g'_j), of k tensors
-            factor, pull = w / both, w * relative / both.square()
-            slopes.append(difference.mul_(factor).sub_(mine * pull))
-        return Match(torch.stack(distances).mean(), torch.stack(norms).norm() / size, slopes, 4 / k)
+        slopes = [mine - shared for mine, shared in zip(gradients, targets, strict=True)]
+        apart, strength = (torch.stack([tensor.norm() for tensor in some]) for some in (slopes, gradients))
+        # Of each tensor w ‖g' − g‖² and 1 + w ‖g'‖²: D_j is twice their ratio.
+        relative, both = weights * apart.square(), 1 + weights * strength.square()
+        # ∂D/∂g'_j = 4/k · (a (g'_j − g_j) − b g'_j), of k tensors
+        factors, pulls = weights / both, weights * relative / both.square()
+        for difference, mine, a, b in zip(slopes, gradients, factors, pulls, strict=True):
+            difference.mul_(a).addcmul_(mine, b, value=-1)
+        return Match((2 * relative / both).mean(), apart.norm() / size, slopes, 4 / k)
 
     return match
 
@@ -155,15 +151,19 @@ def _cosine(targets: Sequence[Tensor], _: float) -> Matcher:
         norm = square.sqrt()
         distance = 1 - dot / (norm * size)
         relative = (square - 2 * dot + size.square()) / size.square()  # ‖g' − g‖² / ‖g‖²
-        if relative < coarse:
-            # So near a match half of the digits have cancelled: take the difference itself.
+        # So near a match half of the digits have cancelled: take the difference itself. On CUDA always, since to
+        # ask is to wait.
+        if size.is_cuda or relative < coarse:
             apart = _size([mine - shared for mine, shared in zip(gradients, targets, strict=True)])
             distance = (apart.square() - (norm - size).square()) / (2 * norm * size)
             relative = (apart / size).square()
         # ∂D/∂g' = −(g − c g') / (‖g'‖ ‖g‖), c = g'·g / ‖g'‖²
-        c = float(dot / square)
-        slopes = [torch.sub(shared, mine, alpha=c) for mine, shared in zip(gradients, targets, strict=True)]
-        return Match(distance, relative.sqrt(), slopes, -1 / float(norm * size))
+        c, scale, pairs = dot / square, -1 / (norm * size), list(zip(gradients, targets, strict=True))
+        if size.is_cuda:
+            slopes = [torch.addcmul(shared, mine, c, value=-1) for mine, shared in pairs]
+            return Match(distance, relative.sqrt(), slopes, scale)
+        slopes = [torch.sub(shared, mine, alpha=float(c)) for mine, shared in pairs]
+        return Match(distance, relative.sqrt(), slopes, float(scale))
 
     return match
 
