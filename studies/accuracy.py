@@ -5,8 +5,8 @@ the same initial weights (but for the embedding), the same split into training a
 the same order of batches for all six, so differences are taken seed by seed. The budget was chosen
 once and is not tuned for any of them; the accuracy is that of the last epoch, never the best one.
 
-    python -m studies.accuracy                               # MNIST-5k, minutes on two cores python
-    -m studies.accuracy --data cifar10 --root DIR     # CIFAR-10 is there; an afternoon, or a GPU
+    python -m studies.accuracy                               # MNIST-5k, minutes on two cores
+    python -m studies.accuracy --data cifar10 --root DIR     # CIFAR-10 is there; an afternoon, or a GPU
 """
 
 from __future__ import annotations
@@ -76,15 +76,20 @@ def images_and_labels(options: argparse.Namespace, seed: int) -> list[tuple[Tens
     return [(al.HALF.to_input(x), y) for x, y in parts]
 
 
+def small_vit(options: argparse.Namespace, images: Tensor, seed: int, **embedding: Any) -> al.VisionTransformer:
+    """The model of this study for such images, with random weights."""
+    return al.VisionTransformer(
+        image_size=images.shape[-1], patch_size=options.patch_size, channels=images.shape[1], width=options.width,
+        depth=options.depth, heads=4, classes=10, mlp_ratio=2.0, seed=seed, **embedding,
+    )  # fmt: skip
+
+
 def trained(options: argparse.Namespace, case: tuple[int, str]) -> list[Row]:
     """One run."""
     seed, embedding = case
     (x, y), test = images_and_labels(options, seed)
-    model = al.VisionTransformer(
-        image_size=x.shape[-1], patch_size=options.patch_size, channels=x.shape[1], width=options.width,
-        depth=options.depth, heads=4, classes=10, mlp_ratio=2.0, seed=seed,
-        **options_of(embedding, x.shape[-1] // options.patch_size, options.width, seed),
-    ).to(options.device)  # fmt: skip
+    position = options_of(embedding, x.shape[-1] // options.patch_size, options.width, seed)
+    model = small_vit(options, x, seed, **position).to(options.device)
     path = None
     if options.checkpoints:
         options.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -156,24 +161,34 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     return facts | {"table": summary(rows)}, []
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("accuracy", __doc__)
+def add_arguments(parser: argparse.ArgumentParser, *, epochs: str | None = None, device: str | None = None) -> None:
+    """Data, model and budget; with words on whose the epochs and the device are, where it is not all of them."""
     parser.add_argument("--data", choices=("mnist5k", "cifar10"), default="mnist5k")
     parser.add_argument("--root", type=Path, help="folder that holds CIFAR-10")
     parser.add_argument("--limit", type=int, help="only the first so many CIFAR-10 images")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=10, help=epochs)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--patch-size", type=int, help="in pixels; default 7 for MNIST, 4 for CIFAR-10")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--checkpoints", type=Path, help="folder for the trained weights (safetensors)")
-    options = parser.parse_args(argv)
+    parser.add_argument("--device", default="cpu", help=device)
+
+
+def checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
+    """The options with their defaults; ends the program if they make no sense."""
     options.patch_size = options.patch_size or (7 if options.data == "mnist5k" else 4)
     if options.quick:
         options.seeds, options.epochs, options.width, options.depth = 1, 1, 16, 1
     if options.data == "cifar10" and options.root is None:
         parser.error("--data cifar10 needs --root, the folder that holds it")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = study_parser("accuracy", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--checkpoints", type=Path, help="folder for the trained weights (safetensors)")
+    options = checked(parser, parser.parse_args(argv))
     run_study(file_name(options), options, measure=measure, describe=describe, template="accuracy")
 
 

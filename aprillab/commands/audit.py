@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,17 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--{stray[0]} is of a recording: with --update, leave it out")
     rounds = _rounds(arguments)
     with here_importable():
-        model = built_model(arguments.model)
-        anatomy = described(model, arguments)
-        preprocessing = _preprocessing(arguments.preprocessing, anatomy)
-        loss = _loss(arguments, model, anatomy)
-        _say_what(arguments, model, anatomy, preprocessing)
+        model, options = _told(arguments)
         with _steps(arguments) as step:
             try:
-                found = audit(
-                    model, rounds, anatomy=anatomy, preprocessing=preprocessing, loss=loss, verify=arguments.verify,
-                    strict=arguments.strict, progress=step,
-                )  # fmt: skip
+                found = audit(model, rounds, **options, progress=step)
             except UpdateError as error:
                 raise _with_options(error) from error
             found = _with_head_unnamed(found)
@@ -117,14 +111,7 @@ def _run_recording(arguments: argparse.Namespace, out: Path) -> int:
     ):
         note(words)
     with here_importable():
-        model = built_model(arguments.model)
-        anatomy = described(model, arguments)
-        preprocessing = _preprocessing(arguments.preprocessing, anatomy)
-        options = {
-            "anatomy": anatomy, "preprocessing": preprocessing, "loss": _loss(arguments, model, anatomy),
-            "verify": arguments.verify, "strict": arguments.strict,
-        }  # fmt: skip
-        _say_what(arguments, model, anatomy, preprocessing)
+        model, options = _told(arguments)
         source = Source(command=shlex.join(arguments.words), model=arguments.model, loss=str(arguments.loss or ""))
         audited = []
         with _steps(arguments) as step:
@@ -166,6 +153,19 @@ def _update(file: str, arguments: argparse.Namespace) -> ClientUpdate:
     if not arguments.quiet:
         note(f"{file}: {len(update.gradients)} tensors in {dtype_name(update)}")
     return replace(update, withheld=(*update.withheld, *arguments.withheld))
+
+
+def _told(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and what the audit is told of it and of the client; said on stderr, too."""
+    model = built_model(arguments.model)
+    anatomy = described(model, arguments)
+    preprocessing = _preprocessing(arguments.preprocessing, anatomy)
+    options = {
+        "anatomy": anatomy, "preprocessing": preprocessing, "loss": _loss(arguments, model, anatomy),
+        "verify": arguments.verify, "strict": arguments.strict,
+    }  # fmt: skip
+    _say_what(arguments, model, anatomy, preprocessing)
+    return model, options
 
 
 def _preprocessing(said: Normalization | None, anatomy: Anatomy) -> Preprocessing:

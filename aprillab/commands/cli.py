@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..version import __version__
 from .arguments import audit, compare, demo, federation, invert, record
@@ -66,7 +66,12 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports wrong usage as every other error, instead of leaving the interpreter."""
+    """Shows texts with their own line breaks, and reports wrong usage as every other error, instead
+    of leaving the interpreter. Its commands are of this class, too.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **given)
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message} (see {self.prog} --help)")
@@ -75,7 +80,6 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="aprillab",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="How the gradients that federated learning shares give away a Vision Transformer user's images.",
         epilog=f"{EXIT_CODES}\naudit has its own, below aprillab audit --help.\n{RESPONSIBLE_USE}",
     )

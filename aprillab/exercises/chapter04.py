@@ -17,7 +17,7 @@ from ..attacks.result import AttackNotApplicable
 from ..models import VisionTransformer, unpatchify
 from ..preprocessing import HALF
 from ..update import ClientUpdate, client_update
-from .feedback import Feedback, expect_close, expect_numbers, expect_tensor, expect_whole, run, stop
+from .feedback import Feedback, expect_close, expect_numbers, expect_something, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 
@@ -365,8 +365,7 @@ def check_predicted_mse(function: Callable[[Tensor, Tensor], float]) -> Feedback
 
 
 def _as_number(answer: Any) -> float:
-    if answer is None or answer is ...:
-        stop("Nothing was returned yet. Is there a return at the end?")
+    expect_something(answer)
     try:
         return float(answer)
     except (TypeError, ValueError):

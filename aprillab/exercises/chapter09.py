@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .feedback import Feedback, expect_close, expect_number, expect_tensor, expect_whole, run, stop
+from .feedback import Feedback, expect_close, expect_number, expect_something, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 Mail = list[tuple[Tensor, Tensor]]  # ΔW_e (d, p) and ΔE (n, d) of each client
@@ -24,8 +24,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 def _several(answer: Any, what: Sequence[str]) -> Sequence[Any]:
     """The answer as a tuple of so many, or a message that says what it is instead."""
-    if answer is None or answer is ...:
-        stop("Nothing was returned yet. Is there a return at the end?")
+    expect_something(answer)
     if not isinstance(answer, tuple | list) or len(answer) != len(what):
         stop(f"Return {len(what)} things, {' and '.join(what)}, not a {type(answer).__name__}.")
     return answer

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..attacks import AttackNotApplicable, invert
 from ..models import VisionTransformer
 from ..update import ClientUpdate, client_update
-from .feedback import Feedback, expect_close, expect_tensor, expect_whole, run, stop
+from .feedback import Feedback, expect_close, expect_something, expect_tensor, expect_whole, run, stop
 
 F64 = torch.float64
 System = tuple[Tensor, Tensor]  # G (n, d) and ∂W_e (d, p) of one round
@@ -30,8 +30,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 def _collection(answer: Any, what: str) -> list[Any]:
     """The answer as a list, or a message that says what it is instead."""
-    if answer is None or answer is ...:
-        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
+    expect_something(answer, what)
     if isinstance(answer, Tensor) and answer.ndim == 1:
         return answer.tolist()
     if isinstance(answer, str | bytes | Mapping) or not isinstance(answer, Collection):

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from .detectors import F64, Head, drawn, norm_of
 from .detectors import check_strangeness as check_strangeness
-from .feedback import Feedback, expect_close, expect_number, expect_tensor, expect_whole, plain, run, stop
+from .feedback import (
+    Feedback,
+    expect_close,
+    expect_number,
+    expect_something,
+    expect_tensor,
+    expect_whole,
+    plain,
+    run,
+    stop,
+)
 
 
 def _features(gamma: Tensor, beta: Tensor, count: int, seed: int) -> Tensor:
@@ -142,8 +152,7 @@ def check_counts(function: Callable[[Tensor, int], tuple[int, list[int]]]) -> Fe
         for seed, (B, of_class, bins) in enumerate(((8, 2, 5), (32, 7, 6), (6, 6, 3), (12, 0, 4))):
             bias, wanted = _counted(seed, B, of_class, bins)
             answer = function(bias.clone(), B)
-            if answer is None or answer is ...:
-                stop("Nothing was returned yet. Is there a return at the end?")
+            expect_something(answer)
             if not isinstance(answer, tuple | list) or len(answer) != 2:
                 stop("Return two things: how many are of class c, and the list of counts.")
             members = expect_whole(plain(answer[0]), "How many are of class c")
@@ -264,8 +273,7 @@ def check_still_true(function: Callable[[], str]) -> Feedback:
 
     def check() -> str:
         answer = function()
-        if answer is None or answer is ...:
-            stop("Nothing was returned yet. Is there a return at the end?")
+        expect_something(answer)
         if not isinstance(answer, str):
             stop(f'Return letters as one string, such as "ABD", not a {type(answer).__name__}.')
         letters = {letter for letter in answer.upper() if letter.isalpha()}

@@ -58,10 +58,16 @@ def run(check: Callable[[], str]) -> Feedback:
         return Feedback(False, f"Your code raised {type(error).__name__}: {error}")
 
 
+def expect_something(answer: Any, what: str = "") -> None:
+    """Any answer at all, or a message that there is none; with ``what`` it says of which quantity."""
+    if answer is None or answer is ...:
+        nothing = f"{what}: nothing" if what else "Nothing"
+        stop(f"{nothing} was returned yet. Is there a return at the end?")
+
+
 def expect_tensor(answer: Any, shape: tuple[int, ...], what: str) -> Tensor:
     """The answer as a tensor of this shape, or a message that says what it is instead."""
-    if answer is None or answer is ...:
-        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
+    expect_something(answer, what)
     if not isinstance(answer, Tensor):
         stop(f"{what} should be a tensor of shape {shape}, but it is a {type(answer).__name__}.")
     if tuple(answer.shape) != shape:
@@ -151,8 +157,7 @@ def _wrong_number(what: str, got: float, wanted: float, tolerance: float) -> str
 
 def expect_number(answer: Any, what: str) -> float:
     """The answer as a float, or a message that says what it is instead."""
-    if answer is None or answer is ...:
-        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
+    expect_something(answer, what)
     if isinstance(answer, Tensor) and answer.numel() == 1:
         answer = answer.item()
     if isinstance(answer, bool) or not isinstance(answer, int | float):
@@ -166,8 +171,7 @@ def expect_whole(answer: Any, what: str) -> int:
     """The answer as an int, or a message that says what it is instead."""
     if isinstance(answer, Tensor) and answer.numel() == 1 and not answer.is_floating_point():
         answer = answer.item()
-    if answer is None or answer is ...:
-        stop(f"{what}: nothing was returned yet. Is there a return at the end?")
+    expect_something(answer, what)
     if isinstance(answer, bool) or not isinstance(answer, int):
         stop(f"{what} should be an int, not a {type(answer).__name__}.")
     return answer

@@ -12,26 +12,17 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 _GENTLY = 5.0  # seconds before a process is killed
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> AbstractContextManager[None]:
     """SIGTERM and SIGHUP end this process as Ctrl-C does: by way of everybody's ``finally``."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return _handled(_leave, signal.SIGTERM, signal.SIGHUP)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
@@ -87,15 +78,20 @@ def _descendants(roots: set[int]) -> set[int]:
     return found & parents.keys()
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed() -> AbstractContextManager[None]:
     """A second Ctrl-C does not leave the work half done; it takes seconds."""
+    return _handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], object] | signal.Handlers, *numbers: int) -> Iterator[None]:
+    """These signals go to ``handler`` while this lasts; Python lets the main thread alone set one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, own in before.items():
+            signal.signal(number, own)

@@ -40,7 +40,8 @@ import aprillab as al
 from .._rows import fill, read
 from .._runner import run_study, study_parser
 from .._tables import grouped, markdown
-from ..accuracy import images_and_labels, interval
+from ..accuracy import SETTINGS, checked, images_and_labels, interval, small_vit
+from ..accuracy import add_arguments as add_study_arguments
 from .accuracy_federated import (
     RATE,
     Defence,
@@ -64,7 +65,6 @@ PRIVATE: dict[float, dict[str, Any]] = {
     math.inf: {"batch_size": CLIENTS, "epochs": 10, "lr": RATE},
 }
 CLIP = 1.0
-SETTINGS = ("patch_size", "width", "depth", "epochs", "limit")
 
 
 class Case(NamedTuple):
@@ -116,10 +116,7 @@ class Row:
 def measured(options: argparse.Namespace, case: Case) -> Iterator[Row]:
     """One run."""
     (x, y), test = images_and_labels(options, case.seed)
-    model = al.VisionTransformer(
-        image_size=x.shape[-1], patch_size=options.patch_size, channels=x.shape[1], width=options.width,
-        depth=options.depth, heads=4, classes=10, mlp_ratio=2.0, seed=case.seed,
-    )  # fmt: skip
+    model = small_vit(options, x, case.seed)
     start = time.perf_counter()
     run = privately if case.defence == "DP-SGD" else federated
     found = run(options, case, model, (x, y), test)
@@ -251,25 +248,10 @@ def summary(rows: pd.DataFrame) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What this part of the study can be asked."""
-    parser.add_argument("--data", choices=("mnist5k", "cifar10"), default="mnist5k")
-    parser.add_argument("--root", type=Path, help="folder that holds CIFAR-10")
-    parser.add_argument("--limit", type=int, help="only the first so many CIFAR-10 images")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=10, help="of the federated runs (%(default)s)")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--patch-size", type=int, help="in pixels; default 7 for MNIST, 4 for CIFAR-10")
-    parser.add_argument("--device", default="cpu", help="of DP-SGD; the federated runs stay on the CPU")
-
-
-def checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
-    """The options with their defaults; ends the program if they make no sense."""
-    options.patch_size = options.patch_size or (7 if options.data == "mnist5k" else 4)
-    if options.quick:
-        options.seeds, options.epochs, options.width, options.depth = 1, 1, 16, 1
-    if options.data == "cifar10" and options.root is None:
-        parser.error("--data cifar10 needs --root, the folder that holds it")
-    return options
+    add_study_arguments(
+        parser, epochs="of the federated runs (%(default)s)",
+        device="of DP-SGD; the federated runs stay on the CPU",
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,8 +31,8 @@ from aprillab.training import train
 from .._rows import fill, read
 from .._runner import run_study, study_parser
 from .._tables import grouped, markdown
-from ..accuracy import images_and_labels
-from .accuracy import add_arguments, checked
+from ..accuracy import checked, images_and_labels, small_vit
+from .accuracy import add_arguments
 from .accuracy_federated import RATE, client_gradients
 
 FILE, BATCH = "defences_clipping.csv", 8
@@ -64,10 +64,7 @@ class Row:
 
 def measured(options: argparse.Namespace, case: Case) -> Iterator[Row]:
     (x, y), _ = images_and_labels(options, case.seed)
-    model = al.VisionTransformer(
-        image_size=x.shape[-1], patch_size=options.patch_size, channels=x.shape[1], width=options.width,
-        depth=options.depth, heads=4, classes=10, mlp_ratio=2.0, seed=case.seed,
-    )  # fmt: skip
+    model = small_vit(options, x, case.seed)
     if case.weights == "trained":
         train(model, x, y, epochs=options.epochs, seed=case.seed, batch_size=50, lr=RATE, progress=False)
     batches = 1 if options.quick else BATCHES

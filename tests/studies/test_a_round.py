@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from studied import broken, write_tables
 
 import aprillab as al
 from aprillab.federation import train_locally, update_of
@@ -137,11 +138,6 @@ def made_up() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def broken(folder: Path, rows: pd.DataFrame) -> list[str]:
-    rows.to_csv(folder / described.FILE, index=False)
-    return [claim.phrase for claim in described.describe(folder, QUICK)[1] if not claim.holds]
-
-
 @pytest.mark.parametrize(
     ("part", "change", "phrase"),
     [
@@ -167,11 +163,13 @@ def test_every_claim_can_fail(tmp_path: Path, part: str, change: dict[str, objec
     rows = made_up()
     for name, value in change.items():
         rows.loc[rows.part == part, name] = value
-    assert any(phrase in claimed for claimed in broken(tmp_path, rows))
+    write_tables(tmp_path, {described.FILE: rows})
+    assert any(phrase in claimed for claimed in broken(tmp_path, QUICK, described))
 
 
 def test_the_page_and_the_figure_have_every_part(tmp_path: Path) -> None:
-    assert broken(tmp_path, made_up()) == []
+    write_tables(tmp_path, {described.FILE: made_up()})
+    assert broken(tmp_path, QUICK, described) == []
     text = page("a_round", *described.describe(tmp_path, QUICK))
     assert (PAGES / "a_round.md").is_file()
     assert "{" not in text

@@ -14,6 +14,7 @@ pytest.importorskip("flwr")
 
 from flwr.app import Message
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
+from studied import broken, write_tables
 
 import aprillab as al
 from aprillab.comparison.parallel import HERE
@@ -174,12 +175,9 @@ def test_a_case_is_measured() -> None:
     ],
 )
 def test_claims_can_fail(tmp_path: Path, change: dict[str, float], phrase: str) -> None:
-    def broken(folder: Path) -> list[str]:
-        return [claim.phrase for claim in secure.describe(folder, argparse.Namespace())[1] if not claim.holds]
-
-    assert broken(RESULTS) == []
-    rows_of(RESULTS / secure.FILE, secure.Row).assign(**change).to_csv(tmp_path / secure.FILE, index=False)
-    assert any(phrase in said for said in broken(tmp_path))
+    assert broken(RESULTS, argparse.Namespace(), secure) == []
+    write_tables(tmp_path, {secure.FILE: rows_of(RESULTS / secure.FILE, secure.Row).assign(**change)})
+    assert any(phrase in said for said in broken(tmp_path, argparse.Namespace(), secure))
 
 
 def missing() -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("flwr")
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from matplotlib.axes import Axes
+from studied import broken, write_tables
 
 from studies._runner import page
 from studies.protections import clients, clipping, noise, pictures, processes, secure
@@ -217,20 +218,15 @@ def frames() -> dict[str, pd.DataFrame]:
 def test_every_claim_can_fail_and_holds_where_it_does(
     tmp_path: Path, file: str, change: dict[str, object], phrase: str
 ) -> None:
-    def broken() -> list[str]:
-        return [claim.phrase for part in PARTS for claim in part.describe(tmp_path, QUICK)[1] if not claim.holds]
-
     tables = frames()
-    for name, table in tables.items():
-        table.to_csv(tmp_path / name, index=False)
-    assert broken() == []
-    tables[file].assign(**change).to_csv(tmp_path / file, index=False)
-    assert any(phrase in claimed for claimed in broken())
+    write_tables(tmp_path, tables)
+    assert broken(tmp_path, QUICK, *PARTS) == []
+    write_tables(tmp_path, {file: tables[file].assign(**change)})
+    assert any(phrase in claimed for claimed in broken(tmp_path, QUICK, *PARTS))
 
 
 def test_the_page_has_every_part_and_says_where_processes_were_not_timed(tmp_path: Path) -> None:
-    for name, table in frames().items():
-        table.to_csv(tmp_path / name, index=False)
+    write_tables(tmp_path, frames())
     text = page("protections", *describe(tmp_path, QUICK))
     assert "{" not in text
     assert "Not measured here." in text

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.special import ndtr
+from studied import broken, write_tables
 
 import aprillab as al
 from aprillab.comparison.parallel import HERE
@@ -160,24 +161,18 @@ def frames() -> dict[str, pd.DataFrame]:
 def test_every_claim_can_fail_and_holds_where_it_does(
     tmp_path: Path, file: str, change: dict[str, object], phrase: str
 ) -> None:
-    def broken() -> list[str]:
-        claims = [c for part in (frozen_embeddings, rounds, lora) for c in part.describe(tmp_path, QUICK)[1]]
-        return [claim.phrase for claim in claims if not claim.holds]
-
-    tables = frames()
-    for name, table in tables.items():
-        table.to_csv(tmp_path / name, index=False)
-    assert broken() == []
-    tables[file].assign(**change).to_csv(tmp_path / file, index=False)
-    assert any(phrase in claimed for claimed in broken())
+    tables, parts = frames(), (frozen_embeddings, rounds, lora)
+    write_tables(tmp_path, tables)
+    assert broken(tmp_path, QUICK, *parts) == []
+    write_tables(tmp_path, {file: tables[file].assign(**change)})
+    assert any(phrase in claimed for claimed in broken(tmp_path, QUICK, *parts))
 
 
 def test_the_page_and_the_figure_have_every_part(tmp_path: Path) -> None:
     from studies._runner import page
     from studies.sharing_less.__main__ import PARTS, describe, figure
 
-    for name, table in frames().items():
-        table.to_csv(tmp_path / name, index=False)
+    write_tables(tmp_path, frames())
     for name in ("leak_map.csv", "features.csv"):
         shutil.copy(RESULTS / name, tmp_path / name)
     text = page("sharing_less", *describe(tmp_path, QUICK))

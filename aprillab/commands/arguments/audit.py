@@ -8,7 +8,7 @@ from typing import Any
 from ..losses import LOSSES
 from ..messages import AUDIT_EXIT_CODES
 from .names import LEAKS
-from .types import add_judging, normalization, part, setting, whole
+from .types import add_judging, add_own_model, normalization, part, setting, whole
 
 _UPDATE = """update: any safetensors file whose tensors are gradients, or a multiple of them, each under its
   parameter's name in model.named_parameters(), with or without a wrapper's "module."; float16, bfloat16, float32
@@ -23,17 +23,13 @@ _UPDATE = """update: any safetensors file whose tensors are gradients, or a mult
 def add_arguments(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     command = commands.add_parser(
-        "audit", formatter_class=argparse.RawDescriptionHelpFormatter,
+        "audit",
         help="what an update of your own federated system gives away",
         description="Try every closed form on one client's update and say how much of each picture is to be\n"
         "believed. Needs no labels and no originals.",
         epilog=f"{_UPDATE}\n\n{LOSSES}\n\n{AUDIT_EXIT_CODES}",
-    )  # fmt: skip
-    command.add_argument(
-        "--model", required=True, metavar="MODULE:FUNCTION",
-        help="a function without arguments that returns the model, with the weights and in the mode (train or eval) "
-        "that the client used; imported from the current folder too, and run",
-    )  # fmt: skip
+    )
+    add_own_model(command, "and in the mode (train or eval) that the client used")
     _add_rounds(command)
     command.add_argument(
         "--out", required=True, metavar="DIR",

@@ -34,12 +34,12 @@ _ATTACKS_COMPARED = ["embedding", "span", "span_then_match", "match:april"]
 def add_arguments(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     compare = commands.add_parser(
-        "compare", formatter_class=argparse.RawDescriptionHelpFormatter,
+        "compare",
         help="attacks side by side on the same updates: a table and figures",
         description="Play the client for every combination of what is listed, let every attack have the update, and\n"
         "write a CSV row for each attack as it ends. The same command goes on where it was broken off.",
         epilog=f"{_COMPARE}\n\n{EXIT_CODES}",
-    )  # fmt: skip
+    )
     for option, default, kind, metavar, text in (
         ("--victims", ["astronaut", "chelsea"], str, "V,…", "pictures; see below"),
         ("--models", ["prenorm"], str, "NAME,…", "see below"),

@@ -21,11 +21,11 @@ what is written: federation.log, what each process printed; recording/, what the
 def add_arguments(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     command = commands.add_parser(
-        "federation", formatter_class=argparse.RawDescriptionHelpFormatter,
+        "federation",
         help="a real federation on this machine, by Flower, and what its server sees",
         description="Run FedAvg by real processes over the loopback address, and attack what the server received.",
         epilog=f"{_WHAT}\n\n{EXIT_CODES}",
-    )  # fmt: skip
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="folder for all of it; made if need be")
     command.add_argument("--clients", default=2, type=whole(1), metavar="N", help="(%(default)s)")
     command.add_argument("--rounds", default=2, type=whole(1), metavar="N", help="(%(default)s)")

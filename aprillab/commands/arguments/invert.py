@@ -26,11 +26,11 @@ _JSON = """JSON: attack, exact, predicted_psnr and psnr (dB), ssim, attack_secon
 def add_arguments(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     invert = commands.add_parser(
-        "invert", formatter_class=argparse.RawDescriptionHelpFormatter,
+        "invert",
         help="attack the gradient of a picture of your own",
         description="Be the client, who shares the gradient of one private picture, and the server, who\nattacks it.",
         epilog=f"{_ATTACKS}\n\n{_MODELS}\n\n{LOSSES}\n\n{_JSON}\n\n{EXIT_CODES}",
-    )  # fmt: skip
+    )
     invert.add_argument("photo", metavar="PHOTO", help=PHOTO)
     invert.add_argument("--model", default="vit_b_16", metavar="NAME", help="see below (%(default)s)")
     invert.add_argument(

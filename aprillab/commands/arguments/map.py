@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from ..messages import EXIT_CODES
-from .types import part, whole
+from .types import add_own_model, part, whole
 
 
 def add_arguments(commands: Any) -> None:
     """Add the command to argparse's ``commands``."""
     command = commands.add_parser(
-        "map", formatter_class=argparse.RawDescriptionHelpFormatter,
+        "map",
         help="what a model would give away, by which tensors are shared; needs no update",
         description="For each group of tensors, and the usual combinations: if these and only these are shared,\n"
         "which closed form applies to an update of one image, and by which count. Nothing is attacked.",
         epilog=EXIT_CODES,
-    )  # fmt: skip
-    command.add_argument(
-        "--model", required=True, metavar="MODULE:FUNCTION",
-        help="a function without arguments that returns the model, with the weights that clients are given; imported "
-        "from the current folder too, and run",
-    )  # fmt: skip
+    )
+    add_own_model(command, "that clients are given")
     command.add_argument(
         "--rank", type=whole(1), default=8, metavar="R",
         help="of LoRA's adapters on queries and values, where the model has none (%(default)s)",

@@ -170,6 +170,15 @@ def setting(text: str) -> tuple[str, bool | int | float | str]:
     return key, {"true": True, "false": False}.get(value.lower(), value)
 
 
+def add_own_model(command: argparse.ArgumentParser, weights: str) -> None:
+    """The option that names one's own model, for ``audit`` and ``map``; ``weights`` says with which."""
+    command.add_argument(
+        "--model", required=True, metavar="MODULE:FUNCTION",
+        help=f"a function without arguments that returns the model, with the weights {weights}; imported from the "
+        "current folder too, and run",
+    )  # fmt: skip
+
+
 def add_judging(command: argparse.ArgumentParser, *, strict: bool) -> None:
     """Options on what is asked of a picture before it is shown, for ``invert`` and ``audit``."""
     shown = "--strict" if strict else "--no-strict"
