@@ -84,6 +84,17 @@ def one_image(
     -------
     Condition
         Shown for several images with the same pixels, too: their mixture is the picture.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 16, "patch_size": 4, "width": 64, "depth": 1, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape)
+    >>> pixels = al.load_victim("coffee", 16)[None]
+    >>> update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))
+    >>> condition = one_image(al.dissect(model), update)
+    >>> condition.name, condition.state, condition.numbers["residual"] < condition.numbers["limit"]
+    ('one image', 'shown', True)
     """
     if noise is None:
         noise = max(measured_noise(anatomy, update.gradients) or 0.0, torch.finfo(update.dtype).eps)
@@ -199,6 +210,16 @@ def is_batch(anatomy: Anatomy, update: ClientUpdate) -> tuple[bool, str]:
     -------
     bool, str
         And by what numbers. False where nothing could be checked, too.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 16, "patch_size": 4, "width": 64, "depth": 1, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape)
+    >>> images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    >>> update = al.client_update(model, images, torch.tensor([1, 3, 4]))
+    >>> is_batch(al.dissect(model), al.ClientUpdate(update.gradients))
+    (True, "3 entries of the head's bias gradient have the sign of a label: at least 3 labels")
     """
     condition = one_image(anatomy, update)
     return condition.state == "contradicted", condition.text

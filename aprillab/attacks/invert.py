@@ -74,6 +74,17 @@ def invert(
         If the update does not belong to the model, or a named attack reads one and several are given.
     ValueError
         If ``attack`` is unknown, or options are given with ``"auto"``.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 16, "patch_size": 4, "width": 64, "depth": 1, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape)
+    >>> pixels = al.load_victim("coffee", 16)[None]
+    >>> update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))
+    >>> result = al.invert(model, update)
+    >>> result.diagnostics["chosen"], result.exact, al.psnr(result.pixels[0], pixels[0]) > 90
+    ('embedding', True, True)
     """
     if attack != "auto" and attack not in ATTACKS:
         raise ValueError(f"attack={attack!r} is neither 'auto' nor one of {', '.join(ATTACKS)}")

@@ -213,6 +213,16 @@ def report(
     preprocessing : Preprocessing
     start : float
         ``time.perf_counter()`` when the attack began.
+
+    Examples
+    --------
+    >>> from aprillab.preprocessing import UNIT
+    >>> found = report(
+    ...     "mine", torch.full((1, 1, 2, 2), 0.5), conditions=[], predicted_psnr=40.0, labels=(None, "not asked"),
+    ...     numbers={"rank": 4}, dtype=torch.float32, preprocessing=UNIT, start=time.perf_counter(),
+    ... )
+    >>> found.exact, found.diagnostics["rank"], found.diagnostics["precision"]
+    (False, 4, 'float32')
     """
     found, found_how = labels
     return Reconstruction(
@@ -249,7 +259,14 @@ _NOT = {"contradicted": "fails", "not checked": "was not checked"}
 
 
 def verdict(conditions: Sequence[Condition], predicted_psnr: float) -> tuple[bool, str]:
-    """``exact`` and ``reason`` from conditions and the predicted PSNR in dB."""
+    """``exact`` and ``reason`` from conditions and the predicted PSNR in dB.
+
+    >>> rank = Condition("rank(G) = n", "shown", {"n": 16}, "rank {n}")
+    >>> verdict([rank], 80.0)
+    (True, 'rank(G) = n: rank 16; predicted PSNR 80.0 dB')
+    >>> verdict([rank], 40.0)[0]
+    False
+    """
     failed = [f"{c.name} {_NOT[c.state]} ({c.text})" for c in conditions if not c.holds]
     trust = f"predicted PSNR {predicted_psnr:.1f} dB"
     if failed:
@@ -274,5 +291,8 @@ def decibels(mean_square: float) -> float:
 def predicted_psnr(mean_square: float, preprocessing: Preprocessing) -> float:
     """PSNR in dB of pixels in [0, 1] whose mean squared error in model-input space is
     ``mean_square``.
+
+    >>> predicted_psnr(0.04, Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
+    20.0
     """
     return decibels(mean_square * sum(std**2 for std in preprocessing.std) / len(preprocessing.std))

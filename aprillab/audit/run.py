@@ -101,8 +101,11 @@ def audit(
     >>> from aprillab.audit import audit
     >>> model = al.VisionTransformer(image_size=16, patch_size=4, width=64, depth=1, heads=2, classes=10)
     >>> images = al.HALF.to_input(al.load_victim("coffee", 16)[None])
-    >>> audit(model, al.client_update(model, images, torch.tensor([3]))).verdict
+    >>> found = audit(model, al.client_update(model, images, torch.tensor([3])))
+    >>> found.verdict
     'This update gives the private picture away, exactly: patch-embedding system.'
+    >>> found.findings[0].result.predicted_psnr > 90
+    True
     """
     check_told(anatomy, preprocessing, loss)
     with steps(progress, 2 + len(CLOSED_FORMS)) as step:

@@ -177,6 +177,18 @@ def read_imprint(
     ------
     CannotCheat
         If the model has no such first block, or the update no gradient of its MLP's first layer.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 16, "patch_size": 8, "width": 208, "depth": 2, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape).eval()
+    >>> model.load_state_dict(imprint(model))
+    <All keys matched successfully>
+    >>> images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    >>> found = read_imprint(model, al.client_update(model, images, torch.tensor([1])), preprocessing=al.UNIT)
+    >>> len(found), found[0].alone, al.psnr(found[0].pixels, images[0]) > 50
+    (1, True, True)
     """
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing

@@ -282,6 +282,13 @@ def update_of(before: State, after: State, how: LocalTraining, *, batch_size: in
     ------
     UpdateError
         As :func:`~aprillab.update_from_states`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> before, after = {"weight": torch.tensor([1.0])}, {"weight": torch.tensor([0.5])}
+    >>> update_of(before, after, LocalTraining(learning_rate=0.25)).gradients["weight"]
+    tensor([2.])
     """
     return update_from_states(
         before, after, learning_rate=how.learning_rate, local_steps=how.steps, momentum=how.momentum,

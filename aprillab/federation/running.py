@@ -57,6 +57,15 @@ def run_course(
     ------
     FlowerMissing, FederationError
         As :func:`~aprillab.federation.processes.run_federation`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> nodes = [{"name": "ada", "victims": "coffee"}, {"name": "ben", "victims": "rocket"}]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     recording = run_course(folder, nodes, rounds=1, in_process=True)
+    >>> recording.clients, len(recording.replies), len(recording.faults)
+    (('ada', 'ben'), 2, 0)
     """
     folder = Path(folder).absolute()
     config = {

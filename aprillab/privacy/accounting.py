@@ -147,8 +147,9 @@ def guarantee(
 
     Examples
     --------
-    >>> guarantee(1.0, rounds=4).accountant
-    'exact'
+    >>> four = guarantee(1.0, rounds=4)
+    >>> round(four.epsilon, 2), four.accountant
+    (10.0, 'exact')
     """
     check_counts(sample_rate, rounds, delta)
     if not 0 < noise_multiplier < math.inf:

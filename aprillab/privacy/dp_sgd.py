@@ -103,6 +103,16 @@ def train_privately(
     OpacusMissing
         If Opacus is not installed.
 
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 1, "heads": 2, "classes": 5}
+    >>> model, images = al.VisionTransformer(**shape), torch.rand(64, 3, 8, 8)
+    >>> settings = {"epsilon": 8.0, "epochs": 2, "batch_size": 16, "progress": False}
+    >>> epochs = train_privately(model, images, torch.arange(64) % 5, **settings)
+    >>> [epoch["epoch"] for epoch in epochs], 7 < epochs[-1]["epsilon"] <= 8
+    ([1, 2], True)
+
     References
     ----------
     Abadi et al., CCS 2016, arXiv:1607.00133.

@@ -59,8 +59,8 @@ def fitted(
     >>> import torch, aprillab as al
     >>> from torch import nn
     >>> update = al.ClientUpdate({"module.weight": torch.ones(1, 2), "module.bias": torch.ones(1)})
-    >>> list(fitted(nn.Linear(2, 1), update).gradients)
-    ['weight', 'bias']
+    >>> fitted(nn.Linear(2, 1), update).gradients
+    {'weight': tensor([[1., 1.]]), 'bias': tensor([1.])}
     """
     _refuse_what_is_neither(model, update)
     parameters = dict(model.named_parameters())
