@@ -16,6 +16,7 @@ from ..anatomy import Anatomy
 from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
 from .replay import Loss, as_shared
 
+# Beside the first: all agree once in 78 where twelve blocks are dropped with up to 0.1, as timm does.
 _PASSES = 6
 
 

@@ -19,6 +19,9 @@ from .result import Replay
 _KNOWN = 0.01  # of itself, or of the r.m.s. of the tensor's entries that are: an entry's error
 _FEWEST = 64  # such entries of a tensor that an attack read
 _BY_CHANCE = 1.1  # of what known noise leaves: the norm of so many entries hardly varies
+# Times what the entries' errors explain, and what the picture's own does: how much a replay may
+# miss. The second and the last, beyond which no replay is the client's, are verify.py's; the first
+# was chosen, and not measured.
 _OF_ERRORS, _OF_PICTURE, _MOST = 5.0, 10.0, 0.1
 
 

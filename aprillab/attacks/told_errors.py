@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..update import ClientUpdate, UpdateError
 
-_MOST_BITS = 24
+_MOST_BITS = 24  # of a level: float32 holds no more, and defenses.quantize rounds to no more
 _OFF_LEVELS = 4.0  # roundings by which an entry may miss its level
 _ENOUGH = 100  # entries of a tensor that tell whether each tensor was pruned by itself
 

@@ -32,6 +32,8 @@ _SIZE = 20.0  # of the constants and the circle; pixels in model-input space are
 _SHARP = 2e4  # s: a unit is on or off but for 4e-4 of brightness
 _PASSED = 1e-7  # what each unit adds to its token: s times that stays small
 _RANGE = 4.0  # times what thresholds span: so far apart are places
+_EMPTY = 1e-4  # of the fullest bin: rounding leaves less in one without a picture
+_BELOW_ALL = 6.0  # standard deviations below the mean: no picture is darker than the first bin
 _ALONE = 1e-3  # how far the length of a LayerNorm's output may be from √d
 
 
@@ -123,7 +125,7 @@ def _thresholds(brightness: tuple[float, float] | Tensor, bins: int) -> Tensor:
         if not 0 < std < math.inf or not math.isfinite(mean):
             raise CannotCheat(f"brightness={brightness} must be a mean and a positive standard deviation")
         ends = mean + std * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
-    ends[0] = mean - 6 * std
+    ends[0] = mean - _BELOW_ALL * std
     return ends
 
 
@@ -203,7 +205,7 @@ def read_imprint(
     rows, sums = _differences(rows).flip(0), _differences(sums).flip(0)
     found, size = [], float(sums.abs().max())
     for k in range(plan.bins):
-        if float(sums[k].abs().max()) < 1e-4 * size or not size:
+        if float(sums[k].abs().max()) < _EMPTY * size or not size:
             continue
         miss = float((rows[k].norm(dim=1) / (sums[k].abs() * plan.width**0.5) - 1).abs().max())
         spread = rows[k][:, _PLUS] - rows[k][:, _MINUS]  # 2 · _SIZE, times what the LayerNorm and the loss did

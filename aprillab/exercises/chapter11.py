@@ -131,8 +131,8 @@ def check_noise_for(function: Callable[[float, int, int, float], float]) -> Feed
 
 # --- 11.4: who was it, from T noisy rounds --------------------------------------------------------------------------
 
-_CANDIDATES, _ENTRIES, _ROUNDS = 24, 40, 30
-_SEEDS_OF_WHO = (0, 29, 6)
+_CANDIDATES, _ENTRIES, _ROUNDS = 24, 40, 30  # whom to choose from; of a gradient; T
+_SEEDS_OF_WHO = (0, 29, 6)  # each mistake names wrong ones, and no two the same three
 
 
 def _watched(seed: int, sigma: float = 0.45) -> tuple[int, Rounds]:

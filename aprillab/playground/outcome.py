@@ -25,7 +25,7 @@ from ..sharing.groups import ATTENTION, HEAD, PATCH, POSITION, groups_of, last_b
 from ..update import ClientUpdate, UpdateError, client_update
 from .state import CLASSES, DEPTH, HEADS, LEARNING_RATE, OWN, State
 
-_FIRST_LABEL, _SEED = 3, 0
+_FIRST_LABEL, _SEED = 3, 0  # a batch's labels count up from it, all different; of weights and of noise
 
 
 @dataclass(frozen=True)

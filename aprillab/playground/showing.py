@@ -28,7 +28,7 @@ POSITIONS = {
 }  # fmt: skip
 #: The private one and what came back, as the eye has them, by true PSNR in dB.
 _BY_EYE = ((40.0, "no difference can be seen"), (20.0, "the same scene, with visible errors"))
-_GREY = 0.5
+_GREY = 0.5  # what is shown where nothing came back
 
 
 # --- The picture --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 _WRAPPERS = frozenset({"module", "_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Dots up to which a first part may end: names are a client's, and work must not grow with their length.
 DEEPEST = 8
 _SAVED = re.compile(r"(?<=\.)modules_to_save\.[^.]+\.")  # a trained copy: its file has the layer's own name
 _FACTOR = re.compile(r"(?<=\.)(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight$")
