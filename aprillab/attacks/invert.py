@@ -63,13 +63,13 @@ def invert(
     -------
     Reconstruction
         ``diagnostics["chosen"]`` names the attack that made it, ``["attacks"]`` maps each to what
-        became of it, in words.
+        became of it, in words, and ``["tried"]`` has those that were run.
 
     Raises
     ------
     AttackNotApplicable
-        If none applies; the message has all the reasons. Gradient matching may still work then,
-        unless nothing but zeros arrives below the head.
+        If none applies; the message has all the reasons, and ``numbers`` those of each. Gradient
+        matching may still work then, unless nothing but zeros arrives below the head.
     UpdateError
         If the update does not belong to the model, or a named attack reads one and several are given.
     ValueError
@@ -98,6 +98,7 @@ def invert(
     closed: dict[str, Any] = {"strict": strict, "loss": loss, "verify": verify}
     outcome: dict[str, str] = {}
     found: dict[str, Reconstruction] = {}
+    refused: dict[str, AttackNotApplicable] = {}
     for name in CLOSED_FORMS if attack == "auto" else [attack]:
         if exact := [result.attack for result in found.values() if result.exact]:
             outcome[name] = f"not needed: {exact[0]} is exact"
@@ -107,16 +108,17 @@ def invert(
             found[name] = result = ATTACKS[name].function(model, update, **common, **more, **options)
             outcome[name] = f"{'exact' if result.exact else 'not exact'}: {result.reason}"
         except AttackNotApplicable as refusal:
-            outcome[name] = f"refused: {refusal.reason}"
+            refused[name], outcome[name] = refusal, f"refused: {refusal.reason}"
     if not found:
         reasons = "; ".join(f"{name} {text}" for name, text in outcome.items())
-        raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **outcome)
+        numbers = {key: number for refusal in refused.values() for key, number in refusal.numbers.items()}
+        raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **numbers | outcome)
     if attack == "auto" and "span" in found and not found["span"].exact:
         outcome["span_then_round"] = "not tried: name it to look for whole grey levels, seconds to minutes"
         outcome["span_then_match"] = "not tried, a search of minutes: name it to go on from the span's picture"
     chosen = max(found, key=lambda name: _worth(found[name]))
     best = found[chosen]
-    diagnostics = {**best.diagnostics, "attacks": outcome, "chosen": chosen}
+    diagnostics = {**best.diagnostics, "attacks": outcome, "chosen": chosen, "tried": (*found, *refused)}
     if verify and best.replay is None:  # of an attack that reads one update
         diagnostics["gradient_residual"] = gradient_residual(
             model, only_one(attack, update), best, **({} if loss is None else {"loss": loss})

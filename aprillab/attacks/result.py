@@ -26,11 +26,22 @@ class AttackNotApplicable(ValueError):
         Which condition failed, with its numbers.
     numbers : dict
         The numbers alone.
+
+    Examples
+    --------
+    >>> refusal = AttackNotApplicable("mine", "197 tokens, but d = 192", tokens=197, width=192)
+    >>> str(refusal), refusal.count_fails
+    ('mine does not apply: 197 tokens, but d = 192', True)
     """
 
     def __init__(self, attack: str, reason: str, **numbers: float | str) -> None:
         super().__init__(f"{attack} does not apply: {reason}")
         self.attack, self.reason, self.numbers = attack, reason, numbers
+
+    @property
+    def count_fails(self) -> bool:
+        """Whether a system is there and too small, so that ``strict=False`` returns what it leaves."""
+        return "width" in self.numbers
 
 
 State = Literal["shown", "contradicted", "not checked"]
@@ -258,6 +269,16 @@ def margin(predicted_psnr: float, decibels: float) -> Condition:
 _NOT = {"contradicted": "fails", "not checked": "was not checked"}
 
 
+def conditions_words(conditions: Sequence[Condition]) -> str:
+    """Which of them are not shown; if all are, what each says.
+
+    >>> conditions_words([Condition("rank(G) = n", "contradicted", {"rank": 15, "n": 16}, "rank {rank} of {n}")])
+    'rank(G) = n fails (rank 15 of 16)'
+    """
+    failed = [f"{c.name} {_NOT[c.state]} ({c.text})" for c in conditions if not c.holds]
+    return "; ".join(failed or [f"{c.name}: {c.text}" for c in conditions])
+
+
 def verdict(conditions: Sequence[Condition], predicted_psnr: float) -> tuple[bool, str]:
     """``exact`` and ``reason`` from conditions and the predicted PSNR in dB.
 
@@ -267,16 +288,15 @@ def verdict(conditions: Sequence[Condition], predicted_psnr: float) -> tuple[boo
     >>> verdict([rank], 40.0)[0]
     False
     """
-    failed = [f"{c.name} {_NOT[c.state]} ({c.text})" for c in conditions if not c.holds]
-    trust = f"predicted PSNR {predicted_psnr:.1f} dB"
-    if failed:
-        return False, "; ".join([*failed, trust])
+    words, trust = conditions_words(conditions), f"predicted PSNR {predicted_psnr:.1f} dB"
+    if not all(condition.holds for condition in conditions):
+        return False, f"{words}; {trust}"
     if not predicted_psnr >= EXACT_TO_8_BITS_DB:  # nor where it is not a number
         return False, (
             f"all conditions hold, but the gradient's precision limits the picture: {trust}, "
             f"below the {EXACT_TO_8_BITS_DB:.1f} dB of an 8-bit rounding"
         )
-    return True, "; ".join([f"{condition.name}: {condition.text}" for condition in conditions] + [trust])
+    return True, f"{words}; {trust}" if words else trust
 
 
 def decibels(mean_square: float) -> float:

@@ -6,7 +6,7 @@ model is refused with the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -170,10 +170,21 @@ def _refuse_missing(parameters: Mapping[str, Tensor], update: ClientUpdate, unus
     absent = [name for name, p in parameters.items() if p.requires_grad and name not in update.gradients]
     if missing := sorted(set(absent) - set(update.withheld) - set(unused)):
         raise UpdateError(
-            f"the update lacks the gradient of {missing[0]!r} ({len(missing)} missing in all). If the client "
-            "withholds it, say so: ClientUpdate(…, withheld=(…,)); if it is frozen, set requires_grad=False in the "
-            "model"
+            missing_words(missing, "ClientUpdate(…, withheld=(…,))"),
+            missing=tuple(missing),
         )
+
+
+def missing_words(missing: Sequence[str], remedy: str) -> str:
+    """What is said of gradients that are missing; ``remedy`` says that the client withholds them.
+
+    >>> missing_words(["head.bias"], "--withheld head.bias").partition(":")[0]
+    "the update lacks the gradient of 'head.bias' (1 missing in all). If the client withholds it, say so"
+    """
+    return (
+        f"the update lacks the gradient of {missing[0]!r} ({len(missing)} missing in all). If the client withholds "
+        f"it, say so: {remedy}; if it is frozen, set requires_grad=False in the model"
+    )
 
 
 def _refuse_misshapen(parameters: Mapping[str, Tensor], update: ClientUpdate, model: str) -> None:
