@@ -24,8 +24,9 @@ from .result import Condition, State
 
 #: The condition that one image is behind an update.
 ONE_IMAGE = "one image"
-#: What a second image leaves of a system, relative to what is there to be left. Measured at 32×32 on 64 batches of
-#: two: 0.001 to 0.7, medians 0.01 to 0.4. Where noise alone may leave as much, a residual shows nothing.
+#: What a second image leaves of a system, relative to what is there to be left. Measured at 32×32
+#: on 64 batches of two: 0.001 to 0.7, medians 0.01 to 0.4. Where noise alone may leave as much, a
+#: residual shows nothing.
 _SECOND = 0.1
 _OF_A_PRODUCT = 30.0  # times the noise: what rounding or noise leaves of an outer product
 
@@ -68,7 +69,8 @@ def limit_of(noise: float) -> float:
 def one_image(
     anatomy: Anatomy, update: ClientUpdate, *, system: System | None = None, noise: float | None = None
 ) -> Condition:
-    """Whether one image is behind the update: the system decides, then the head, then the client's claim.
+    """Whether one image is behind the update: the system decides, then the head, then
+    the client's claim.
 
     Parameters
     ----------
@@ -157,7 +159,9 @@ def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
 
 
 def _rounding_of(update: ClientUpdate, name: str | None) -> float:
-    """What the weights' rounding leaves in one tensor, relative to it, if it left the same in all entries."""
+    """What the weights' rounding leaves in one tensor, relative to it, if it left the
+    same in all entries.
+    """
     tensor = update.gradients.get(name or "")
     if not update.rounding or tensor is None or not tensor.any():
         return 0.0
@@ -204,7 +208,8 @@ def _said(state: State, words: str, **numbers: float) -> Condition:
 
 
 def is_batch(anatomy: Anatomy, update: ClientUpdate) -> tuple[bool, str]:
-    """Whether the head's gradients, or the client, say that more than one image is behind the update.
+    """Whether the head's gradients, or the client, say that more than one image is
+    behind the update.
 
     Returns
     -------

@@ -71,7 +71,8 @@ def invert(
         If none applies; the message has all the reasons, and ``numbers`` those of each. Gradient
         matching may still work then, unless nothing but zeros arrives below the head.
     UpdateError
-        If the update does not belong to the model, or a named attack reads one and several are given.
+        If the update does not belong to the model, or a named attack reads one and
+        several are given.
     ValueError
         If ``attack`` is unknown, or options are given with ``"auto"``.
 

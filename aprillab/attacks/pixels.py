@@ -1,4 +1,6 @@
-"""From model input to pixels: an attack returns what the model was given, and which constants made it is assumed."""
+"""From model input to pixels: an attack returns what the model was given, and which constants
+made it is assumed.
+"""
 
 from __future__ import annotations
 

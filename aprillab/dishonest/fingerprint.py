@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 of a model's tensors: their names, dtypes, shapes and bits, in the order of the names.
+    """SHA-256 of a model's tensors: their names, dtypes, shapes and bits, in the order of the
+    names.
 
-    Against a server that sends clients different models (:func:`~aprillab.dishonest.silenced`), which no client can
-    see on its own: compared over a channel that is not the server's.
+    Against a server that sends clients different models (:func:`~aprillab.dishonest.silenced`),
+    which no client can see on its own: compared over a channel that is not the server's.
 
     Parameters
     ----------

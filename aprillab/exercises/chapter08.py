@@ -207,8 +207,8 @@ def check_nearest_plane(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
 
 
 def check_chance(function: Callable[[Tensor], float]) -> Feedback:
-    """Exercise 8.5: ``function(T (p, p))`` is the chance that the nearest plane finds m in t = T m +
-    ε, ε standard normal.
+    """Exercise 8.5: ``function(T (p, p))`` is the chance that the nearest plane finds m in t = T
+    m + ε, ε standard normal.
     """
 
     def check() -> str:

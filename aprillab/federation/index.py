@@ -1,4 +1,5 @@
-"""The index of a recording, ``recording.json``: which replies came in which round, and what did not.
+"""The index of a recording, ``recording.json``: which replies came in which round, and what did
+not.
 
 It may come from anybody. Each entry is checked before it is used; what makes no sense is said.
 """

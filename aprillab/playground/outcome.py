@@ -1,4 +1,6 @@
-"""A state of the playground, played: the client's round, the audit of what it shared, and the truth beside it."""
+"""A state of the playground, played: the client's round, the audit of what it shared, and
+the truth beside it.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ class Outcome:
 
     @property
     def searches(self) -> tuple[Attack, ...]:
-        """Attacks that have what they need and are not run here: they search, from seconds to minutes."""
+        """Attacks that have what they need and are not run here: they search, from
+        seconds to minutes.
+        """
         return () if self.found is None else _searches(self.found.anatomy, self.found.update)
 
 

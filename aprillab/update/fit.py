@@ -17,12 +17,13 @@ from .names import matched
 from .record import ClientUpdate
 from .tensors import UpdateError, count_not_finite, is_zero
 
-# Weights sent for an update: after some steps of training they still point where the model's do. A gradient's cosine
-# with the weights is about 1/√(entries), and 0 where a normalization follows: the limits are far from both.
-# RATIO is of their norms, SHARE of the update's squares that such tensors have.
+# Weights sent for an update: after some steps of training they still point where the model's do.
+# A gradient's cosine with the weights is about 1/√(entries), and 0 where a normalization
+# follows: the limits are far from both. RATIO is of their norms, SHARE of the update's squares
+# that such tensors have.
 COSINE, RATIO, SHARE = 0.9, 2.0, 0.5
-# Entries that a tensor must have to be asked, entries of it that are looked at, and tensors that are
-# asked first: of 100 random entries a cosine of 0.9 is nine standard deviations away.
+# Entries that a tensor must have to be asked, entries of it that are looked at, and tensors that
+# are asked first: of 100 random entries a cosine of 0.9 is nine standard deviations away.
 FEWEST, SAMPLE, PROBES = 100, 4096, 3
 
 

@@ -20,8 +20,8 @@ class Round:
     ----------
     state : mapping of str to Tensor
         The model's tensors as they were sent in this round, by name; what is not in it is as in the
-        model that an attack is given. A module is taken for its ``state_dict()``, numpy arrays become
-        tensors, and all are copied.
+        model that an attack is given. A module is taken for its ``state_dict()``, numpy arrays
+        become tensors, and all are copied.
     update : ClientUpdate
         What the client shared in this round.
 
