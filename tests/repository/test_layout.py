@@ -12,6 +12,7 @@ local variables are the names it binds itself, without parameters, names of comp
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
@@ -212,6 +213,17 @@ def local_variables(function: ast.FunctionDef) -> set[str]:
     return names - {argument.arg for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]}
 
 
+def capital_letters(path: Path) -> set[str]:
+    """Variables and arguments of one capital letter, such as ``G``, or of one with an addition: ``W_e``, ``dW``."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+    return {name for name in names if re.fullmatch(r"d?[A-Z](_[a-z]|[a-z0])?", name)}
+
+
 # --- The package --------------------------------------------------------------------------------------------------
 
 IMPORTS = read_imports(PACKAGE)
@@ -252,6 +264,21 @@ def test_functions_fit_on_the_screen() -> None:
     words = f"over {MOST_BODY_LINES} lines or {MOST_LOCALS} local variables: look for the step that wants a name"
     assert found - LONG_FUNCTIONS.keys() == set(), words
     assert LONG_FUNCTIONS.keys() - found == set(), "no longer too long: strike out of LONG_FUNCTIONS"
+
+
+def test_the_attacks_page_names_every_file() -> None:
+    page = (PACKAGE / "attacks/README.md").read_text(encoding="utf-8").partition("## Notation")[0]
+    named = set(re.findall(r"`(?:[a-z_]+/)?([a-z_]+\.py|[a-z_]+/)`", page))
+    files = {path.relative_to(PACKAGE / "attacks") for path in (PACKAGE / "attacks").rglob("*.py")}
+    missing = {path.as_posix() for path in files if not named & {path.name, f"{path.parts[0]}/"}}
+    assert {name for name in missing if not name.endswith("__init__.py")} == set()
+
+
+def test_the_notation_has_every_capital_letter() -> None:
+    table = (PACKAGE / "attacks/README.md").read_text(encoding="utf-8").partition("## Notation")[2]
+    known = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", table)}
+    used = {name for path in (PACKAGE / "attacks").rglob("*.py") for name in capital_letters(path)}
+    assert used - known == set(), "a letter that the table in attacks/README.md does not have"
 
 
 # --- That each of these can fail ----------------------------------------------------------------------------------
@@ -349,3 +376,11 @@ def test_what_is_too_long_is_seen(build) -> None:  # type: ignore[no-untyped-def
     )
     assert long_files(house) == {"long.py"}
     assert long_functions(house) == {"a/lines.py:A.g", "names.py:g", "names.py:h.inner", "names.py:k"}
+
+
+def test_capital_letters_are_those_that_are_bound(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text(
+        "def f(G, width):\n    W_e, dW, X0, GG = G, G.T, 1, 2\n    return Q(W_e) + LIMIT\n", encoding="utf-8"
+    )
+    assert capital_letters(path) == {"G", "W_e", "dW", "X0"}
