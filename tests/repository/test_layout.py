@@ -3,7 +3,8 @@
 A room is a folder of the package or a file beside them. Its floor is one more than the highest floor it imports, so
 that the rooms which import none are on the first. The package's face (``__init__``) and ``__main__`` count as rooms
 like the others: nothing imports them, and both have to fit under the roof. A folder's own ``__init__`` is part of its
-room. Imports are read from the source, those inside functions too, absolute or relative.
+room. Imports are read from the source, those inside functions too, absolute or relative, and
+``import_module`` where it is told a name.
 
 A function's body counts from its first statement after the docstring to its end, with comments and blank lines; its
 local variables are the names it binds itself, without parameters, names of comprehensions and of functions within.
@@ -93,6 +94,11 @@ def _imports_of(name: str, path: Path, package: str, modules: Mapping[str, Path]
                 first, _, rest = alias.name.partition(".")
                 if first == package:
                     yield rest, True
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            told = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+            first, _, rest = str(told).partition(".")
+            if first == package:
+                yield rest, True
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 start = folder[: len(folder) - node.level + 1]
@@ -308,6 +314,7 @@ def test_imports_of_every_kind_are_read(build) -> None:  # type: ignore[no-untyp
             "c.py": "def f():\n    from .a import f",
             "d/e.py": "from .. import a\nfrom .g import x\nfrom ..b import y",
             "d/g.py": "import house.a\nfrom house.d import e\nfrom house import b, f",
+            "h.py": "from importlib import import_module\nx = import_module('house.d.e')\ny = import_module('torch')",
         }
     )
     imports = read_imports(house)
@@ -315,7 +322,10 @@ def test_imports_of_every_kind_are_read(build) -> None:  # type: ignore[no-untyp
     assert imports["c"] == [("a", False)]
     assert imports["d.e"] == [("a", False), ("d.g", False), ("b", False)]
     assert sorted(imports["d.g"]) == [("", True), ("a", True), ("b", True), ("d.e", True)]
-    assert rooms(imports) == {"__init__": set(), "a": set(), "b": {"a"}, "c": {"a"}, "d": {"__init__", "a", "b"}}
+    assert imports["h"] == [("d.e", True)]
+    assert rooms(imports) == {
+        "__init__": set(), "a": set(), "b": {"a"}, "c": {"a"}, "d": {"__init__", "a", "b"}, "h": {"d"},
+    }  # fmt: skip
     assert rooms(imports, "d") == {"__init__": set(), "e": {"g"}, "g": {"e"}}
 
 
