@@ -13,8 +13,9 @@ def test_pictures_are_clamped_and_left_as_they_are() -> None:
     (ax,) = viz.figure()[1].flat
     viz.draw(ax, picture)
     assert ax.images[0].get_array().tolist() == [[0.0, 0.25], [1.0, 1.0]]
-    assert ax.images[0].get_clim() == (0, 1)  # one grey value is not stretched from black to white
     assert torch.equal(picture, before)
+    viz.draw(ax, torch.tensor([[[0.25, 0.5]]]))
+    assert ax.images[1].get_clim() == (0, 1)  # greys are not stretched from black to white
 
 
 def test_a_short_row_leaves_its_last_places_empty() -> None:
@@ -65,7 +66,8 @@ def test_a_rank_is_marked_where_it_is() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    before, open_before = dict(plt.rcParams), plt.get_fignums()
-    viz.to_png(viz.curves({"a": ([1], [2])}, x="x", y="y"))
-    assert dict(plt.rcParams) == before
-    assert plt.get_fignums() == open_before
+    with plt.rc_context({"font.size": 7.0, "axes.grid": True}):  # other than the course's
+        before, open_before = dict(plt.rcParams), plt.get_fignums()
+        viz.to_png(viz.curves({"a": ([1], [2])}, x="x", y="y"))
+        assert dict(plt.rcParams) == before
+        assert plt.get_fignums() == open_before
