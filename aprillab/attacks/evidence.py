@@ -25,8 +25,8 @@ from .result import Condition, State
 #: The condition that one image is behind an update.
 ONE_IMAGE = "one image"
 #: What a second image leaves of a system, relative to what is there to be left. Measured at 32×32
-#: on 64 batches of two: 0.001 to 0.7, medians 0.01 to 0.4. Where noise alone may leave as much, a
-#: residual shows nothing.
+#: on 64 batches of two: 0.001 to 0.7, medians 0.01 to 0.4 (tests/attacks/test_evidence.py repeats
+#: some). Where noise alone may leave as much, a residual shows nothing.
 _SECOND = 0.1
 _OF_A_PRODUCT = 30.0  # times the noise: what rounding or noise leaves of an outer product
 
