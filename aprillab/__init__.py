@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from .version import __version__
 
-# dissect, invert and told_errors by their modules, whose names they share: mypy would take them for the modules.
+# dissect, invert and told_errors by their modules, whose names they share: mypy would take them
+# for the modules.
 if TYPE_CHECKING:
     from . import defenses, dishonest, privacy, training
     from .anatomy import Anatomy, Rows, UnknownModelError, tensors_of
@@ -135,7 +136,8 @@ __all__ = [
     "victims",
 ]
 
-#: The modules that are part of the face, and those whose names are, in the order they are looked through.
+#: The modules that are part of the face, and those whose names are, in the order they are
+#: looked through.
 _MODULES = (
     "anatomy", "attacks", "data", "defenses", "dishonest", "metrics", "models", "preprocessing", "privacy", "sharing",
     "training", "update",

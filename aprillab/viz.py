@@ -156,7 +156,8 @@ def before_after(
 
 
 def flow(ax: Axes, boxes: Mapping[str, tuple[float, float, float, str]], arrows: Sequence[tuple[str, str]]) -> None:
-    """Draw boxes with their texts, and arrows from the right edge of one to the left edge of another.
+    """Draw boxes with their texts, and arrows from the right edge of one to the left edge of
+    another.
 
     Parameters
     ----------

@@ -147,7 +147,8 @@ def federated_round(pictures: Sequence[Tensor] = (), seen: Sequence[Tensor] = ()
 def rank_one(delta: Tensor, x: Tensor) -> Figure:
     """The gradient δ xᵀ of a linear layer as a colour map, with δ beside it and x above it.
 
-    Red is below zero and blue above, each part on a scale of its own; small ones carry their numbers.
+    Red is below zero and blue above, each part on a scale of its own; small ones carry their
+    numbers.
 
     Parameters
     ----------

@@ -176,6 +176,8 @@ def _check_options(name: str, position: str, channels: int, shape: dict[str, Any
 
 
 def _build_aprillab(block: str, image_size: int, options: dict[str, Any]) -> nn.Module:
+    # From 112 up ViT-B/16's shape; below, 8 × 8 patches and room for every count: min(p,
+    # 64) + 64 + 2 ≤ 384.
     if image_size >= 112 and image_size % 16 == 0:
         rule = {"patch_size": 16, "width": 768, "depth": 12, "heads": 12}
     elif image_size % 8 == 0 or "patch_size" in options:

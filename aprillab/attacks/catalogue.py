@@ -37,8 +37,8 @@ class Attack:
         A closed form takes a second and no budget. The others take ``seed``, ``max_evaluations``,
         ``max_seconds``, ``callback`` and ``progress`` besides.
     needs : tuple of str
-        Fields of :class:`~aprillab.Anatomy` whose gradients must be shared; of the span attacks', one
-        of them, or an adapter beside it.
+        Fields of :class:`~aprillab.Anatomy` whose gradients must be shared; of the span attacks',
+        one of them, or an adapter beside it.
     """
 
     name: str

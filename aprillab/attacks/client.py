@@ -16,6 +16,8 @@ from ..anatomy import Anatomy
 from ..update import ClientUpdate, UpdateError, client_update, logits_of, update_from_states
 from .replay import Loss, as_shared
 
+# Beside the first: all agree once in 78 where twelve blocks are dropped with up to
+# 0.1, as timm does.
 _PASSES = 6
 
 
@@ -56,8 +58,9 @@ Player = Callable[[Tensor], Mapping[str, Tensor]]
 def ways_to_play(
     client: nn.Module, update: ClientUpdate, anatomy: Anatomy, labels: Tensor | None, loss: Loss | None
 ) -> dict[str, Player]:
-    """Ways to make gradients of images, as the client would: by its loss, and by what any loss was at the
-    logits, or where an activation follows the head, before it. In words, and in the order to be tried.
+    """Ways to make gradients of images, as the client would: by its loss, and by what any loss
+    was at the logits, or where an activation follows the head, before it. In words, and in the
+    order to be tried.
     """
     found: dict[str, Player] = {}
     if labels is not None:

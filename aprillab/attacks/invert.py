@@ -63,17 +63,29 @@ def invert(
     -------
     Reconstruction
         ``diagnostics["chosen"]`` names the attack that made it, ``["attacks"]`` maps each to what
-        became of it, in words.
+        became of it, in words, and ``["tried"]`` has those that were run.
 
     Raises
     ------
     AttackNotApplicable
-        If none applies; the message has all the reasons. Gradient matching may still work then,
-        unless nothing but zeros arrives below the head.
+        If none applies; the message has all the reasons, and ``numbers`` those of each. Gradient
+        matching may still work then, unless nothing but zeros arrives below the head.
     UpdateError
-        If the update does not belong to the model, or a named attack reads one and several are given.
+        If the update does not belong to the model, or a named attack reads one and
+        several are given.
     ValueError
         If ``attack`` is unknown, or options are given with ``"auto"``.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 16, "patch_size": 4, "width": 64, "depth": 1, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape)
+    >>> pixels = al.load_victim("coffee", 16)[None]
+    >>> update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))
+    >>> result = al.invert(model, update)
+    >>> result.diagnostics["chosen"], result.exact, al.psnr(result.pixels[0], pixels[0]) > 90
+    ('embedding', True, True)
     """
     if attack != "auto" and attack not in ATTACKS:
         raise ValueError(f"attack={attack!r} is neither 'auto' nor one of {', '.join(ATTACKS)}")
@@ -87,6 +99,7 @@ def invert(
     closed: dict[str, Any] = {"strict": strict, "loss": loss, "verify": verify}
     outcome: dict[str, str] = {}
     found: dict[str, Reconstruction] = {}
+    refused: dict[str, AttackNotApplicable] = {}
     for name in CLOSED_FORMS if attack == "auto" else [attack]:
         if exact := [result.attack for result in found.values() if result.exact]:
             outcome[name] = f"not needed: {exact[0]} is exact"
@@ -96,16 +109,17 @@ def invert(
             found[name] = result = ATTACKS[name].function(model, update, **common, **more, **options)
             outcome[name] = f"{'exact' if result.exact else 'not exact'}: {result.reason}"
         except AttackNotApplicable as refusal:
-            outcome[name] = f"refused: {refusal.reason}"
+            refused[name], outcome[name] = refusal, f"refused: {refusal.reason}"
     if not found:
         reasons = "; ".join(f"{name} {text}" for name, text in outcome.items())
-        raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **outcome)
+        numbers = {key: number for refusal in refused.values() for key, number in refusal.numbers.items()}
+        raise AttackNotApplicable("invert", f"no closed form fits: {reasons}", **numbers | outcome)
     if attack == "auto" and "span" in found and not found["span"].exact:
         outcome["span_then_round"] = "not tried: name it to look for whole grey levels, seconds to minutes"
         outcome["span_then_match"] = "not tried, a search of minutes: name it to go on from the span's picture"
     chosen = max(found, key=lambda name: _worth(found[name]))
     best = found[chosen]
-    diagnostics = {**best.diagnostics, "attacks": outcome, "chosen": chosen}
+    diagnostics = {**best.diagnostics, "attacks": outcome, "chosen": chosen, "tried": (*found, *refused)}
     if verify and best.replay is None:  # of an attack that reads one update
         diagnostics["gradient_residual"] = gradient_residual(
             model, only_one(attack, update), best, **({} if loss is None else {"loss": loss})

@@ -1,4 +1,5 @@
-"""The replay of an update whose entries have errors of their own: those that are known are compared.
+"""The replay of an update whose entries have errors of their own: those that are known are
+compared.
 
 Once Adam's first step is undone, some entries are known to six digits and others only to be large.
 Those that say nothing of a gradient would decide ‖g' − g‖; so they are left out.
@@ -19,6 +20,9 @@ from .result import Replay
 _KNOWN = 0.01  # of itself, or of the r.m.s. of the tensor's entries that are: an entry's error
 _FEWEST = 64  # such entries of a tensor that an attack read
 _BY_CHANCE = 1.1  # of what known noise leaves: the norm of so many entries hardly varies
+# Times what the entries' errors explain, and what the picture's own does: how much a replay may
+# miss. The second and the last, beyond which no replay is the client's, are verify.py's; the first
+# was chosen, and not measured.
 _OF_ERRORS, _OF_PICTURE, _MOST = 5.0, 10.0, 0.1
 
 
@@ -34,8 +38,8 @@ class Compared:
     factor : float
         s, the best.
     share : float
-        The r.m.s. of the picture's gradient over that of these entries of it: they are the small ones
-        perhaps, and an error of the picture is as much larger in them.
+        The r.m.s. of the picture's gradient over that of these entries of it: they are the small
+        ones perhaps, and an error of the picture is as much larger in them.
     entries : int
         The fewest of a tensor that an attack read.
     """
@@ -92,7 +96,8 @@ def _at(places: Tensor | None, tensor: Tensor) -> Tensor:
 
 
 def known_of(update: ClientUpdate, mine: Mapping[str, Tensor]) -> dict[str, Known]:
-    """The known entries of each of an update's tensors that a picture's gradient ``mine`` has too, on its device.
+    """The known entries of each of an update's tensors that a picture's gradient ``mine`` has
+    too, on its device.
 
     The same for every way to play the client: so it is looked up once.
     """
@@ -140,7 +145,9 @@ def _product(mine: Tensor, known: Known) -> tuple[float, float]:
 def noise_explains(
     residual: float, update: ClientUpdate, sigma: float, reads: list[str], predicted_psnr: float | None
 ) -> bool:
-    """Whether noise that the attacker was told, and the picture's own error, explain what a replay misses."""
+    """Whether noise that the attacker was told, and the picture's own error, explain
+    what a replay misses.
+    """
     if not sigma:
         return False
     error = 10 ** (-(predicted_psnr or 0.0) / 20)
@@ -148,8 +155,8 @@ def noise_explains(
 
 
 def noise_leaves(shared: Mapping[str, Tensor], sigma: float, reads: list[str]) -> float:
-    """What noise of deviation ``sigma`` in every entry leaves of the true gradient's replay, relative to the
-    update: of all tensors together and of each in ``reads``, the largest.
+    """What noise of deviation ``sigma`` in every entry leaves of the true gradient's replay,
+    relative to the update: of all tensors together and of each in ``reads``, the largest.
 
     >>> round(noise_leaves({"weight": torch.tensor([3.0, 4.0])}, 0.5, []), 4)
     0.1414
@@ -161,8 +168,8 @@ def noise_leaves(shared: Mapping[str, Tensor], sigma: float, reads: list[str]) -
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of squares, over the known entries of some tensors: of what s g' misses, of errors and of g; how many
-    there are; and of all g', how many.
+    """Of squares, over the known entries of some tensors: of what s g' misses, of errors and of g;
+    how many there are; and of all g', how many.
     """
 
     off: float = 0.0
@@ -190,7 +197,9 @@ class _Sums:
 def replay_of_known(
     ways: Mapping[str, Player], images: Tensor, update: ClientUpdate, reads: list[str], predicted_psnr: float | None
 ) -> Replay:
-    """The replay of an update with errors, by the first way to play that gives it, else the nearest."""
+    """The replay of an update with errors, by the first way to play that gives it, else the
+    nearest.
+    """
     if update.local_steps > 1:
         words = f"not played back: {update.local_steps} local steps of {update.optimizer or 'an optimizer'} are not"
         return Replay("not checked", f"{words} one gradient, and were undone as if they were")

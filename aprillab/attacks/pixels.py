@@ -1,4 +1,6 @@
-"""From model input to pixels: an attack returns what the model was given, and which constants made it is assumed."""
+"""From model input to pixels: an attack returns what the model was given, and which constants
+made it is assumed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _KNOWN = {
 _TOLERANCE = 0.02  # of the range from black to white
 _WHOLE = 0.05  # of a level of 8 bits
 _SHARP = 35.0  # dB
+# Of the pixels: whole levels of a picture that has them; outside, where the constants are wrong.
 _MOST, _FEW = 0.9, 0.01
+_CONTRAST = 0.3  # of the range: a flatter picture stays within [0, 1] under other constants, too
 
 
 def normalization(images: Tensor, assumed: Preprocessing, predicted_psnr: float) -> Condition:
@@ -53,7 +57,8 @@ def normalization(images: Tensor, assumed: Preprocessing, predicted_psnr: float)
         if other == name or len(preprocessing.mean) not in (1, images.shape[1]):
             continue
         whole_there, outside_there = _fit(images, preprocessing)
-        is_input_itself = preprocessing == UNIT and outside_there == 0 and float(images.max() - images.min()) > 0.3
+        flat = float(images.max() - images.min()) <= _CONTRAST
+        is_input_itself = preprocessing == UNIT and outside_there == 0 and not flat
         if whole_there > _MOST or (outside > _FEW and outside_there < _FEW / 10) or is_input_itself:
             numbers |= {"other": other, "outside_there": outside_there, "whole_there": whole_there}
             words += "; {other} would fit better: {outside_there:.1%} outside, {whole_there:.0%} whole levels"

@@ -39,6 +39,20 @@ def gradient_residual(
     float or None
         None where the labels are not known. Rounding alone leaves about 1e-6 in float32, 1e-15 in
         float64.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 16, "patch_size": 4, "width": 64, "depth": 1, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape)
+    >>> pixels = al.load_victim("coffee", 16)[None]
+    >>> update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))
+    >>> found = al.invert(model, update, verify=False)
+    >>> gradient_residual(model, update, found) < 1e-5
+    True
+    >>> round(gradient_residual(model, update, replace(found, labels=torch.tensor([4]))), 1)
+    3.3
     """
     if reconstruction.labels is None:
         return None

@@ -26,11 +26,22 @@ class AttackNotApplicable(ValueError):
         Which condition failed, with its numbers.
     numbers : dict
         The numbers alone.
+
+    Examples
+    --------
+    >>> refusal = AttackNotApplicable("mine", "197 tokens, but d = 192", tokens=197, width=192)
+    >>> str(refusal), refusal.count_fails
+    ('mine does not apply: 197 tokens, but d = 192', True)
     """
 
     def __init__(self, attack: str, reason: str, **numbers: float | str) -> None:
         super().__init__(f"{attack} does not apply: {reason}")
         self.attack, self.reason, self.numbers = attack, reason, numbers
+
+    @property
+    def count_fails(self) -> bool:
+        """Whether a system is there and too small, so that ``strict=False`` returns what it leaves."""
+        return "width" in self.numbers
 
 
 State = Literal["shown", "contradicted", "not checked"]
@@ -213,6 +224,16 @@ def report(
     preprocessing : Preprocessing
     start : float
         ``time.perf_counter()`` when the attack began.
+
+    Examples
+    --------
+    >>> from aprillab.preprocessing import UNIT
+    >>> found = report(
+    ...     "mine", torch.full((1, 1, 2, 2), 0.5), conditions=[], predicted_psnr=40.0, labels=(None, "not asked"),
+    ...     numbers={"rank": 4}, dtype=torch.float32, preprocessing=UNIT, start=time.perf_counter(),
+    ... )
+    >>> found.exact, found.diagnostics["rank"], found.diagnostics["precision"]
+    (False, 4, 'float32')
     """
     found, found_how = labels
     return Reconstruction(
@@ -230,7 +251,8 @@ def report(
 
 
 def margin(predicted_psnr: float, decibels: float) -> Condition:
-    """That the predicted error is not so near the verdict that an optimistic prediction would decide.
+    """That the predicted error is not so near the verdict that an optimistic
+    prediction would decide.
 
     Parameters
     ----------
@@ -248,18 +270,34 @@ def margin(predicted_psnr: float, decibels: float) -> Condition:
 _NOT = {"contradicted": "fails", "not checked": "was not checked"}
 
 
-def verdict(conditions: Sequence[Condition], predicted_psnr: float) -> tuple[bool, str]:
-    """``exact`` and ``reason`` from conditions and the predicted PSNR in dB."""
+def conditions_words(conditions: Sequence[Condition]) -> str:
+    """Which of them are not shown; if all are, what each says.
+
+    >>> conditions_words([Condition("rank(G) = n", "contradicted", {"rank": 15, "n": 16}, "rank {rank} of {n}")])
+    'rank(G) = n fails (rank 15 of 16)'
+    """
     failed = [f"{c.name} {_NOT[c.state]} ({c.text})" for c in conditions if not c.holds]
-    trust = f"predicted PSNR {predicted_psnr:.1f} dB"
-    if failed:
-        return False, "; ".join([*failed, trust])
+    return "; ".join(failed or [f"{c.name}: {c.text}" for c in conditions])
+
+
+def verdict(conditions: Sequence[Condition], predicted_psnr: float) -> tuple[bool, str]:
+    """``exact`` and ``reason`` from conditions and the predicted PSNR in dB.
+
+    >>> rank = Condition("rank(G) = n", "shown", {"n": 16}, "rank {n}")
+    >>> verdict([rank], 80.0)
+    (True, 'rank(G) = n: rank 16; predicted PSNR 80.0 dB')
+    >>> verdict([rank], 40.0)[0]
+    False
+    """
+    words, trust = conditions_words(conditions), f"predicted PSNR {predicted_psnr:.1f} dB"
+    if not all(condition.holds for condition in conditions):
+        return False, f"{words}; {trust}"
     if not predicted_psnr >= EXACT_TO_8_BITS_DB:  # nor where it is not a number
         return False, (
             f"all conditions hold, but the gradient's precision limits the picture: {trust}, "
             f"below the {EXACT_TO_8_BITS_DB:.1f} dB of an 8-bit rounding"
         )
-    return True, "; ".join([f"{condition.name}: {condition.text}" for condition in conditions] + [trust])
+    return True, f"{words}; {trust}" if words else trust
 
 
 def decibels(mean_square: float) -> float:
@@ -274,5 +312,8 @@ def decibels(mean_square: float) -> float:
 def predicted_psnr(mean_square: float, preprocessing: Preprocessing) -> float:
     """PSNR in dB of pixels in [0, 1] whose mean squared error in model-input space is
     ``mean_square``.
+
+    >>> predicted_psnr(0.04, Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
+    20.0
     """
     return decibels(mean_square * sum(std**2 for std in preprocessing.std) / len(preprocessing.std))

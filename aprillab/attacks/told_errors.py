@@ -1,6 +1,7 @@
 """What an attacker who knows the defence knows of each entry of an update: its error, said aloud.
 
-A defence that is published, or read off the update, tells how far an entry may be from the client's:
+A defence that is published, or read off the update, tells how far an entry may be from the
+client's:
 
     Gaussian noise         σ
     rounding to levels     lies evenly within half a step δ:          δ/√12
@@ -8,9 +9,9 @@ A defence that is published, or read off the update, tells how far an entry may 
     signs times a mean m   |g| is as half a normal curve's:           m √(π/2 − 1)
     set to zero            lies evenly within ±t, t the threshold:    t/√3
 
-The attacks weigh each entry by its error (:mod:`~aprillab.attacks.closed_forms.weighted_patches`). An
-entry that is zero and may not be was set to zero: it lies within ±√3 times its error, and how large
-such entries are is found from how many of them there are.
+The attacks weigh each entry by its error (:mod:`~aprillab.attacks.closed_forms.weighted_patches`).
+An entry that is zero and may not be was set to zero: it lies within ±√3 times its error, and how
+large such entries are is found from how many of them there are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..update import ClientUpdate, UpdateError
 
-_MOST_BITS = 24
+_MOST_BITS = 24  # of a level: float32 holds no more, and defenses.quantize rounds to no more
 _OFF_LEVELS = 4.0  # roundings by which an entry may miss its level
 _ENOUGH = 100  # entries of a tensor that tell whether each tensor was pruned by itself
 
@@ -39,8 +40,9 @@ def told_errors(
 ) -> ClientUpdate:
     """The same update with the ``errors`` that a known defence leaves in its entries.
 
-    What is told adds up: the squares do. Hand the result to :func:`~aprillab.embedding_closed_form`,
-    or to :func:`~aprillab.invert`. A norm that was clipped is a factor, which no attack minds.
+    What is told adds up: the squares do. Hand the result to
+    :func:`~aprillab.embedding_closed_form`, or to :func:`~aprillab.invert`. A norm that was clipped
+    is a factor, which no attack minds.
 
     Parameters
     ----------
@@ -48,12 +50,12 @@ def told_errors(
         As it was shared. Errors that it has already stay, and are added to.
     noise : float, optional
         Standard deviation of Gaussian noise in each entry, in the update's own units: ``sigma`` of
-        :func:`~aprillab.defenses.gaussian_noise`, or noise multiplier times clipping norm. For noise
-        alone ``embedding_closed_form(..., noise=sigma)`` does more.
+        :func:`~aprillab.defenses.gaussian_noise`, or noise multiplier times clipping norm. For
+        noise alone ``embedding_closed_form(..., noise=sigma)`` does more.
     pruned : bool
-        Whether small entries were set to zero, as by :func:`~aprillab.defenses.prune`. Which, and the
-        threshold, are read off the update: zeros, and the smallest magnitude that is not; of all
-        tensors together, or of each tensor where all have the same share of zeros.
+        Whether small entries were set to zero, as by :func:`~aprillab.defenses.prune`. Which, and
+        the threshold, are read off the update: zeros, and the smallest magnitude that is not; of
+        all tensors together, or of each tensor where all have the same share of zeros.
     bits : int from 1 to 24, optional
         Of :func:`~aprillab.defenses.quantize`: the step is the tensor's largest entry over
         2^(bits − 1) − 1. 1 is :func:`~aprillab.defenses.sign`.
@@ -63,17 +65,17 @@ def told_errors(
     Returns
     -------
     ClientUpdate
-        With ``errors``: one standard deviation an entry, of the gradients' shapes, float32 (float64 for
-        float64 gradients). At least the rounding of the entry's own format.
+        With ``errors``: one standard deviation an entry, of the gradients' shapes, float32 (float64
+        for float64 gradients). At least the rounding of the entry's own format.
 
     Raises
     ------
     ValueError
-        If nothing is told, ``noise`` is not positive and finite, or ``bits`` is out of range or does not
-        go with ``stochastic``.
+        If nothing is told, ``noise`` is not positive and finite, or ``bits`` is out of range or
+        does not go with ``stochastic``.
     UpdateError
-        If an entry is not finite, everything was set to zero, or the entries are not on the levels of
-        ``bits``.
+        If an entry is not finite, everything was set to zero, or the entries are not on the
+        levels of ``bits``.
 
     Examples
     --------

@@ -1,7 +1,9 @@
-"""What to do about what an audit found: changes in order of their cost, which of them end it, and by what.
+"""What to do about what an audit found: changes in order of their cost, which of them
+end it, and by what.
 
-Nothing here is a promise. *A guarantee* holds for every attacker, under its assumptions and with its
-number. *No closed form* says that no attack of this course has equations left; others need none.
+Nothing here is a promise. *A guarantee* holds for every attacker, under its assumptions
+and with its number. *No closed form* says that no attack of this course has equations
+left; others need none.
 """
 
 from __future__ import annotations
@@ -70,8 +72,8 @@ class Advice:
 def situation(found: Audit) -> Situation:
     """What came out, as far as advice depends on it.
 
-    "noise" and "mixture" say what kept a picture from coming out, "unclear" that a picture came out which
-    cannot be relied on, and "nothing" that no closed form applies.
+    "noise" and "mixture" say what kept a picture from coming out, "unclear" that a picture came out
+    which cannot be relied on, and "nothing" that no closed form applies.
     """
     if found.leak in ("exact", "close", "likely", "coarse"):
         return "picture"
@@ -229,14 +231,18 @@ _CHOICES = {
 
 
 def _rows(found: Audit) -> dict[str, LeakRow]:
-    """What could be left out of this update; nothing where a head of zeros makes every count say so."""
+    """What could be left out of this update; nothing where a head of zeros makes every count say
+    so.
+    """
     if found.sharing is None or found.sharing.facts.zero_head:
         return {}
     return {row.shared: row for row in found.sharing.rows if row.kind == "asked"}
 
 
 def _by_count(found: Audit) -> bool:
-    """Whether no closed form is left of what is shared now, and none read it; rounding alone does not count."""
+    """Whether no closed form is left of what is shared now, and none read it; rounding
+    alone does not count.
+    """
     this = _rows(found).get(THIS)
     return this is not None and this.attack is None and situation(found) != "picture" and not _by_rounding(this)
 
@@ -291,7 +297,8 @@ def _withholding(found: Audit) -> Iterator[Advice]:
 def _ends(found: Audit, row: LeakRow, this: LeakRow) -> Ends:
     """By the count: "in part" where it asks for more rounds than there are."""
     if row.rounds is None:
-        # A picture came out where the counts see none, as from sinusoids in float64: this count is worth nothing.
+        # A picture came out where the counts see none, as from sinusoids in float64: this count
+        # is worth nothing.
         rounded = _by_rounding(row)
         if this.attack is None and situation(found) == "picture" and (rounded or row.why == this.why):
             return "no"

@@ -24,8 +24,8 @@ HEAD_ALONE = f"the head of {THIS} alone"
 def choices_of(model: nn.Module, anatomy: Anatomy, update: ClientUpdate) -> dict[str, tuple[str, ...]]:
     """Names of the parameters that would be shared, by choice; :data:`THIS` is as it was.
 
-    A choice that leaves out nothing of this update, or nothing more than the one before, or all of it,
-    is not there.
+    A choice that leaves out nothing of this update, or nothing more than the one before, or all
+    of it, is not there.
 
     >>> import torch, aprillab as al
     >>> model = al.VisionTransformer(image_size=8, patch_size=4, width=24, depth=1, heads=2, classes=5)

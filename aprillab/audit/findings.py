@@ -71,8 +71,8 @@ class Finding:
 
 
 def noise_of(update: ClientUpdate, findings: Sequence[Finding]) -> float:
-    """By how much of what is summed those sums miss that must vanish; 0 where no attack measured it, or
-    where it is no more than the file's precision leaves.
+    """By how much of what is summed those sums miss that must vanish; 0 where no attack measured
+    it, or where it is no more than the file's precision leaves.
     """
     noise = next((f.result.diagnostics["noise"] for f in findings if f.result is not None), 0.0)
     return noise if noise > max(_WORTH_A_WORD, torch.finfo(update.dtype).eps) else 0.0
@@ -93,13 +93,13 @@ class Audit:
     labels : Labels or None
     labels_reason : str
     one_image : Condition
-        Whether one image is behind the update: as the attack with the best trust has it, else as the
-        head's gradient or the client says.
+        Whether one image is behind the update: as the attack with the best trust has it, else as
+        the head's gradient or the client says.
     pixels : Condition or None
         Whether the best picture fits the normalization that was assumed; None without a picture.
     sharing : LeakMap or None
-        What the model would give away if other tensors were shared, by counting; what could be left out
-        of this very update is asked of it too (``kind`` "asked").
+        What the model would give away if other tensors were shared, by counting; what could be left
+        out of this very update is asked of it too (``kind`` "asked").
     findings : tuple of Finding
     notes : tuple of str
         What limits the audit itself: half precision, several local steps, dropout.

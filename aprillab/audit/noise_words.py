@@ -1,4 +1,6 @@
-"""What clipping and noise with a guarantee would take of the client that was audited, in words and numbers."""
+"""What clipping and noise with a guarantee would take of the client that was audited, in
+words and numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,10 @@ import torch
 from ..privacy import noise_multiplier, success_bound
 from .findings import Audit
 
+# Two guarantees that trained models are often published with; none of the two is a
+# limit of anything.
 EPSILONS, DELTA = (8.0, 3.0), 1e-5
-_CANDIDATES = 256
+_CANDIDATES = 256  # pictures that an attacker chooses from: eight bits are hidden
 
 
 def noise_words(found: Audit) -> list[str]:
@@ -20,7 +24,7 @@ def noise_words(found: Audit) -> list[str]:
     return [
         "Differential privacy: each client scales every image's own gradient down to a norm of at most C, adds them "
         "up, and gives each entry normal noise of deviation σC, before anything leaves it. For one image more or "
-        f"less, δ = 1e-5 and one round: {_for_each(sigmas)}.",
+        f"less, δ = {DELTA:.0e} and one round: {_for_each(sigmas)}.",
         *_over_rounds(found, sigmas),
         *_of_norm(found, sigmas),
         *_of_noise(found),

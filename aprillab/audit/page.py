@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from ..attacks.result import Reconstruction
+from ..attacks.result import Reconstruction, conditions_words
 from ..update import ClientUpdate
 from ..version import __version__
 from .advice import Advice, advice, introduction, reading
@@ -217,8 +217,8 @@ def picture_name(finding: Finding) -> str | None:
 
 
 def predicted_psnr(finding: Finding) -> float | None:
-    """The PSNR in dB predicted of a photograph; None for a mixture, which is none, and where no finite
-    number was predicted.
+    """The PSNR in dB predicted of a photograph; None for a mixture, which is none, and where no
+    finite number was predicted.
     """
     result = finding.result
     if result is None or result.predicted_psnr is None or not math.isfinite(result.predicted_psnr):
@@ -245,7 +245,7 @@ def reason_words(finding: Finding) -> str:
     if finding.result is None or predicted_psnr(finding) is not None:
         return finding.reason
     failed = [f"{c.name} fails ({c.text})" for c in finding.result.conditions if c.state == "contradicted"]
-    return "; ".join(failed) or finding.reason.replace("; predicted PSNR inf dB", "")
+    return "; ".join(failed) or conditions_words(finding.result.conditions)
 
 
 def ends_words(one: Advice) -> str:

@@ -162,6 +162,19 @@ def write_audit(found: Audit, folder: Path, *, source: Source | None = None) -> 
     ------
     OSError
         If it cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch, aprillab as al
+    >>> from aprillab.audit import audit
+    >>> shape = {"image_size": 16, "patch_size": 4, "width": 64, "depth": 1, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape)
+    >>> images = al.HALF.to_input(al.load_victim("coffee", 16)[None])
+    >>> found = audit(model, al.client_update(model, images, torch.tensor([3])))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in write_audit(found, Path(folder)))
+    ['embedding.png', 'overview.png', 'report.json', 'report.md', 'span.png']
     """
     source = source or Source()
     numbers = json.dumps(report(found, source), indent=2, allow_nan=False, ensure_ascii=False)

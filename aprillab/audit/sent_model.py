@@ -1,4 +1,6 @@
-"""Where the update says that the *model* deserves a look: a batch by the head, and yet one image by the system."""
+"""Where the update says that the *model* deserves a look: a batch by the head, and yet one
+image by the system.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from .findings import Finding
 def of_sent_model(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, findings: Sequence[Finding]) -> list[str]:
     """A note where the head's gradient is of several images, and a system shows one below the head.
 
-    A head that lets the gradient of one class alone pass leaves it so; soft labels of one image do, too.
+    A head that lets the gradient of one class alone pass leaves it so; soft labels of
+    one image do, too.
     """
     conditions = [c for f in findings if f.result is not None for c in f.result.conditions if c.name == "one image"]
     by_head = one_image(anatomy, replace(update, batch_size=None))

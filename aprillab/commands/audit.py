@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 import shlex
 import textwrap
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from ..audit.run import audit
 from ..audit.words import TRUST_WORDS
 from ..federation import read_recording
 from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
-from ..update import ClientUpdate, Round, UpdateError, load_state, load_update
+from ..update import ClientUpdate, Round, UpdateError, load_state, load_update, missing_words
 from .arguments.names import LEAKS
 from .arguments.types import Normalization
 from .files import writable_folder
@@ -190,12 +189,10 @@ def _loss(arguments: argparse.Namespace, model: nn.Module, anatomy: Anatomy) -> 
 
 def _with_options(error: UpdateError) -> UpdateError:
     """What is said of a missing gradient, with the remedy that the command line has."""
-    text = str(error)
-    missing = re.match(r"the update lacks the gradient of '([^']+)' \((\d+) missing", text)
-    if missing is None:
+    if not error.missing:
         return error
-    names = missing[1] + (",…" if int(missing[2]) > 1 else "")
-    return UpdateError(text.replace("ClientUpdate(…, withheld=(…,))", f"--withheld {names}"))
+    more = ",…" if len(error.missing) > 1 else ""
+    return UpdateError(missing_words(error.missing, f"--withheld {error.missing[0]}{more}"), missing=error.missing)
 
 
 def _say_what(

@@ -109,7 +109,7 @@ def _play(
     except AttackNotApplicable as refusal:
         if "ended by: interrupted" in refusal.reason:  # before it saw anything
             raise KeyboardInterrupt from refusal
-        reason = refusal.reason + _way_on(arguments, refusal.reason)
+        reason = refusal.reason + _way_on(arguments, refusal)
         return None, AttackNotApplicable(refusal.attack, reason, **refusal.numbers)
     except ValueError as error:
         if "max_evaluations" in str(error):
@@ -117,11 +117,11 @@ def _play(
         raise
 
 
-def _way_on(arguments: argparse.Namespace, reason: str) -> str:
+def _way_on(arguments: argparse.Namespace, refusal: AttackNotApplicable) -> str:
     """What else there is to try where an attack refused."""
     if arguments.attack in ATTACKS and ATTACKS[arguments.attack].searches:
         return ". --attack match:april needs none of this" if arguments.attack.startswith("span") else ""
-    too_small = arguments.strict and any(words in reason for words in ("width", "= d"))
+    too_small = arguments.strict and refusal.count_fails
     truncated = "--no-strict shows what a linear system that is too small leaves, and " * too_small
     return f". To go on: {truncated}--attack match:april searches, on any model"
 
@@ -187,12 +187,11 @@ def _print_round(arguments: argparse.Namespace, played: Played, words: TextIO) -
     exact = "exact" if found.exact else "not exact"
     print(f"result   PSNR {played.psnr:.1f} dB, SSIM {played.ssim:.4f}, {exact}", file=words)
     _print_wrapped("why", found.reason, words)
-    untried = []
-    for name, outcome in found.diagnostics.get("attacks", {}).items():
-        if outcome.startswith("not tried") and name in ATTACKS and ATTACKS[name].searches:
-            untried.append(name)
-        elif name != found.diagnostics["chosen"] and not outcome.startswith("not needed"):
-            _print_wrapped("besides", f"{name} {outcome}", words)
+    outcomes, tried = found.diagnostics.get("attacks", {}), found.diagnostics.get("tried", ())
+    for name in tried:
+        if name != found.diagnostics["chosen"]:
+            _print_wrapped("besides", f"{name} {outcomes[name]}", words)
+    untried = [name for name in outcomes if name not in tried and ATTACKS[name].searches]
     sharp = (found.predicted_psnr or 0.0) >= EXACT_TO_8_BITS_DB  # whatever else was not checked
     for name in () if sharp else untried:
         print(f"go on    {shlex.join([*arguments.words, '--attack', name])}", file=words)

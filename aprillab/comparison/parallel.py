@@ -29,13 +29,14 @@ from tqdm.auto import tqdm
 
 from .cases import CompareError
 
-#: So often may jobs die with no result between; then their items are tried alone, to see which one does it.
+#: So often may jobs die with no result between; then their items are tried alone, to see
+#: which one does it.
 DEATHS = 2
 ANSWERS, STARTS = 15.0, 60.0  # seconds for a scheduler to answer, and for a worker to be there
 INSTALL = 'pip install "aprillab[cluster]"'
 
-# PyTorch's generator and number of threads belong to a whole process, so that two cases in two of its threads would
-# disturb each other.
+# PyTorch's generator and number of threads belong to a whole process, so that two cases in two of
+# its threads would disturb each other.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -206,8 +207,8 @@ def _once(
     import joblib
 
     with pool():
-        # Everything at once, so that workers that come later find something to do; one by one, so that results come
-        # as they end.
+        # Everything at once, so that workers that come later find something to do; one by one, so
+        # that results come as they end.
         parallel = joblib.Parallel(batch_size=1, pre_dispatch="all", return_as="generator_unordered")
     # A tuple, since Dask's backend would leave a large function, or item, with one worker to keep.
     results = parallel(joblib.delayed(_done)(i, (function, item), threads) for i, item in items.items())
@@ -299,8 +300,8 @@ def _start(address: str | None) -> str:
 
 
 def _dask_backend() -> Any:
-    """joblib's backend for Dask with two of its ways changed: it waits for ever for an item that Dask
-    gives up, and computes in the asking process where a cluster has one worker.
+    """joblib's backend for Dask with two of its ways changed: it waits for ever for an item that
+    Dask gives up, and computes in the asking process where a cluster has one worker.
     """
     from joblib._dask import DaskDistributedBackend
 

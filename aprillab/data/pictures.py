@@ -32,7 +32,8 @@ def read_picture(
     channels: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A photograph from a file: turned upright, cut to its central square (or rectangle), resampled.
+    """A photograph from a file: turned upright, cut to its central square (or
+    rectangle), resampled.
 
     Read are PNG, JPEG, GIF, WebP, TIFF, BMP and PPM, by content and not by file name. The camera's
     orientation mark is obeyed. Grey, palette and CMYK pictures become RGB (or grey, with one
@@ -96,7 +97,8 @@ def decode_picture(
     dtype: torch.dtype = torch.float32,
     name: str = "your picture",
 ) -> Tensor:
-    """A photograph from a file's bytes, as :func:`read_picture` reads files; nothing is written to disk.
+    """A photograph from a file's bytes, as :func:`read_picture` reads files; nothing
+    is written to disk.
 
     Parameters
     ----------

@@ -39,8 +39,8 @@ def withhold(update: ClientUpdate, names: Collection[str]) -> ClientUpdate:
     --------
     >>> import torch, aprillab as al
     >>> update = al.ClientUpdate({"weight": torch.ones(2), "position": torch.ones(3)})
-    >>> list(al.defenses.withhold(update, ["position"]).gradients)
-    ['weight']
+    >>> al.defenses.withhold(update, ["position"]).gradients
+    {'weight': tensor([1., 1.])}
     """
     rest = update.without(names)
     if not rest.gradients:
@@ -219,8 +219,8 @@ def quantize(
     Raises
     ------
     ValueError
-        If ``bits`` is outside its range (:func:`sign` is one bit), or randomness is given without use or
-        missing.
+        If ``bits`` is outside its range (:func:`sign` is one bit), or randomness is given
+        without use or missing.
 
     Examples
     --------
@@ -253,8 +253,9 @@ def sign(update: ClientUpdate) -> ClientUpdate:
     """One bit an entry: its sign, times the mean magnitude of its tensor (signSGD with a scale;
     Bernstein et al., ICML 2018; Karimireddy et al., ICML 2019).
 
-    *Does not protect against* an attacker who counts: a linear system of more equations than unknowns
-    averages what the signs leave out, and the label is the one sign of the head's bias that differs.
+    *Does not protect against* an attacker who counts: a linear system of more equations than
+    unknowns averages what the signs leave out, and the label is the one sign of the head's
+    bias that differs.
 
     Parameters
     ----------

@@ -42,8 +42,9 @@ def freeze_position(model: nn.Module) -> nn.Module:
     --------
     >>> import torch, aprillab as al
     >>> model = al.VisionTransformer(image_size=8, patch_size=4, width=24, depth=1, heads=2, classes=5)
-    >>> al.defenses.freeze_position(model).position_embedding.requires_grad
-    False
+    >>> frozen = al.defenses.freeze_position(model).position_embedding
+    >>> frozen.requires_grad, tuple(frozen.shape)
+    (False, (1, 5, 24))
     """
     _position(model).requires_grad_(False)
     if isinstance(model, VisionTransformer) and model.position == "learned":

@@ -7,9 +7,10 @@
     al.dishonest.silenced(model)                                   # for every client but one
     print(al.inspect_model(model, previous, images=images, labels=labels))
 
-Each of the first returns a state dict, a copy that the model loads, so that any framework can send it. Each says
-what it changes, what it costs the federation, how it can be seen, and whose idea it is. They are here so that
-clients can learn to look: nothing in this package sends anything anywhere.
+Each of the first returns a state dict, a copy that the model loads, so that any framework can
+send it. Each says what it changes, what it costs the federation, how it can be seen, and whose
+idea it is. They are here so that clients can learn to look: nothing in this package sends
+anything anywhere.
 """
 
 from .features import Bin, bisect_features, feature_fishing, feature_range

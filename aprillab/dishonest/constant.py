@@ -1,8 +1,9 @@
 """A feature that is the same for all images: what stands in for the bias of a head that has none.
 
-Behind a LayerNorm f = γ ⊙ x̂ + β, where the entries of x̂ sum to zero. So Σ f_j / γ_j = Σ β_j / γ_j, whatever the
-image: with u = 1/γ over that sum, u·f = 1. A mean over tokens keeps it. Nor does u pass any gradient down:
-the LayerNorm's own gradient takes the mean of γ ⊙ u off, which is all there is to it.
+Behind a LayerNorm f = γ ⊙ x̂ + β, where the entries of x̂ sum to zero. So Σ f_j / γ_j = Σ
+β_j / γ_j, whatever the image: with u = 1/γ over that sum, u·f = 1. A mean over tokens keeps it. Nor
+does u pass any gradient down: the LayerNorm's own gradient takes the mean of γ ⊙ u off, which is
+all there is to it.
 """
 
 from __future__ import annotations
@@ -63,9 +64,11 @@ def constant_feature(model: nn.Module, head: Head) -> ConstantFeature:
 
 
 def last_norm(model: nn.Module, head: Head) -> tuple[str, nn.LayerNorm | None]:
-    """The LayerNorm right before the head, and its path: the last one that is registered, if a play agrees.
+    """The LayerNorm right before the head, and its path: the last one that is
+    registered, if a play agrees.
 
-    Of what it gives, Σ f_j / γ_j must be Σ β_j / γ_j for pictures of noise, whether or not tokens are averaged.
+    Of what it gives, Σ f_j / γ_j must be Σ β_j / γ_j for pictures of noise, whether or not
+    tokens are averaged.
     """
     path, norm = "", None
     for name, module in model.named_modules():

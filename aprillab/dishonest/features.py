@@ -1,14 +1,16 @@
-"""Images told apart by a feature and not by their class: a threshold in the head, and its bisection over rounds.
+"""Images told apart by a feature and not by their class: a threshold in the head, and its
+bisection over rounds.
 
-With logits z_c = s(u·f − t) + log(K − 1) and zero for all others, p_c = 1/(1 + e^(−s(u·f − t))): a step at the
-threshold t of the feature u·f. An image of class y passes (p_c − [y = c]) s u to its features, so with H_i the rest
-of the way down
+With logits z_c = s(u·f − t) + log(K − 1) and zero for all others, p_c = 1/(1 + e^(−s(u·f − t))): a
+step at the threshold t of the feature u·f. An image of class y passes (p_c − [y = c]) s u to its
+features, so with H_i the rest of the way down
 
-    ∂l(t) = (1/B) (Σ_{u·f_i > t} H_i − Σ_{i of class c} H_i).
+    ∂l(t) = (1/B) (Σ_{u·f_i > t} H_i − Σ_{i of class c} H_i).                             (12.8)
 
-Of a batch of class c alone, those below t remain. What is more: nothing below the head changed, so the second sum is
-the same in each round, and the difference of two rounds is that of the images *between* two thresholds, of
-whatever class. The head's own gradient counts them: B Σ (p_c − [y = c]) is the number above t less that of class c.
+Of a batch of class c alone, those below t remain. What is more: nothing below the head changed, so
+the second sum is the same in each round, and the difference of two rounds is that of the images
+*between* two thresholds, of whatever class. The head's own gradient counts them: B Σ
+(p_c − [y = c]) is the number above t less that of class c.
 """
 
 from __future__ import annotations
@@ -40,23 +42,27 @@ def feature_fishing(
     strength: float = 1e4,
     anatomy: Anatomy | None = None,
 ) -> dict[str, Tensor]:
-    """The model with a head that tells images apart by a feature: the step of one class's probability.
+    """The model with a head that tells images apart by a feature: the step of one
+    class's probability.
 
-    *What it changes*: the head's weight is zero but for one row, s u; its bias is −s t + log(K − 1) there. Where the
-    head has no bias, the last LayerNorm's bias stands in, as in :func:`~aprillab.dishonest.class_fishing`.
+    *What it changes*: the head's weight is zero but for one row, s u; its bias is −s t + log(K − 1)
+    there. Where the head has no bias, the last LayerNorm's bias stands in, as in
+    :func:`~aprillab.dishonest.class_fishing`.
 
-    *What it does*: of images of this class, those with u·f < t pass their gradient, and the others none. Of images of
-    other classes it is the other way round, so where the batch is mixed, they are in the way: two rounds and
-    their difference are not (:func:`bisect_features`).
+    *What it does*: of images of this class, those with u·f < t pass their gradient, and the others
+    none. Of images of other classes it is the other way round, so where the batch is mixed, they
+    are in the way: two rounds and their difference are not (:func:`bisect_features`).
 
     *What it costs the federation*: a round, and one more for each threshold.
 
-    *How it can be seen*: as class fishing, and better: the row is thousands of times longer than an honest one, and a
-    client that is sent the same body with another head, round after round, is being asked questions ("still body").
+    *How it can be seen*: as class fishing, and better: the row is thousands of times longer than an
+    honest one, and a client that is sent the same body with another head, round after round, is
+    being asked questions ("still body").
 
-    *Whose idea*: Wen et al. (ICML 2022): feature fishing, by bisection or in one shot. Differences of neighbouring
-    bins are from Fowl et al. ("Robbing the Fed", ICLR 2022), within one layer; that rounds with one body and
-    several heads give them without an added layer we have not seen elsewhere.
+    *Whose idea*: Wen et al. (ICML 2022): feature fishing, by bisection or in one shot.
+    Differences of neighbouring bins are from Fowl et al. ("Robbing the Fed", ICLR 2022), within
+    one layer; that rounds with one body and several heads give them without an added layer we
+    have not seen elsewhere.
 
     Parameters
     ----------
@@ -79,7 +85,8 @@ def feature_fishing(
     Raises
     ------
     CannotCheat
-        As in ``class_fishing``; if the direction is none; or if s t is too large for the model's dtype.
+        As in ``class_fishing``; if the direction is none; or if s t is too large for
+        the model's dtype.
 
     Examples
     --------
@@ -137,8 +144,8 @@ class Bin:
     count : int
         How many; by the head's gradient.
     update : ClientUpdate
-        The difference of two rounds: with count = 1 one image's gradient below the head, up to a factor, for
-        :func:`~aprillab.embedding_closed_form`.
+        The difference of two rounds: with count = 1 one image's gradient below the head, up to a
+        factor, for :func:`~aprillab.embedding_closed_form`.
     """
 
     low: float
@@ -160,14 +167,16 @@ def bisect_features(
 ) -> list[Bin]:
     """Ask a client round after round, with thresholds where most images are still together.
 
-    The client must answer with the same images each time, as one that trains on all it has does; of fresh
-    batches a difference is of two batches, and the system's own check says so (*one image* fails).
+    The client must answer with the same images each time, as one that trains on all it has
+    does; of fresh batches a difference is of two batches, and the system's own check says so
+    (*one image* fails).
 
     Parameters
     ----------
     model : nn.Module
     ask : callable
-        Is given a state dict, as the client would be, and returns the client's update: a mean over its batch.
+        Is given a state dict, as the client would be, and returns the client's update: a
+        mean over its batch.
     batch_size : int, B
     rounds : int
         At least 2; to take B images apart needs B + 1 or more, by halves about twice that.
@@ -218,6 +227,8 @@ def bisect_features(
         if middle is None:
             break
         answers[middle] = ask(feature_fishing(model, label, threshold=middle, direction=u, strength=strength))
+    # What passes one of two neighbouring thresholds and not the other, (12.8), wherever an
+    # image lies between.
     above = _above(answers, passed)
     order = sorted(above, reverse=True)
     return [
@@ -228,7 +239,8 @@ def bisect_features(
 
 
 def next_threshold(above: Mapping[float, float], least: float) -> float | None:
-    """The middle of the bin with most images, the widest of those; None if nothing is left to halve.
+    """The middle of the bin with most images, the widest of those; None if nothing is left to
+    halve.
 
     Parameters
     ----------

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 of a model's tensors: their names, dtypes, shapes and bits, in the order of the names.
+    """SHA-256 of a model's tensors: their names, dtypes, shapes and bits, in the order of the
+    names.
 
-    Against a server that sends clients different models (:func:`~aprillab.dishonest.silenced`), which no client can
-    see on its own: compared over a channel that is not the server's.
+    Against a server that sends clients different models (:func:`~aprillab.dishonest.silenced`),
+    which no client can see on its own: compared over a channel that is not the server's.
 
     Parameters
     ----------
@@ -29,10 +30,10 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
     >>> import aprillab as al
     >>> shape = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 1, "heads": 2, "classes": 5}
     >>> one, other = (al.VisionTransformer(**shape, seed=seed) for seed in (0, 0))
-    >>> fingerprint(one) == fingerprint(other.state_dict())
-    True
-    >>> fingerprint(one) == fingerprint(al.dishonest.silenced(one))
-    False
+    >>> len({fingerprint(one), fingerprint(other.state_dict())})
+    1
+    >>> len({fingerprint(one), fingerprint(al.dishonest.silenced(one))})
+    2
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     digest = hashlib.sha256()

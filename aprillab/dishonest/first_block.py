@@ -56,8 +56,8 @@ def first_block(model: nn.Module, anatomy: Anatomy) -> FirstBlock:
     Raises
     ------
     CannotCheat
-        If the model is another: no pre-norm block, no position embedding, or tensors in the block beside
-        two norms, an attention and an MLP of two layers.
+        If the model is another: no pre-norm block, no position embedding, or tensors in the block
+        beside two norms, an attention and an MLP of two layers.
 
     Examples
     --------
@@ -87,7 +87,9 @@ def first_block(model: nn.Module, anatomy: Anatomy) -> FirstBlock:
 
 
 def _layers(inside: Mapping[str, Tensor], projections: set[str], d: int) -> list[str]:
-    """Weights of the attention's output (d, d) and of the MLP's (h, d) and (d, h), in this order, if one is each."""
+    """Weights of the attention's output (d, d) and of the MLP's (h, d) and (d, h), in this
+    order, if one is each.
+    """
     others = {name: t for name, t in inside.items() if name not in projections and t.ndim == 2}
     return [
         *_named(others, lambda t: t.shape == (d, d)),

@@ -1,9 +1,10 @@
 """An imprint: pictures sorted into bins by their brightness, in a ViT as it is.
 
-A linear layer whose rows are all alike but for their thresholds tells its inputs apart: row k gets the gradient
-of all that lie above threshold k, and two neighbours' difference is that of what lies between. One row holds no more
-numbers than its input, d of them; a picture of n patches has n p. So a picture takes n rows here, one for each
-patch, and h hidden units make h/n bins. What is written into the first block:
+A linear layer whose rows are all alike but for their thresholds tells its inputs apart: row k gets
+the gradient of all that lie above threshold k, and two neighbours' difference is that of what lies
+between. One row holds no more numbers than its input, d of them; a picture of n patches has n p. So
+a picture takes n rows here, one for each patch, and h hidden units make h/n bins. What is written
+into the first block:
 
 - patch embedding: an orthonormal basis of a patch, its lowest frequencies if d is too small for all;
 - position embedding: two constants, and a point of a circle for each place;
@@ -32,40 +33,45 @@ _SIZE = 20.0  # of the constants and the circle; pixels in model-input space are
 _SHARP = 2e4  # s: a unit is on or off but for 4e-4 of brightness
 _PASSED = 1e-7  # what each unit adds to its token: s times that stays small
 _RANGE = 4.0  # times what thresholds span: so far apart are places
+_EMPTY = 1e-4  # of the fullest bin: rounding leaves less in one without a picture
+_BELOW_ALL = 6.0  # standard deviations below the mean: no picture is darker than the first bin
 _ALONE = 1e-3  # how far the length of a LayerNorm's output may be from √d
 
 
 def imprint(
     model: nn.Module, *, brightness: tuple[float, float] | Tensor = (0.0, 0.4), anatomy: Anatomy | None = None
 ) -> dict[str, Tensor]:
-    """The model with a first block that sorts pictures by their mean brightness; the rest stays as it is.
+    """The model with a first block that sorts pictures by their mean brightness; the
+    rest stays as it is.
 
     *What it changes*: patch and position embedding, class token, and all of the first block.
 
-    *What it does*: of a batch, or a sum over clients, each picture that is alone in its bin comes back
-    (:func:`read_imprint`), whatever its class. With h hidden units and n patches there are ⌊h/n⌋ bins: 48 of
-    pictures of 32×32 at patch 8 and width 192, 15 of ViT-B/16's at 224. Where d < p + 5 the highest frequencies
-    of each patch are lost.
+    *What it does*: of a batch, or a sum over clients, each picture that is alone in its bin comes
+    back (:func:`read_imprint`), whatever its class. With h hidden units and n patches there are
+    ⌊h/n⌋ bins: 48 of pictures of 32×32 at patch 8 and width 192, 15 of ViT-B/16's at 224. Where
+    d < p + 5 the highest frequencies of each patch are lost.
 
     *What it costs the federation*: the model. Nothing of the first block is left.
 
     *How it can be seen*: the first block's matrices have lost nearly all their directions
-    (:func:`~aprillab.dishonest.inspect_model`, "layer directions"); the embeddings are huge and the loss is chance's.
+    (:func:`~aprillab.dishonest.inspect_model`, "layer directions"); the embeddings are huge and
+    the loss is chance's.
 
-    *Whose idea*: Fowl et al. ("Robbing the Fed", ICLR 2022): bins by brightness and differences of neighbouring rows,
-    in a layer that the server adds. In a transformer's own MLP, with position written into the embedding: Fowl et al.
-    ("Decepticons", ICLR 2023), on text. Written into adapters of a ViT: PEFTLeak (Sami et al., CVPR 2025). Here
-    nothing is added, and each place has its units, so that patches need not be put together afterwards.
+    *Whose idea*: Fowl et al. ("Robbing the Fed", ICLR 2022): bins by brightness and differences of
+    neighbouring rows, in a layer that the server adds. In a transformer's own MLP, with position
+    written into the embedding: Fowl et al. ("Decepticons", ICLR 2023), on text. Written into
+    adapters of a ViT: PEFTLeak (Sami et al., CVPR 2025). Here nothing is added, and each place has
+    its units, so that patches need not be put together afterwards.
 
     Parameters
     ----------
     model : nn.Module
-        A pre-norm ViT with learned or fixed positions, such as this package's, torchvision's or timm's; left
-        unchanged. Its second block or its mean over tokens must read the patch tokens: with one block and a class
-        token nothing comes back.
+        A pre-norm ViT with learned or fixed positions, such as this package's, torchvision's or
+        timm's; left unchanged. Its second block or its mean over tokens must read the patch tokens:
+        with one block and a class token nothing comes back.
     brightness : (mean, standard deviation), or Tensor of shape (N,)
-        The mean over all pixels and channels in model-input space, of pictures like the client's: the law of it,
-        taken for normal, or N public pictures' own. Bins are its quantiles.
+        The mean over all pixels and channels in model-input space, of pictures like the client's:
+        the law of it, taken for normal, or N public pictures' own. Bins are its quantiles.
     anatomy : Anatomy, optional
         Default is ``dissect(model)``.
 
@@ -110,7 +116,9 @@ def imprint(
 
 
 def _thresholds(brightness: tuple[float, float] | Tensor, bins: int) -> Tensor:
-    """Lower ends of the bins, (bins,) float64, each as probable as the others; the first is open below."""
+    """Lower ends of the bins, (bins,) float64, each as probable as the others; the
+    first is open below.
+    """
     quantiles = torch.arange(bins, dtype=torch.float64) / bins
     if isinstance(brightness, Tensor):
         values = brightness.detach().double().flatten().cpu()
@@ -123,7 +131,7 @@ def _thresholds(brightness: tuple[float, float] | Tensor, bins: int) -> Tensor:
         if not 0 < std < math.inf or not math.isfinite(mean):
             raise CannotCheat(f"brightness={brightness} must be a mean and a positive standard deviation")
         ends = mean + std * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
-    ends[0] = mean - 6 * std
+    ends[0] = mean - _BELOW_ALL * std
     return ends
 
 
@@ -177,6 +185,18 @@ def read_imprint(
     ------
     CannotCheat
         If the model has no such first block, or the update no gradient of its MLP's first layer.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 16, "patch_size": 8, "width": 208, "depth": 2, "heads": 2, "classes": 10}
+    >>> model = al.VisionTransformer(**shape).eval()
+    >>> model.load_state_dict(imprint(model))
+    <All keys matched successfully>
+    >>> images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    >>> found = read_imprint(model, al.client_update(model, images, torch.tensor([1])), preprocessing=al.UNIT)
+    >>> len(found), found[0].alone, al.psnr(found[0].pixels, images[0]) > 50
+    (1, True, True)
     """
     anatomy = anatomy or dissect(model)
     preprocessing = preprocessing or anatomy.preprocessing
@@ -191,7 +211,7 @@ def read_imprint(
     rows, sums = _differences(rows).flip(0), _differences(sums).flip(0)
     found, size = [], float(sums.abs().max())
     for k in range(plan.bins):
-        if float(sums[k].abs().max()) < 1e-4 * size or not size:
+        if float(sums[k].abs().max()) < _EMPTY * size or not size:
             continue
         miss = float((rows[k].norm(dim=1) / (sums[k].abs() * plan.width**0.5) - 1).abs().max())
         spread = rows[k][:, _PLUS] - rows[k][:, _MINUS]  # 2 · _SIZE, times what the LayerNorm and the loss did
@@ -289,7 +309,9 @@ def _write_attention(new: dict[str, Tensor], block: FirstBlock, plan: _Plan) -> 
 
 
 def _write_units(new: dict[str, Tensor], block: FirstBlock, plan: _Plan, thresholds: Tensor) -> None:
-    """Unit (k, i): s [M (cos(φ − φ_i) − 1) + brightness − c_k], in numbers that the LayerNorm's mean cancels from."""
+    """Unit (k, i): s [M (cos(φ − φ_i) − 1) + brightness − c_k], in numbers that the LayerNorm's
+    mean cancels from.
+    """
     apart = 1 - math.cos(2 * math.pi / plan.places)
     far = _RANGE * float(thresholds.max() - thresholds.min()) / apart
     shape = plan.bins, plan.places

@@ -23,7 +23,8 @@ from .looks import (
 )
 from .sent import CannotCheat, Head, evaluated, head_of, played
 
-#: Beyond these a finding is suspicious. Honest models, fished ones, and where they meet: data/results/cheating.md.
+#: Beyond these a finding is suspicious. Honest models, fished ones, and where they meet:
+#: data/results/cheating.md.
 LIMITS = {
     "head rows": 4.0, "head directions": 3.0, "class offset": 3.0, "class gradients": 4.0, "layer directions": 8.0,
     "adapters": 4.0, "jump": 0.7, "still body": 30.0, "isolation": 10.0,
@@ -112,21 +113,23 @@ def inspect_model(
 ) -> Inspection:
     """Look at a model that a server sent, before answering it.
 
-    Of the head: whether one row or one class stands out, whether rows are of few directions, and which classes
-    would pass a gradient. Of all layers: whether they have lost their directions. With the previous round's
-    model: how far it jumped, and whether the head alone moved, for the difference of two answers to one body may
-    be one image's where neither answer is. With the client's own batch: whether one image's gradient drowns all
-    others', which is what leaks, be the server a cheat or not.
+    Of the head: whether one row or one class stands out, whether rows are of few directions, and
+    which classes would pass a gradient. Of all layers: whether they have lost their directions.
+    With the previous round's model: how far it jumped, and whether the head alone moved, for the
+    difference of two answers to one body may be one image's where neither answer is. With the
+    client's own batch: whether one image's gradient drowns all others', which is what leaks, be the
+    server a cheat or not.
 
     One false alarm is known: the first step from a head of zeros leaves the body where it was.
 
-    Scores are deterministic. It costs a forward pass of eight pictures of noise, products of the weights with
-    themselves, and with ``images`` one forward and backward pass of the batch.
+    Scores are deterministic. It costs a forward pass of eight pictures of noise, products of the
+    weights with themselves, and with ``images`` one forward and backward pass of the batch.
 
-    *What it cannot see*: one image that is there in several copies; one that is alone in a row of one layer and
-    drowns nothing in the whole (an imprint, known by its weights); that other clients were sent another model
-    (:func:`~aprillab.dishonest.silenced`: the one who is read has an honest model); a head that looks trained
-    because it is, while the client does not look at its own batch. data/results/cheating.md has the numbers.
+    *What it cannot see*: one image that is there in several copies; one that is alone in a row of
+    one layer and drowns nothing in the whole (an imprint, known by its weights); that other clients
+    were sent another model (:func:`~aprillab.dishonest.silenced`: the one who is read has an honest
+    model); a head that looks trained because it is, while the client does not look at its own
+    batch. data/results/cheating.md has the numbers.
 
     Parameters
     ----------
@@ -284,7 +287,7 @@ def _of_images(model: nn.Module, anatomy: Anatomy, images: Tensor, labels: Tenso
         hook.remove()
     if len(images) < 2:
         return each, []
-    ratios = torch.where(each > 0, each / others, 0.0)  # a zero sum of others leaves infinity
+    ratios = torch.where(each > 0, each / others, 0.0)  # (12.9); a zero sum of others leaves infinity
     worst = int(ratios.argmax())
     words = (
         f"The gradient of image {worst}, of class {int(labels[worst])}, over the {len(images) - 1} others' together."

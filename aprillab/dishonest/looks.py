@@ -1,7 +1,9 @@
-"""What a client can look at in a model it was sent: a number each, and how large honest models have it.
+"""What a client can look at in a model it was sent: a number each, and how large
+honest models have it.
 
-Each function takes tensors and returns a score, larger for a stranger model. The limits were set from honest models
-and fished ones in data/results/cheating.md; ``inspect_model`` puts scores, limits and words together.
+Each function takes tensors and returns a score, larger for a stranger model. The limits were set
+from honest models and fished ones in data/results/cheating.md; ``inspect_model`` puts scores,
+limits and words together.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ def out_of_proportion(weight: Tensor) -> float:
 
 
 def lost_directions(weight: Tensor, *, centred: bool = False) -> float:
-    """How many times fewer directions a matrix (m, d) has than it could: 1 if all singular values are alike.
+    """How many times fewer directions a matrix (m, d) has than it could: 1 if all
+    singular values are alike.
 
-    Directions are counted as (Σ s²)² / Σ s⁴ with singular values s, at most min(m, d). Of a head only
-    differences of rows matter: ``centred`` takes the mean row off, and one direction of the count.
+    Directions are counted as (Σ s²)² / Σ s⁴ with singular values s, at most min(m, d). Of a
+    head only differences of rows matter: ``centred`` takes the mean row off, and one
+    direction of the count.
 
     >>> lost_directions(torch.eye(4)), lost_directions(torch.ones(4, 4)), lost_directions(torch.zeros(4, 4))
     (1.0, 4.0, 1.0)
@@ -41,7 +45,8 @@ def lost_directions(weight: Tensor, *, centred: bool = False) -> float:
 
 
 def largest_offset(weight: Tensor, bias: Tensor | None, norm_bias: Tensor | None) -> float:
-    """How far one class is more or less probable than the median class before there is any picture, in nats.
+    """How far one class is more or less probable than the median class before there is
+    any picture, in nats.
 
     The head's bias says it, and the last LayerNorm's bias β through the head: b + W β.
 
@@ -57,7 +62,8 @@ def largest_offset(weight: Tensor, bias: Tensor | None, norm_bias: Tensor | None
 
 
 def passed_by_class(weight: Tensor, logits: Tensor) -> Tensor:
-    """‖Wᵀ(p − e_k)‖ for each class k, (classes,): the gradient that an image of class k passes to the features.
+    """‖Wᵀ(p − e_k)‖ of (12.1) for each class k, (classes,): the gradient that an image of class k
+    passes to the features.
 
     A mean over some images with these logits (images, classes), whatever their classes are.
 
@@ -71,10 +77,12 @@ def passed_by_class(weight: Tensor, logits: Tensor) -> Tensor:
 
 
 def passed_by_image(tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """‖G_i‖ of each image, and of all others together ‖Σ_{j≠i} G_j‖, both (B,): gradients at the tokens.
+    """‖G_i‖ of each image, and of all others together ‖Σ_{j≠i} G_j‖, both (B,): the
+    two norms of (12.9).
 
-    One backward pass: the images of a batch do not meet in the model. ``losses`` (B,) were computed by way of
-    ``tokens`` (B, …), the patch embedding's output: what arrives there is what chapter 04's system has of an image.
+    One backward pass: the images of a batch do not meet in the model. ``losses`` (B,) were computed
+    by way of ``tokens`` (B, …), the patch embedding's output: what arrives there is what chapter
+    04's system has of an image.
 
     >>> tokens = torch.eye(2, requires_grad=True)
     >>> passed_by_image(tokens, torch.tensor([3.0, 4.0]) * tokens.sum(1))
@@ -87,10 +95,11 @@ def passed_by_image(tokens: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def changes(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far each linear layer or convolution moved, relative to what it was; r.m.s. of all entries.
+    """How far each linear layer or convolution moved, relative to what it was; r.m.s. of all
+    entries.
 
-    One that was smaller counts as half of what initialization usually gives it, 0.5/√fan_in. Position embeddings and
-    tokens, (1, tokens, d), are left out: they start small and move far.
+    One that was smaller counts as half of what initialization usually gives it, 0.5/√fan_in.
+    Position embeddings and tokens, (1, tokens, d), are left out: they start small and move far.
 
     >>> changes({"w": torch.ones(4, 4)}, {"w": 1.5 * torch.ones(4, 4)})
     {'w': 0.5}
@@ -106,7 +115,8 @@ def changes(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> dict[str
 
 
 def standing_still(moved: Mapping[str, float], head: float, body: Collection[str]) -> float:
-    """How many times further the head moved than the median layer of the body; infinite if that stood still.
+    """How many times further the head moved than the median layer of the body; infinite
+    if that stood still.
 
     >>> standing_still({"a": 0.1, "b": 0.3, "c": 0.2}, 1.0, ["a", "b", "c"]), standing_still({"a": 0.0}, 0.0, ["a"])
     (5.0, 0.0)

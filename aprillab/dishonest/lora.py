@@ -1,10 +1,11 @@
 """LoRA's B chosen by the server, so that the first round already spans the tokens.
 
-An adapter adds s B A u to a layer W u. The gradient of A is s Bᵀ Σ_i δ_i u_iᵀ: r combinations of the layer's inputs
-u_i, which B chooses, and none while B is zero, as it is at the start of an honest fine-tuning. The server chooses B,
-and A = 0: then B A = 0, and the model computes what the base computes, in every bit. With m adapters of rank r on
-the first attention (queries, keys, values) a round gives m r rows. With the class token's input, which is known, n
-of them span the tokens, which is what the span attack without the patch gradient needs, if p + n + 2 ≤ d.
+An adapter adds s B A u to a layer W u. The gradient of A is s Bᵀ Σ_i δ_i u_iᵀ: r combinations of
+the layer's inputs u_i, which B chooses, and none while B is zero, as it is at the start of an
+honest fine-tuning. The server chooses B, and A = 0: then B A = 0, and the model computes what the
+base computes, in every bit. With m adapters of rank r on the first attention (queries, keys,
+values) a round gives m r rows. With the class token's input, which is known, n of them span the
+tokens, which is what the span attack without the patch gradient needs, if p + n + 2 ≤ d.
 """
 
 from __future__ import annotations
@@ -21,26 +22,30 @@ def lora_spanning(
 ) -> dict[str, Tensor]:
     """The model with LoRA factors that make the first attention's adapters report its inputs.
 
-    *What it changes*: of the adapters on the first attention's projections, B becomes r orthonormal columns times
-    ``size``, and A becomes zero. The model computes exactly what it did without them.
+    *What it changes*: of the adapters on the first attention's projections, B becomes r orthonormal
+    columns times ``size``, and A becomes zero. The model computes exactly what it did without them.
 
-    *What it does*: the gradient of each A has r rows in the span of the tokens, from the first round on. As many
-    rounds, with another ``seed`` each, as it takes for m r rows a round to reach n, the number of patches
-    (:func:`~aprillab.span_closed_form` takes the rounds together): one, if m r ≥ n.
+    *What it does*: the gradient of each A has r rows in the span of the tokens, (10.5), from the
+    first round on. As many rounds, with another ``seed`` each, as it takes for m r rows a round
+    to reach n, the number of patches (:func:`~aprillab.span_closed_form` takes the rounds
+    together): one, if m r ≥ n.
 
-    *What it costs the federation*: next to nothing: B and A change places, A learns and B waits for it.
+    *What it costs the federation*: next to nothing: B and A change places, A learns
+    and B waits for it.
 
     *How it can be seen*: B is zero at the start of an honest fine-tuning and A is not
-    (:func:`~aprillab.dishonest.inspect_model`, "adapters"). A client that multiplies W + s B A out sees nothing.
+    (:func:`~aprillab.dishonest.inspect_model`, "adapters"). A client that multiplies W + s B
+    A out sees nothing.
 
-    *Whose idea*: that the span attack sums LoRA's gradients over rounds is this package's, as far as we found; that a
-    server chooses a malicious base for adapters is PEFTLeak's (Sami et al., CVPR 2025).
+    *Whose idea*: that the span attack sums LoRA's gradients over rounds is this package's, as
+    far as we found; that a server chooses a malicious base for adapters is PEFTLeak's (Sami
+    et al., CVPR 2025).
 
     Parameters
     ----------
     model : nn.Module
-        One that peft put LoRA or DoRA into, with adapters on the first attention's query, key or value; left
-        unchanged.
+        One that peft put LoRA or DoRA into, with adapters on the first attention's query, key or
+        value; left unchanged.
     seed : int
         Of B; another in each round.
     size : float, the length of B's columns

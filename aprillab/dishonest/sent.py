@@ -1,4 +1,6 @@
-"""The state dict that goes out instead of the model's own, and the head that most of these tricks change."""
+"""The state dict that goes out instead of the model's own, and the head that most of
+these tricks change.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from ..update import UpdateError, logits_of
 
 
 class CannotCheat(ValueError):
-    """The model cannot be changed in this way; the message says why, and what could be done instead."""
+    """The model cannot be changed in this way; the message says why, and what could be done
+    instead.
+    """
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Head:
 
 
 def head_of(model: nn.Module, anatomy: Anatomy | None = None) -> Head:
-    """The model's head, shown to be a linear map: a picture of noise is played through two versions of it.
+    """The model's head, shown to be a linear map: a picture of noise is played through
+    two versions of it.
 
     Parameters
     ----------
@@ -119,7 +124,9 @@ def _refuse_other_than_linear(model: nn.Module, head: Head) -> None:
 
 @torch.no_grad()
 def played(model: nn.Module, head: Head, changed: Mapping[str, Tensor], *, images: int) -> Tensor:
-    """Logits (images, classes) of some pictures of noise, the same each time, with some tensors exchanged."""
+    """Logits (images, classes) of some pictures of noise, the same each time, with some
+    tensors exchanged.
+    """
     anatomy, generator = head.anatomy, torch.Generator().manual_seed(0)
     shape = (images, anatomy.channels or 3, *anatomy.image_size)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(model.get_parameter(anatomy.patch_weight))
@@ -141,14 +148,16 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def sent_state(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of the model's state dict with some tensors exchanged, under every name that a tensor has.
+    """A copy of the model's state dict with some tensors exchanged, under every name
+    that a tensor has.
 
     Parameters
     ----------
     model : nn.Module
         Left unchanged.
     changes : mapping of str to Tensor
-        Names as in ``model.state_dict()``; values are brought to the dtype and device of what they replace.
+        Names as in ``model.state_dict()``; values are brought to the dtype and device of
+        what they replace.
 
     Raises
     ------

@@ -44,7 +44,9 @@ def check_damped(function: Callable[[Tensor, Tensor, float], Tensor]) -> Feedbac
 
 
 def check_left_out(function: Callable[[Tensor, Tensor, float], Tensor]) -> Feedback:
-    """Exercise A1.2: each equation's residual (N,) when it is predicted by a damped fit to the others."""
+    """Exercise A1.2: each equation's residual (N,) when it is predicted by a damped
+    fit to the others.
+    """
 
     def compare(A: Tensor, b: Tensor, damping: float, what: str) -> None:
         answer = expect_tensor(function(A.clone(), b.clone(), damping), tuple(b.shape), what)

@@ -11,7 +11,9 @@ from .feedback import Feedback, run, stop
 
 
 def check_grey_levels(function: Callable[[float], float]) -> Feedback:
-    """Exercise 0.1: ``function(decibels)`` is the root-mean-square error of that PSNR in grey levels, 0 to 255."""
+    """Exercise 0.1: ``function(decibels)`` is the root-mean-square error of that PSNR in
+    grey levels, 0 to 255.
+    """
 
     def body() -> str:
         for decibels in (20.0, 22.0, 40.0, 58.9, 0.0, 90.3):

@@ -1,4 +1,6 @@
-"""Checks for chapter 01, what a gradient reveals; 1.5 and 1.6 are in labels.py, 1.7 in divisions.py."""
+"""Checks for chapter 01, what a gradient reveals; 1.5 and 1.6 are in labels.py, 1.7 in
+divisions.py.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ ANOTHER = {"weight": [[0, 0, 0], [-3, 0, 6]], "bias": [0, -3]}
 
 
 def check_by_hand(function: Callable[[], tuple[Any, Any, Any]]) -> Feedback:
-    """Exercise 1.1: ``function()`` gives δ (2), ∂l/∂W (2, 3) of the layer ``BY_HAND``, and the other
-    client's x (3).
+    """Exercise 1.1: ``function()`` gives δ (2), ∂l/∂W (2, 3) of the layer ``BY_HAND``, and the
+    other client's x (3).
     """
 
     def body() -> str:
@@ -186,7 +188,8 @@ def check_count_images(function: Callable[[Tensor], int]) -> Feedback:
     def compare(delta: Tensor, x: Tensor, how: str = "") -> None:
         gradient, batch = delta.T @ x, len(x)
         count = _integer(function(gradient), "The count")
-        # By powers of two, which round nothing: a relative tolerance, whatever its size, gives the same count.
+        # By powers of two, which round nothing: a relative tolerance, whatever its size,
+        # gives the same count.
         for factor in (2.0**-30, 2.0**20):
             other = _integer(function(gradient * factor), "The count")
             if other != count:
@@ -207,7 +210,8 @@ def check_count_images(function: Callable[[Tensor], int]) -> Feedback:
             for batch in (1, 2, 3, 5):
                 x = _randn(batch, 40, generator=generator)
                 compare(_randn(batch, 24, generator=generator).to(dtype), x.to(dtype))
-        # Two pictures of one scene: their small difference is an image's worth of rank all the same.
+        # Two pictures of one scene: their small difference is an image's worth of rank all the
+        # same.
         delta, first, other = (_randn(*shape, generator=generator) for shape in ((2, 24), (1, 40), (1, 40)))
         for dtype in (torch.float64, torch.float32):
             compare(delta.to(dtype), torch.cat([first, first + 1e-3 * other]).to(dtype), "nearly alike, ")

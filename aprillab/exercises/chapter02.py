@@ -96,7 +96,8 @@ def _late(z: Tensor) -> Tensor:
 
 Attention = Callable[..., Tensor]
 
-#: Name of the change to the attention that has it: tokens (t, d) and weights, (d, d) or (d/2, d), to (t, d).
+#: Name of the change to the attention that has it: tokens (t, d) and weights, (d, d) or
+#: (d/2, d), to (t, d).
 CHANGES: dict[str, Attention] = {
     "biases": lambda z, Q, K, V: _attend(z @ Q.T + 1, z @ K.T - 2, z @ V.T + 3),
     "heads": lambda z, Q, K, V: _heads(z @ Q.T, z @ K.T, z @ V.T),
@@ -176,8 +177,8 @@ def check_survives(function: Callable[[str], bool]) -> Feedback:
 
 
 def check_hidden_gradients(function: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Feedback:
-    """Exercise 2.3: gradients of the prefix tokens (prefix, d) and of the patch bias (d,), from the position
-    embedding's (1, prefix + n, d).
+    """Exercise 2.3: gradients of the prefix tokens (prefix, d) and of the patch bias (d,), from the
+    position embedding's (1, prefix + n, d).
     """
 
     def compare(rows: Tensor, prefix: int, tokens: Tensor, bias: Tensor) -> None:
@@ -243,7 +244,9 @@ def check_all_readers(function: Callable[[dict[str, Tensor], dict[str, Tensor]],
 
 
 def _parallel_block(z: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients at z (t, d) and of the weights for W_S z + W_O attention(z) + W_2 gelu(W_1 z), as rows."""
+    """Gradients at z (t, d) and of the weights for W_S z + W_O attention(z) + W_2
+    gelu(W_1 z), as rows.
+    """
     z = z.clone().requires_grad_()
     W = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     attended = _attend(z @ W["query"].T, z @ W["key"].T, z @ W["value"].T) @ W["out"].T

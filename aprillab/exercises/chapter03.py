@@ -162,7 +162,9 @@ _RANKS: dict[str, Callable[[int, int, int, int], int]] = {
 
 
 def _rank_of_one_block(n: int, d: int, heads: int, read: int, seed: int) -> int:
-    """The rank of ∂l/∂z, measured on random tokens, a random attention and a random loss of ``read`` tokens."""
+    """The rank of ∂l/∂z, measured on random tokens, a random attention and a random loss
+    of ``read`` tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     z, *projections, readout = _normal(generator, (n + read, d), (d, d), (d, d), (d, d), (read, d))
     z.requires_grad_()
@@ -204,8 +206,8 @@ def side_by_side(**options: Any) -> VisionTransformer:
 
 
 def check_attack(function: Callable[[VisionTransformer, ClientUpdate], Tensor]) -> Feedback:
-    """Exercise 3.5: the whole attack on models whose first block has attention and MLP side by side,
-    with and without class token and biases, in colour and grey.
+    """Exercise 3.5: the whole attack on models whose first block has attention and MLP side by
+    side, with and without class token and biases, in colour and grey.
     """
 
     def body() -> str:

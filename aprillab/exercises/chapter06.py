@@ -40,7 +40,9 @@ def _vit(size: int = 8, width: int = 16, seed: int = 0) -> VisionTransformer:
 
 
 def check_who_is_left(function: Callable[[set[str], str], Any]) -> Feedback:
-    """Exercise 6.1: ``function(withheld, block)`` names the closed forms of chapters 03 and 04 that apply."""
+    """Exercise 6.1: ``function(withheld, block)`` names the closed forms of chapters 03
+    and 04 that apply.
+    """
 
     def check() -> str:
         for block in ("april", "prenorm"):
@@ -149,7 +151,9 @@ def _frozen(function: Callable[[nn.Module, str], Any]) -> nn.Module:
 
 
 def check_seeds_needed(function: Callable[[Sequence[float], Sequence[float], float], int]) -> Feedback:
-    """Exercise 6.3: ``function(a, b, half)`` is the least number of seeds whose interval (6.4) is ± half or less."""
+    """Exercise 6.3: ``function(a, b, half)`` is the least number of seeds whose interval (6.4)
+    is ± half or less.
+    """
 
     def check() -> str:
         if expect_whole(function([0.9, 0.8, 0.7], [0.8, 0.7, 0.6], 0.01), "The number of seeds") != 2:
@@ -179,7 +183,9 @@ def check_seeds_needed(function: Callable[[Sequence[float], Sequence[float], flo
 
 
 def _seeds(spread: float, half: float, *, probability: float = 0.975, lost: int = 1) -> int:
-    """The least m ≥ 2 with t · spread / √m ≤ half, by trying; t has m − ``lost`` degrees of freedom."""
+    """The least m ≥ 2 with t · spread / √m ≤ half, by trying; t has m − ``lost``
+    degrees of freedom.
+    """
     m = 2
     while float(stdtrit(m - lost, probability)) * spread / math.sqrt(m) > half:
         m += 1

@@ -161,8 +161,8 @@ def _without_rows_case(size: int, patch: int, width: int, prefix: int) -> tuple[
 
 
 def check_equal_noise(function: Callable[[Tensor, int], Tensor]) -> Feedback:
-    """Exercise 7.4: ``function(M (m, d), k)`` is M with each row over its noise, (m, d): in all rows
-    the noise is equal then.
+    """Exercise 7.4: ``function(M (m, d), k)`` is M with each row over its noise, (m, d): in all
+    rows the noise is equal then.
     """
 
     def check() -> str:

@@ -207,8 +207,8 @@ def check_nearest_plane(function: Callable[[Tensor, Tensor], Tensor]) -> Feedbac
 
 
 def check_chance(function: Callable[[Tensor], float]) -> Feedback:
-    """Exercise 8.5: ``function(T (p, p))`` is the chance that the nearest plane finds m in t = T m +
-    ε, ε standard normal.
+    """Exercise 8.5: ``function(T (p, p))`` is the chance that the nearest plane finds m in t = T
+    m + ε, ε standard normal.
     """
 
     def check() -> str:
@@ -221,8 +221,6 @@ def check_chance(function: Callable[[Tensor], float]) -> Feedback:
             answer = expect_number(function(T.clone()), what)
             values = {
                 "A diagonal entry may be negative: a step has the length |T_kk|.": torch.erf(steps / 8**0.5).prod(),
-                "All coordinates must be right, so their chances multiply; that is the least.": right.min(),
-                "All coordinates must be right, so their chances multiply; that is their mean.": right.mean(),
                 "An error of *half* a step is forgiven: |ε_k| < |T_kk| / 2.": torch.erf(steps.abs() / 2**0.5).prod(),
                 "That is the chance of ε_k < |T_kk| / 2, with no bound below: an error can be negative, too.": (
                     (1 + right) / 2
@@ -232,11 +230,16 @@ def check_chance(function: Callable[[Tensor], float]) -> Feedback:
                 ).prod(),
                 "That is the chance that at least one coordinate is wrong.": 1 - right.prod(),
             }
+            if p > 1:
+                values |= {
+                    "All coordinates must be right, so their chances multiply; that is the least.": right.min(),
+                    "All coordinates must be right, so their chances multiply; that is their mean.": right.mean(),
+                }
             expect_close(
                 torch.tensor(answer, dtype=F64),
                 right.prod(),
                 what,
-                mistakes={message: value for message, value in values.items() if p > 1 or "multiply" not in message},
+                mistakes=values,
                 tolerance=1e-7,
             )
         return "Right: the diagonal decides, its smallest entry most, and the entries above it do not matter."

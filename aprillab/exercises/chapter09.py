@@ -109,7 +109,9 @@ def check_without_decay(function: Callable[[Tensor, Tensor, Tensor, Tensor], Ten
 
 
 def check_first_gradient(function: Callable[[Tensor, Tensor, float, float, float], Tensor]) -> Feedback:
-    """Exercise 9.3: ``function(before, after, rate, eps, decay)`` is the gradient behind AdamW's first step."""
+    """Exercise 9.3: ``function(before, after, rate, eps, decay)`` is the gradient behind
+    AdamW's first step.
+    """
 
     def check() -> str:
         for seed, (rate, eps, decay) in enumerate(((1e-3, 1e-6, 0.0), (1e-2, 1e-4, 0.1), (0.1, 1e-2, 0.5))):

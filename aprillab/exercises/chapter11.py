@@ -67,7 +67,9 @@ def check_clipped_sum(function: Callable[[Tensor, float], Tensor]) -> Feedback:
 
 
 def check_rounds_within(function: Callable[[float, float, float], int]) -> Feedback:
-    """Exercise 11.2: ``function(sigma, epsilon, delta)`` is the greatest number of rounds within the budget."""
+    """Exercise 11.2: ``function(sigma, epsilon, delta)`` is the greatest number of rounds
+    within the budget.
+    """
 
     def check() -> str:
         for sigma, budget, delta in ((5.0, 10.0, 1e-5), (1.0, 3.0, 1e-5), (40.0, 8.0, 1e-6), (3000.0, 3.0, 1e-5)):
@@ -99,7 +101,9 @@ def check_rounds_within(function: Callable[[float, float, float], int]) -> Feedb
 
 
 def check_noise_for(function: Callable[[float, int, int, float], float]) -> Feedback:
-    """Exercise 11.3: ``function(epsilon, rounds, photographs, delta)`` is the σ that a person's ε needs."""
+    """Exercise 11.3: ``function(epsilon, rounds, photographs, delta)`` is the σ that a person's ε
+    needs.
+    """
 
     def check() -> str:
         for wanted_epsilon, rounds, photographs, delta in ((3.0, 1, 1, 1e-5), (3.0, 100, 4, 1e-5), (8.0, 1, 9, 1e-6)):
@@ -131,12 +135,13 @@ def check_noise_for(function: Callable[[float, int, int, float], float]) -> Feed
 
 # --- 11.4: who was it, from T noisy rounds --------------------------------------------------------------------------
 
-_CANDIDATES, _ENTRIES, _ROUNDS = 24, 40, 30
-_SEEDS_OF_WHO = (0, 29, 6)
+_CANDIDATES, _ENTRIES, _ROUNDS = 24, 40, 30  # whom to choose from; of a gradient; T
+_SEEDS_OF_WHO = (0, 29, 6)  # each mistake names wrong ones, and no two the same three
 
 
 def _watched(seed: int, sigma: float = 0.45) -> tuple[int, Rounds]:
-    """The right candidate, and T rounds: what arrived, and every candidate's clipped gradient at those weights.
+    """The right candidate, and T rounds: what arrived, and every candidate's clipped
+    gradient at those weights.
 
     One other, its twin, has nearly the same direction in every round, and is longer.
     """
@@ -186,7 +191,9 @@ def _answers(rounds: Rounds) -> dict[str, int]:
 
 
 def check_who(function: Callable[[Rounds], int]) -> Feedback:
-    """Exercise 11.4: ``function(rounds)`` is the number of the candidate whose picture all rounds were of."""
+    """Exercise 11.4: ``function(rounds)`` is the number of the candidate whose picture
+    all rounds were of.
+    """
 
     def check() -> str:
         cases = [_watched(seed) for seed in _SEEDS_OF_WHO]
@@ -264,7 +271,9 @@ OFFERS: tuple[Offer, ...] = (
 
 
 def check_choose(function: Callable[[Sequence[Offer], float, float], str | None]) -> Feedback:
-    """Exercise 11.6: ``function(offers, least_accuracy, most_epsilon)`` is the offer's name, or None."""
+    """Exercise 11.6: ``function(offers, least_accuracy, most_epsilon)`` is the offer's name, or
+    None.
+    """
 
     def check() -> str:
         for least, most in ((88.0, 4.0), (90.5, 4.0), (75.0, 4.0), (75.0, 1.0), (93.0, 4.0), (75.0, 0.1)):

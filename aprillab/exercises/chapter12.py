@@ -1,7 +1,8 @@
-"""Checks for chapter 12: heads that let one class pass, what they can be seen by, and what holds without trust.
+"""Checks for chapter 12: heads that let one class pass, what they can be seen by, and what
+holds without trust.
 
-The check of 12.5 is in detectors.py. References are the package's own heads and drawn matrices; no model is
-built here.
+The check of 12.5 is in detectors.py. References are the package's own heads and drawn matrices; no
+model is built here.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def _features(gamma: Tensor, beta: Tensor, count: int, seed: int) -> Tensor:
 
 
 def check_without_bias(function: Callable[..., Tensor]) -> Feedback:
-    """Exercise 12.1: ``function(W, gamma, beta, c, L)`` gives class c the logit w·f − L, and the others zero."""
+    """Exercise 12.1: ``function(W, gamma, beta, c, L)`` gives class c the logit w·f − L,
+    and the others zero.
+    """
 
     def check() -> str:
         for seed, (K, d, c, L) in enumerate(((5, 12, 2, 20.0), (9, 32, 0, 7.5))):
@@ -78,7 +81,9 @@ def check_without_bias(function: Callable[..., Tensor]) -> Feedback:
 
 
 def check_strength_for(function: Callable[..., float]) -> Feedback:
-    """Exercise 12.2: ``function(w, gamma, beta, K, N, bits)`` is the L at which N others pass 2^−bits at most."""
+    """Exercise 12.2: ``function(w, gamma, beta, K, N, bits)`` is the L at which N others
+    pass 2^−bits at most.
+    """
 
     def check() -> str:
         for seed, (d, K, N, bits) in enumerate(((16, 10, 7, 24), (64, 1000, 799, 24), (32, 100, 31, 8))):
@@ -87,7 +92,8 @@ def check_strength_for(function: Callable[..., float]) -> Feedback:
             answer = expect_number(function(w.clone(), gamma.clone(), beta.clone(), K, N, bits), "L")
             most = float(w @ beta) + d**0.5 * float((gamma * w).norm())
             wanted = bits * math.log(2) + math.log(N) + most - math.log(K - 1)
-            # Entries of x̂ sum to zero, which exercise 12.1 uses: then a little less is enough, too.
+            # Entries of x̂ sum to zero, which exercise 12.1 uses: then a little less is enough,
+            # too.
             sharper = wanted - d**0.5 * float((gamma * w).norm() - (gamma * w - (gamma * w).mean()).norm())
             if not (_near(answer, wanted) or _near(answer, sharper)):
                 looks = _looks_of_strength(wanted, w, gamma, beta, K, N, bits)
@@ -135,7 +141,9 @@ def _looks_of_strength(
 
 
 def _counted(seed: int, B: int, of_class: int, bins: int) -> tuple[Tensor, list[int]]:
-    """The bias gradients of T = bins + 1 rounds, a little off (no threshold is quite sharp), and the bins."""
+    """The bias gradients of T = bins + 1 rounds, a little off (no threshold is quite
+    sharp), and the bins.
+    """
     generator = torch.Generator().manual_seed(seed)
     where = torch.randint(0, bins, (B,), generator=generator)
     counts = where.bincount(minlength=bins)
@@ -146,7 +154,9 @@ def _counted(seed: int, B: int, of_class: int, bins: int) -> tuple[Tensor, list[
 
 
 def check_counts(function: Callable[[Tensor, int], tuple[int, list[int]]]) -> Feedback:
-    """Exercise 12.3: ``function(bias, B)`` is how many are of class c, and how many lie in each bin."""
+    """Exercise 12.3: ``function(bias, B)`` is how many are of class c, and how many lie in each
+    bin.
+    """
 
     def check() -> str:
         for seed, (B, of_class, bins) in enumerate(((8, 2, 5), (32, 7, 6), (6, 6, 3), (12, 0, 4))):
@@ -207,7 +217,9 @@ def _passed(weight: Tensor, bias: Tensor, f: Tensor, y: Tensor) -> Tensor:
 
 
 def check_disguised(function: Callable[[Tensor, Tensor, int, float], Head]) -> Feedback:
-    """Exercise 12.4: ``function(W, b, c, L)`` has rows of the honest median length, and class c alone passes."""
+    """Exercise 12.4: ``function(W, b, c, L)`` has rows of the honest median length, and
+    class c alone passes.
+    """
 
     def check() -> str:
         for seed, (K, d, c, L) in enumerate(((10, 24, 3, 20.0), (40, 16, 0, 25.0))):
@@ -269,7 +281,9 @@ _WHY = {
 
 
 def check_still_true(function: Callable[[], str]) -> Feedback:
-    """Exercise 12.6: ``function()`` is the letters of the sentences that hold whatever the server sends."""
+    """Exercise 12.6: ``function()`` is the letters of the sentences that hold whatever the server
+    sends.
+    """
 
     def check() -> str:
         answer = function()

@@ -1,4 +1,6 @@
-"""The check of Exercise 12.5: a detector of fished heads, tried on honest and on fished ones, and evaded."""
+"""The check of Exercise 12.5: a detector of fished heads, tried on honest and on
+fished ones, and evaded.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def norm_of(d: int, seed: int) -> Head:
 
 
 def _trained(K: int, d: int, seed: int, common: float = 0.5) -> Head:
-    """A head as training leaves it: rows with something in common, of different lengths, and biases."""
+    """A head as training leaves it: rows with something in common, of different
+    lengths, and biases.
+    """
     lengths = torch.linspace(0.7, 1.4, K, dtype=F64)[torch.randperm(K, generator=torch.Generator().manual_seed(seed))]
     rows = drawn(K, d, seed=seed + 1) / d**0.5 * lengths[:, None]
     return rows + common * drawn(d, seed=seed + 2) / d**0.5, torch.linspace(-1.0, 1.0, K, dtype=F64)
@@ -42,7 +46,8 @@ def _honest_heads() -> dict[str, list[Head]]:
             (torch.zeros(K, d, dtype=F64), torch.zeros(K, dtype=F64)) for K, d, _ in sizes
         ],
     }
-    # A vector added to all rows changes no probability; here it has nearly all of the first singular value.
+    # A vector added to all rows changes no probability; here it has nearly all of the
+    # first singular value.
     heads["a trained head whose rows have much in common"] = [
         _trained(K, d, 10 * s, common=12.0) for K, d, s in sizes
     ]
@@ -81,7 +86,9 @@ def _fished_heads() -> dict[str, list[Head]]:
 
 
 def check_strangeness(function: Callable[[Tensor, Tensor], float]) -> Feedback:
-    """Exercise 12.5: one threshold on ``function(weight, bias)`` tells honest heads from fished ones."""
+    """Exercise 12.5: one threshold on ``function(weight, bias)`` tells honest heads from fished
+    ones.
+    """
 
     def score(head: Head, name: str) -> float:
         answer: Any = function(head[0].clone(), head[1].clone())

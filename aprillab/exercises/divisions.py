@@ -77,7 +77,9 @@ def _clipped(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shared() -> dict[str, tuple[Tensor, Tensor]]:
-    """What each client sends of the first layer: name to (of W, of b), up to the server's step size."""
+    """What each client sends of the first layer: name to (of W, of b), up to the
+    server's step size.
+    """
     x, other = _photographs()
     sgd, adam = torch.optim.SGD, torch.optim.Adam
     keep = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
@@ -96,7 +98,8 @@ def shared() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def outcome(of_weight: Tensor, of_bias: Tensor) -> str:
-    """``picture``, ``mixture`` or ``neither``: what a row over its bias entry is, of two photographs.
+    """``picture``, ``mixture`` or ``neither``: what a row over its bias entry is, of two
+    photographs.
 
     Parameters
     ----------

@@ -39,7 +39,11 @@ class _Stop(Exception):
 
 
 def stop(message: str) -> None:
-    """End the running check: the answer is wrong, and ``message`` says how."""
+    """End the running check: the answer is wrong, and ``message`` says how.
+
+    >>> run(lambda: stop("2 is not 3."))
+    ✗ 2 is not 3.
+    """
     raise _Stop(message)
 
 
@@ -47,6 +51,11 @@ def run(check: Callable[[], str]) -> Feedback:
     """Run the body of a check; it returns a line of praise, or calls :func:`stop`.
 
     Whatever the reader's code raises is turned into words.
+
+    >>> run(lambda: "Right: 2 + 2 = 4.")
+    ✓ Right: 2 + 2 = 4.
+    >>> run(lambda: str(1 / 0))
+    ✗ Your code raised ZeroDivisionError: division by zero
     """
     try:
         return Feedback(True, check())
@@ -66,7 +75,11 @@ def expect_something(answer: Any, what: str = "") -> None:
 
 
 def expect_tensor(answer: Any, shape: tuple[int, ...], what: str) -> Tensor:
-    """The answer as a tensor of this shape, or a message that says what it is instead."""
+    """The answer as a tensor of this shape, or a message that says what it is instead.
+
+    >>> run(lambda: str(expect_tensor(torch.zeros(3, 2), (2, 3), "G")))
+    ✗ G should have shape (2, 3), not (3, 2). That is its transpose.
+    """
     expect_something(answer, what)
     if not isinstance(answer, Tensor):
         stop(f"{what} should be a tensor of shape {shape}, but it is a {type(answer).__name__}.")
@@ -104,6 +117,14 @@ def expect_close(
     what : str, the quantity's name
     mistakes : message to the value that this mistake gives; shapes may differ (those are skipped)
     tolerance : float, relative to the largest entry of ``wanted``
+
+    Examples
+    --------
+    >>> wanted = torch.tensor([1.0, 2.0])
+    >>> run(lambda: expect_close(3 * wanted, wanted, "G") or "Right.")
+    ✗ G is right up to a factor of 3.
+    >>> run(lambda: expect_close(torch.tensor(6.0), torch.tensor(3.0), "p") or "Right.")
+    ✗ p is 6, twice what it should be.
     """
 
     def same(a: Tensor, b: Tensor) -> bool:
@@ -156,7 +177,13 @@ def _wrong_number(what: str, got: float, wanted: float, tolerance: float) -> str
 
 
 def expect_number(answer: Any, what: str) -> float:
-    """The answer as a float, or a message that says what it is instead."""
+    """The answer as a float, or a message that says what it is instead.
+
+    >>> expect_number(torch.tensor(0.5), "The loss")
+    0.5
+    >>> run(lambda: str(expect_number(None, "The loss")))
+    ✗ The loss: nothing was returned yet. Is there a return at the end?
+    """
     expect_something(answer, what)
     if isinstance(answer, Tensor) and answer.numel() == 1:
         answer = answer.item()
@@ -168,7 +195,13 @@ def expect_number(answer: Any, what: str) -> float:
 
 
 def expect_whole(answer: Any, what: str) -> int:
-    """The answer as an int, or a message that says what it is instead."""
+    """The answer as an int, or a message that says what it is instead.
+
+    >>> expect_whole(torch.tensor(3), "The rank")
+    3
+    >>> run(lambda: str(expect_whole(3.0, "The rank")))
+    ✗ The rank should be an int, not a float.
+    """
     if isinstance(answer, Tensor) and answer.numel() == 1 and not answer.is_floating_point():
         answer = answer.item()
     expect_something(answer, what)

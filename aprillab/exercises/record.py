@@ -193,7 +193,8 @@ def _texts(cell: Mapping[str, Any]) -> list[str]:
 
 
 def executed(content: str, folder: Path, *, timeout: float, name: str) -> list[Mapping[str, Any]]:
-    """The cells of a notebook after a run from top to bottom in a fresh kernel; errors stay in their cells.
+    """The cells of a notebook after a run from top to bottom in a fresh kernel; errors
+    stay in their cells.
 
     Parameters
     ----------

@@ -18,8 +18,8 @@ def train(message: Message, context: Context) -> Message:
     """One round: load what was sent, train, send the weights back.
 
     The node's configuration says which victims the client holds (``victims``), its ``name``, and
-    where it trains otherwise than it is told (``local-steps``, ``momentum``, …); these it says in its
-    reply, as a cross-device client reports what it did.
+    where it trains otherwise than it is told (``local-steps``, ``momentum``, …); these it says in
+    its reply, as a cross-device client reports what it did.
     """
     node = context.node_config
     told = dict(message.content["config"])

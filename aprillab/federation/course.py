@@ -76,8 +76,8 @@ def album_of(names: str, config: Mapping[str, Any]) -> Album:
 
 
 def dealt(clients: int, images: int) -> list[str]:
-    """Names for each client, ``images`` of them, from all victims in their order; it begins again where
-    they run out.
+    """Names for each client, ``images`` of them, from all victims in their order; it begins again
+    where they run out.
 
     >>> dealt(2, 2)[0]
     'astronaut,grace_hopper'

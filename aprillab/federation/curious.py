@@ -30,7 +30,9 @@ _LOG = logging.getLogger("flwr")  # so that it stands among Flower's own lines
 
 @dataclass(frozen=True)
 class _Sent:
-    """A message of this round: its metadata, the file of its state (empty: not kept), its configuration."""
+    """A message of this round: its metadata, the file of its state (empty: not kept),
+    its configuration.
+    """
 
     metadata: Any
     file: str
@@ -41,8 +43,8 @@ class CuriousServer(Strategy):
     """Any strategy of Flower's, watched.
 
     Strategies that wrap others (differential privacy) are given as a whole: what is kept is what
-    crosses the network. A strategy with a ``start`` of its own runs that one; attributes that are not
-    found here are the strategy's, to be read and to be set.
+    crosses the network. A strategy with a ``start`` of its own runs that one; attributes that are
+    not found here are the strategy's, to be read and to be set.
 
     Parameters
     ----------
@@ -234,7 +236,9 @@ class CuriousServer(Strategy):
         return [] if words else [reply]
 
     def _name(self, node: int, said: str, taken: Collection[str]) -> str:
-        """What this node is called: as it says, if that is no other's name, nor taken in this round."""
+        """What this node is called: as it says, if that is no other's name, nor taken in this
+        round.
+        """
         taken = {*taken, *(name for other, name in self._names.items() if other != node)}
         short = said[:60]  # an index has a hundred letters
         others = chain([f"{short} ({node})"], (f"{short} ({node}, {number})" for number in count(2)))

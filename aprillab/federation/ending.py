@@ -1,8 +1,9 @@
 """Ending what was started: no process is left, on success, on failure, on Ctrl-C and on a signal.
 
-A SuperLink starts a process in a session of its own, and this one others. Ending a process, or its
-group, leaves these. But all inherit ``FLWR_HOME``, a folder that is this federation's alone: by it
-they are found, where the system shows processes' environments (Linux), and elsewhere as descendants.
+A SuperLink starts a process in a session of its own, and this one others. Ending a process, or
+its group, leaves these. But all inherit ``FLWR_HOME``, a folder that is this federation's
+alone: by it they are found, where the system shows processes' environments (Linux), and
+elsewhere as descendants.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The index of a recording, ``recording.json``: which replies came in which round, and what did not.
+"""The index of a recording, ``recording.json``: which replies came in which round, and what did
+not.
 
 It may come from anybody. Each entry is checked before it is used; what makes no sense is said.
 """
@@ -17,7 +18,9 @@ from ..update import MAX_BATCH, UpdateError
 
 FORMAT = "aprillab-recording-1"
 INDEX = "recording.json"
-_MOST_BYTES, _MOST_ROUNDS, _LONGEST_NAME = 100_000_000, 1_000_000_000, 100
+# An index is untrusted: a larger one (bytes) is not read, a larger round is no round, and of a name
+# and of a fault's words no more characters are kept, so that a page can show them.
+_MOST_BYTES, _MOST_ROUNDS, _LONGEST_NAME, _LONGEST_WORDS = 100_000_000, 1_000_000_000, 100, 2000
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def fault_of(entry: Any) -> Fault:
     words = entry.get("words")
     return Fault(
         number if isinstance(number, int) and not isinstance(number, bool) else 0,
-        name_of(entry.get("client")), _printable(words)[:2000] if isinstance(words, str) else "",
+        name_of(entry.get("client")), _printable(words)[:_LONGEST_WORDS] if isinstance(words, str) else "",
     )  # fmt: skip
 
 

@@ -107,8 +107,8 @@ class Recorder:
         return name
 
     def keep_reply(self, reply: Reply, state: Mapping[str, Any]) -> str:
-        """Write what came back. Where it cannot be used it is kept all the same, and a fault is noted;
-        returns its words.
+        """Write what came back. Where it cannot be used it is kept all the same, and a fault is
+        noted; returns its words.
         """
         tensors = {name: as_tensor(name, value) for name, value in state.items()}
         entry = json_of(asdict(reply))
@@ -179,7 +179,8 @@ def _not_of_the_model(state: Mapping[str, Tensor], sent: Shapes) -> str:
 
 
 def json_of(value: Any) -> Any:
-    """The same in JSON's types: NaN and infinities as None, bytes and what else it does not know left out.
+    """The same in JSON's types: NaN and infinities as None, bytes and what else it does
+    not know left out.
 
     >>> json_of({"loss": math.nan, "key": b"secret", "rates": (0.1, 1)})
     {'loss': None, 'rates': [0.1, 1]}

@@ -1,7 +1,7 @@
 """How a client of FedAvg trains: a few steps of a torch optimizer on its own pictures.
 
-Nothing here is Flower's. A server that knows what it asked for (:class:`LocalTraining`, as a round's
-configuration carries it) reads the state that came back by :func:`update_of`.
+Nothing here is Flower's. A server that knows what it asked for (:class:`LocalTraining`, as a
+round's configuration carries it) reads the state that came back by :func:`update_of`.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class LocalTraining:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LocalTraining:
-        """From a round's configuration: the keys of :meth:`to_config`, and ``lr``, as many apps call the
-        learning rate. Other keys are passed over, and what is not there has its default.
+        """From a round's configuration: the keys of :meth:`to_config`, and ``lr``, as many apps
+        call the learning rate. Other keys are passed over, and what is not there has its default.
 
         Raises
         ------
@@ -201,8 +201,8 @@ def train_locally(
     Parameters
     ----------
     model : nn.Module
-        Returns logits, in one of the forms that :func:`~aprillab.update.logits_of` reads. Parameters
-        with ``requires_grad`` are trained.
+        Returns logits, in one of the forms that :func:`~aprillab.update.logits_of` reads.
+        Parameters with ``requires_grad`` are trained.
     images : Tensor of shape (N, C, H, W), in model-input space, in the model's dtype and on its device
     labels : Tensor of N targets, as for :func:`~aprillab.client_update`
     how : LocalTraining
@@ -216,8 +216,8 @@ def train_locally(
     Raises
     ------
     UpdateError
-        As :func:`~aprillab.client_update`: the pictures or labels do not fit, the loss is not finite
-        (at some step, if the learning rate is too large), or nothing is trained.
+        As :func:`~aprillab.client_update`: the pictures or labels do not fit, the loss is not
+        finite (at some step, if the learning rate is too large), or nothing is trained.
 
     Examples
     --------
@@ -254,8 +254,8 @@ def train_locally(
 
 
 def batches_of(images: int, how: LocalTraining) -> Iterator[Tensor]:
-    """Which pictures each step takes: epochs of shuffled numbers, one after another, without end; all in
-    their own order, where a step takes all.
+    """Which pictures each step takes: epochs of shuffled numbers, one after another, without end;
+    all in their own order, where a step takes all.
 
     >>> batches = batches_of(3, LocalTraining(batch_size=2, seed=1))
     >>> sorted(torch.cat([next(batches), next(batches)]).tolist())
@@ -268,8 +268,8 @@ def batches_of(images: int, how: LocalTraining) -> Iterator[Tensor]:
 
 
 def update_of(before: State, after: State, how: LocalTraining, *, batch_size: int | None = None) -> ClientUpdate:
-    """What a server reads of a state that came back: :func:`~aprillab.update_from_states` with what it
-    had asked for.
+    """What a server reads of a state that came back: :func:`~aprillab.update_from_states` with
+    what it had asked for.
 
     Parameters
     ----------
@@ -282,6 +282,13 @@ def update_of(before: State, after: State, how: LocalTraining, *, batch_size: in
     ------
     UpdateError
         As :func:`~aprillab.update_from_states`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> before, after = {"weight": torch.tensor([1.0])}, {"weight": torch.tensor([0.5])}
+    >>> update_of(before, after, LocalTraining(learning_rate=0.25)).gradients["weight"]
+    tensor([2.])
     """
     return update_from_states(
         before, after, learning_rate=how.learning_rate, local_steps=how.steps, momentum=how.momentum,

@@ -29,7 +29,8 @@ def run_nearby(
 ) -> None:
     """Run an app's two sides in this process, as ``flwr run`` would in several.
 
-    A strategy that wants more nodes than there are waits without end, as Flower's do (FedAvg wants two).
+    A strategy that wants more nodes than there are waits without end, as Flower's do
+    (FedAvg wants two).
 
     Parameters
     ----------

@@ -2,9 +2,9 @@
 ended.
 
 Flower is not imported here: its commands are run. Everything is on the loopback address, on ports
-that were free, and keeps its files in a folder of its own (``FLWR_HOME``), which is taken away at the
-end. Each command has its own session, so that Ctrl-C reaches this process alone, which then ends
-them all, their children and those that these left behind too.
+that were free, and keeps its files in a folder of its own (``FLWR_HOME``), which is taken away at
+the end. Each command has its own session, so that Ctrl-C reaches this process alone, which then
+ends them all, their children and those that these left behind too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a curious server kept, read back: per client and round the model that was sent, and the update.
+"""What a curious server kept, read back: per client and round the model that was sent, and the
+update.
 
 A recording is a folder: ``recording.json``, and safetensors files with a state each, written by
 :class:`~aprillab.federation.keeping.Recorder`. Whoever gets one from elsewhere need not trust it:
@@ -35,8 +36,8 @@ class Recording:
     faults : tuple of Fault
         Everything else: clients that failed, sent nothing or nonsense, files that are cut off.
     how : LocalTraining or mapping, optional
-        How the clients trained, in the place of what was sent; a mapping, by the configuration's keys,
-        completes and corrects that.
+        How the clients trained, in the place of what was sent; a mapping, by the configuration's
+        keys, completes and corrects that.
     """
 
     folder: Path

@@ -57,6 +57,15 @@ def run_course(
     ------
     FlowerMissing, FederationError
         As :func:`~aprillab.federation.processes.run_federation`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> nodes = [{"name": "ada", "victims": "coffee"}, {"name": "ben", "victims": "rocket"}]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     recording = run_course(folder, nodes, rounds=1, in_process=True)
+    >>> recording.clients, len(recording.replies), len(recording.faults)
+    (('ada', 'ben'), 2, 0)
     """
     folder = Path(folder).absolute()
     config = {
@@ -124,7 +133,9 @@ def write_app(
     server: str = _SIDE.format("server"),
     client: str = _SIDE.format("client"),
 ) -> None:
-    """The folder that ``flwr run`` takes: a project file, and a module for each side, which name ours."""
+    """The folder that ``flwr run`` takes: a project file, and a module for each side, which name
+    ours.
+    """
     lines = [f"{key} = {as_toml(value)}" for key, value in config.items()]
     (app / "pyproject.toml").write_text(_PROJECT + "\n".join(lines) + "\n", encoding="utf-8")
     (app / "server_app.py").write_text(server, encoding="utf-8")

@@ -1,4 +1,6 @@
-"""A state of the playground, played: the client's round, the audit of what it shared, and the truth beside it."""
+"""A state of the playground, played: the client's round, the audit of what it shared, and
+the truth beside it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from ..sharing.groups import ATTENTION, HEAD, PATCH, POSITION, groups_of, last_b
 from ..update import ClientUpdate, UpdateError, client_update
 from .state import CLASSES, DEPTH, HEADS, LEARNING_RATE, OWN, State
 
-_FIRST_LABEL, _SEED = 3, 0
+_FIRST_LABEL, _SEED = 3, 0  # a batch's labels count up from it, all different; of weights and of noise
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Outcome:
 
     @property
     def searches(self) -> tuple[Attack, ...]:
-        """Attacks that have what they need and are not run here: they search, from seconds to minutes."""
+        """Attacks that have what they need and are not run here: they search, from
+        seconds to minutes.
+        """
         return () if self.found is None else _searches(self.found.anatomy, self.found.update)
 
 

@@ -1,8 +1,9 @@
-"""The playground's widgets: a thin layer over :func:`play`, and the only file here that knows ipywidgets.
+"""The playground's widgets: a thin layer over :func:`play`, and the only file here
+that knows ipywidgets.
 
-It stands on ipywidgets 7.7.1, which Colab ships, and on 8. An uploaded picture stays in the memory of
-the kernel: it is taken out of the upload's own state, which Jupyter may save with a notebook, as soon
-as it has arrived.
+It stands on ipywidgets 7.7.1, which Colab ships, and on 8. An uploaded picture stays in the memory
+of the kernel: it is taken out of the upload's own state, which Jupyter may save with a notebook, as
+soon as it has arrived.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""An outcome of the playground as a picture with its words, and as HTML: pure functions, tested without a kernel."""
+"""An outcome of the playground as a picture with its words, and as HTML: pure functions,
+tested without a kernel.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ POSITIONS = {
 }  # fmt: skip
 #: The private one and what came back, as the eye has them, by true PSNR in dB.
 _BY_EYE = ((40.0, "no difference can be seen"), (20.0, "the same scene, with visible errors"))
-_GREY = 0.5
+_GREY = 0.5  # what is shown where nothing came back
 
 
 # --- The picture --------------------------------------------------------------------------------------------------
@@ -212,7 +214,9 @@ def _attack_rows(outcome: Outcome, found: Audit) -> list[tuple[str, str]]:
 
 
 def _applies(finding: Finding) -> str:
-    """Whether it applies, and why not; else what it predicts, and which of its conditions do not hold."""
+    """Whether it applies, and why not; else what it predicts, and which of its
+    conditions do not hold.
+    """
     if finding.result is None:
         return f"does not apply. {finding.reason[:1].upper()}{finding.reason[1:]}."
     others = [c for c in finding.result.conditions if c.state != "shown"]
@@ -240,7 +244,9 @@ def _list(title: str, rows: Iterable[tuple[str, str]]) -> str:
 
 
 def help_html() -> str:
-    """What each control means, folded: ipywidgets 8 shows no tooltip on a control that has a description."""
+    """What each control means, folded: ipywidgets 8 shows no tooltip on a control that
+    has a description.
+    """
     rows = [(control.label, control.help) for control in CONTROLS.values()]
     return _block(f"<details><summary>What the controls mean</summary>{_list('Controls', rows)}</details>")
 

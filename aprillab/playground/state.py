@@ -104,7 +104,8 @@ CONTROLS: dict[str, Control] = {control.field: control for control in _ROWS}
 
 
 def patch_sizes(size: int) -> tuple[int, ...]:
-    """The patch sizes offered for an image size: those with at most 64 patches, which is a matter of time alone.
+    """The patch sizes offered for an image size: those with at most 64 patches, which is a
+    matter of time alone.
 
     >>> patch_sizes(32), patch_sizes(64)
     ((4, 8, 16), (8, 16))

@@ -6,7 +6,8 @@
     al.privacy.identification_rate(distances, noise)  # what the best one does
     al.privacy.train_privately(model, images, labels, epsilon=3.0, epochs=10)
 
-Counting under sampling, and training, are Opacus': ``pip install 'aprillab[privacy]'``. The rest does without.
+Counting under sampling, and training, are Opacus': ``pip install 'aprillab[privacy]'``. The
+rest does without.
 """
 
 from .accounting import Guarantee, OpacusMissing, epsilon, guarantee, noise_multiplier

@@ -1,21 +1,23 @@
 """What noise proves about reconstruction: no attacker, whatever it knows and computes, does better.
 
-**Setting of all of them.** Each round the server sees the sum of gradients, each of norm at most C, plus
-normal noise of deviation σC in every entry; T such rounds. One image is the target. The attacker is
-*informed*: it knows the model, every other image, and everything else but the target, of which it has a
-prior (what pictures it may be, and how probable each is). It chooses its estimate with all that.
+**Setting of all of them.** Each round the server sees the sum of gradients, each of norm at most
+C, plus normal noise of deviation σC in every entry; T such rounds. One image is the target. The
+attacker is *informed*: it knows the model, every other image, and everything else but the target,
+of which it has a prior (what pictures it may be, and how probable each is). It chooses its
+estimate with all that.
 
-**κ, the blind guess.** The chance of the best guess *without* any update to be right, in the sense of
-"right" that is asked about: 1/M for one of M candidates that are equally probable; for "error at most η"
-the largest share of the prior that lies within η of one picture. A bound says how far an update can lift
-κ. For photographs under an error in pixels nobody knows κ; that is the bounds' weakness, not noise's.
+**κ, the blind guess.** The chance of the best guess *without* any update to be right, in the sense
+of "right" that is asked about: 1/M for one of M candidates that are equally probable; for "error at
+most η" the largest share of the prior that lies within η of one picture. A bound says how far an
+update can lift κ. For photographs under an error in pixels nobody knows κ; that is the bounds'
+weakness, not noise's.
 
-**μ, the signal.** √T/σ: the norm C of a gradient in units of the noise's deviation, after T rounds. The
-comparison is with an update that lacks the image, a distance of at most C; so σ here is the same as in
-:func:`~aprillab.privacy.epsilon`.
+**μ, the signal.** √T/σ: the norm C of a gradient in units of the noise's deviation, after T rounds.
+The comparison is with an update that lacks the image, a distance of at most C; so σ here is the
+same as in :func:`~aprillab.privacy.epsilon`.
 
-The proofs are short and written down with each function. All bounds but the unbiased attacker's hold for
-every attacker; whether one comes near is for attacks to show.
+The proofs are short and written down with each function. All bounds but the unbiased attacker's
+hold for every attacker; whether one comes near is for attacks to show.
 """
 
 from __future__ import annotations
@@ -40,10 +42,11 @@ def success_bound(
 ) -> float:
     """The most probable that any attacker's reconstruction can be right: the tightest bound here.
 
-    Proof. Let z be the target, S_z the updates for which the attacker's estimate counts as right, P_z
-    the updates' law with z and Q without. B(k) is the power of the best test of Q against P at level k.
-    Then P(right) = E_z P_z(S_z) ≤ E_z B(Q(S_z)) ≤ B(E_z Q(S_z)) ≤ B(κ), since B is concave and
-    grows, and under Q the estimate is a blind guess. For normal noise B(κ) = Φ(Φ⁻¹(κ) + μ).
+    Proof. Let z be the target, S_z the updates for which the attacker's estimate counts as right,
+    P_z the updates' law with z and Q without. B(k) is the power of the best test of Q against P at
+    level k. Then P(right) = E_z P_z(S_z) ≤ E_z B(Q(S_z)) ≤ B(E_z Q(S_z)) ≤ B(κ), since B is
+    concave and grows, and under Q the estimate is a blind guess. For normal noise
+    B(κ) = Φ(Φ⁻¹(κ) + μ), (11.7).
 
     Parameters
     ----------
@@ -55,8 +58,8 @@ def success_bound(
     sample_rate : float in (0, 1]
         Below 1 (Poisson sampling, unseen by the attacker) more than one round is simulated.
     samples : int
-        Simulated runs, where they are needed: the answer is then an estimate, with a standard error of
-        at most 0.5/√samples.
+        Simulated runs, where they are needed: the answer is then an estimate, with a standard error
+        of at most 0.5/√samples.
     seed : int, of the simulation
 
     Returns
@@ -72,8 +75,8 @@ def success_bound(
     ----------
     Hayes, Mahloujifar & Balle, NeurIPS 2023, arXiv:2302.07225 (there the blow-up function, with the
     simulation for DP-SGD). Kaissis, Hayes, Ziller & Rueckert 2023, arXiv:2307.03928: the same as
-    1 − f(κ), f the trade-off function. That rounds may depend on earlier ones: Dong, Roth & Su 2022,
-    arXiv:1905.02383.
+    1 − f(κ), f the trade-off function. That rounds may depend on earlier ones: Dong, Roth & Su
+    2022, arXiv:1905.02383.
 
     Examples
     --------
@@ -90,7 +93,8 @@ def success_bound(
     if rounds == 1:  # the likelihood ratio grows with the one number that counts
         return float((1 - sample_rate) * kappa + sample_rate * ndtr(ndtri(kappa) + mu))
     losses = np.sort(_privacy_losses(noise_multiplier, sample_rate, rounds, samples, seed))[::-1]
-    # Under Q, an event has the probability that its exp(−loss) has under P: no second simulation, and no rare events.
+    # Under Q, an event has the probability that its exp(−loss) has under P: no second simulation,
+    # and no rare events.
     with np.errstate(over="ignore"):
         level = np.cumsum(np.exp(-losses)) / samples
     return max(kappa, float(np.searchsorted(level, kappa, side="right")) / samples)
@@ -124,8 +128,8 @@ def success_bound_rdp(kappa: float, order: float, divergence: float) -> float:
 
 
 def success_bound_dp(kappa: float, epsilon: float, delta: float = 0.0) -> float:
-    """The same from (ε, δ) alone: κ e^ε + δ, capped at 1. That is differential privacy's definition,
-    applied to "the estimate is right" and averaged over the prior.
+    """The same from (ε, δ) alone: κ e^ε + δ, capped at 1. That is differential privacy's
+    definition, applied to "the estimate is right" and averaged over the prior.
 
     References
     ----------
@@ -148,9 +152,9 @@ def fano_bound(candidates: int, noise_multiplier: float, *, rounds: int = 1) -> 
     """The most probable that one of M equally probable candidates is identified, by information.
 
     Proof. The update carries at most μ²/2 nats about the target: the mean divergence from the law
-    without it. Fano's inequality, log M − μ²/2 ≤ h(e) + e log(M − 1), then bounds the chance of error e
-    from below. It is looser than :func:`success_bound` for M of some hundred, and holds for a
-    secret of log M nats that is but part of the picture.
+    without it. Fano's inequality, log M − μ²/2 ≤ h(e) + e log(M − 1), then bounds the chance of
+    error e from below. It is looser than :func:`success_bound` for M of some hundred, and holds for
+    a secret of log M nats that is but part of the picture.
 
     Parameters
     ----------
@@ -160,7 +164,8 @@ def fano_bound(candidates: int, noise_multiplier: float, *, rounds: int = 1) -> 
 
     References
     ----------
-    Guo, Sablayrolles & Sanjabi, ICML 2023, arXiv:2210.13662 (there also with sampling, left out here).
+    Guo, Sablayrolles & Sanjabi, ICML 2023, arXiv:2210.13662 (there also with sampling, left out
+    here).
 
     Examples
     --------
@@ -185,9 +190,9 @@ def unbiased_mse_bound(noise_multiplier: float, *, rounds: int = 1, span: float 
     """The least mean squared error of an *unbiased* attacker, per pixel, for any model.
 
     span² / (4 (exp(4T/σ²) − 1)). Proof: the Hammersley-Chapman-Robbins inequality for each pixel
-    alone, moved by at least half its span, which moves the gradient by at most 2C; χ² of the shift is
-    exp((2C)²T/(σC)²) − 1. Clipped to a range or drawn to a prior, an estimate is biased, and the bound
-    says nothing: with much noise a grey picture beats it.
+    alone, moved by at least half its span, which moves the gradient by at most 2C; χ² of the shift
+    is exp((2C)²T/(σC)²) − 1. Clipped to a range or drawn to a prior, an estimate is biased, and the
+    bound says nothing: with much noise a grey picture beats it.
 
     Parameters
     ----------
@@ -202,8 +207,8 @@ def unbiased_mse_bound(noise_multiplier: float, *, rounds: int = 1, span: float 
 
     References
     ----------
-    Guo, Karrer, Chaudhuri & van der Maaten, ICML 2022, arXiv:2201.12383. Their bound for one model and
-    picture is :func:`~aprillab.privacy.cramer_rao_mse`.
+    Guo, Karrer, Chaudhuri & van der Maaten, ICML 2022, arXiv:2201.12383. Their bound for one model
+    and picture is :func:`~aprillab.privacy.cramer_rao_mse`.
 
     Examples
     --------
@@ -220,13 +225,15 @@ def unbiased_mse_bound(noise_multiplier: float, *, rounds: int = 1, span: float 
 
 
 def chosen_model_mse(norm: float, noise_multiplier: float, *, rounds: int = 1) -> float:
-    """Mean squared error, per pixel, of the best attacker without a prior that may choose the model: σ²‖x‖²/T.
+    """Mean squared error, per pixel, of the best attacker without a prior that may choose the
+    model: σ²‖x‖²/T, (11.8).
 
-    *This is an attack, and a line to draw beside others.* The server sends a model in which a weight's
-    gradient is the picture x times a large number, as in one row of a dense layer. Clipped to C, it is
-    C x/‖x‖; with the noise, and scaled by ‖x‖/C, every pixel has error σ‖x‖. The norm ‖x‖ is taken as
-    known. That no attacker without a prior does better is what the paper says for this class of
-    attacks; here it was not proved again. A prior, if only that pixels lie in [0, 1], does better.
+    *This is an attack, and a line to draw beside others.* The server sends a model in which a
+    weight's gradient is the picture x times a large number, as in one row of a dense layer.
+    Clipped to C, it is C x/‖x‖; with the noise, and scaled by ‖x‖/C, every pixel has error σ‖x‖.
+    The norm ‖x‖ is taken as known. That no attacker without a prior does better is what the paper
+    says for this class of attacks; here it was not proved again. A prior, if only that pixels lie
+    in [0, 1], does better.
 
     Parameters
     ----------
@@ -259,7 +266,8 @@ def chosen_model_mse(norm: float, noise_multiplier: float, *, rounds: int = 1) -
 def chosen_model_success(mse: float, norm: float, entries: int, noise_multiplier: float, *, rounds: int = 1) -> float:
     """Chance that the error of :func:`chosen_model_mse`'s attacker is at most ``mse``.
 
-    Its N errors are independent and normal, so that N · MSE/(σ²‖x‖²/T) is χ² with N degrees of freedom.
+    Its N errors are independent and normal, so that N · MSE/(σ²‖x‖²/T) is χ² with N
+    degrees of freedom.
 
     Parameters
     ----------

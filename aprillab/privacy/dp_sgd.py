@@ -1,8 +1,9 @@
 """Training whose weights keep ε: DP-SGD, with Opacus' gradients of each image, clipping and noise.
 
-A step draws each image with probability q (Poisson sampling), clips the gradient of each drawn image to
-C, adds them up, adds normal noise of deviation σC, and divides by the batch size one expects. What leaves
-the training, the weights after all steps, keeps (ε, δ) for one image more or less.
+A step draws each image with probability q (Poisson sampling), clips the gradient of each
+drawn image to C, adds them up, adds normal noise of deviation σC, and divides by the batch
+size one expects. What leaves the training, the weights after all steps, keeps (ε, δ) for one
+image more or less.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ def train_privately(
 
     *What is protected* is what leaves the client at the end: the weights, and all weights between
     steps. Not the returned losses, which are computed on the private images without noise. Whoever
-    computes this training sees the images. Settings that were tried out on the same images have cost
-    privacy, too, and are not counted.
+    computes this training sees the images. Settings that were tried out on the same images have
+    cost privacy, too, and are not counted.
 
     Parameters
     ----------
     model : nn.Module
-        Only parameters with ``requires_grad`` are trained. It is left in the mode it came in, without
-        traces of Opacus. Our models and timm's are read as they are. torchvision's attention is
-        refused: Opacus' own replacement, ``model = ModuleValidator.fix(model)`` from
+        Only parameters with ``requires_grad`` are trained. It is left in the mode it came in,
+        without traces of Opacus. Our models and timm's are read as they are. torchvision's
+        attention is refused: Opacus' own replacement, ``model = ModuleValidator.fix(model)`` from
         ``opacus.validators``, makes a copy of the model that can be trained.
     images : Tensor of shape (N, C, H, W), in model-input space, in the model's dtype
     labels : int64 Tensor of shape (N,)
     epsilon : float
-        What all epochs may cost. ``math.inf`` clips as before and adds no noise: what clipping alone
-        costs in accuracy.
+        What all epochs may cost. ``math.inf`` clips as before and adds no noise: what clipping
+        alone costs in accuracy.
     epochs : int
         Of ⌈N / batch_size⌉ steps.
     delta : float
@@ -89,19 +90,30 @@ def train_privately(
     -------
     list of dict
         One entry for each epoch done: ``epoch`` (from 1), ``loss`` (mean over the images drawn),
-        ``epsilon`` (spent so far, at ``delta``), ``accountant`` (that counted it), ``noise_multiplier``,
-        ``seconds``, and ``test_accuracy`` where ``test`` was given. Shorter than ``epochs`` if
-        Ctrl-C ended the run; the model then has the weights of the last entry, or its first ones.
+        ``epsilon`` (spent so far, at ``delta``), ``accountant`` (that counted it),
+        ``noise_multiplier``, ``seconds``, and ``test_accuracy`` where ``test`` was given. Shorter
+        than ``epochs`` if Ctrl-C ended the run; the model then has the weights of the last entry,
+        or its first ones.
 
     Raises
     ------
     ValueError
-        If an argument makes no sense, a row of ``images`` is several of them, or the loss stops being
-        finite.
+        If an argument makes no sense, a row of ``images`` is several of them, or the loss
+        stops being finite.
     ModelRefused
         If Opacus cannot compute the gradient of each image for this model.
     OpacusMissing
         If Opacus is not installed.
+
+    Examples
+    --------
+    >>> import torch, aprillab as al
+    >>> shape = {"image_size": 8, "patch_size": 4, "width": 24, "depth": 1, "heads": 2, "classes": 5}
+    >>> model, images = al.VisionTransformer(**shape), torch.rand(64, 3, 8, 8)
+    >>> settings = {"epsilon": 8.0, "epochs": 2, "batch_size": 16, "progress": False}
+    >>> epochs = train_privately(model, images, torch.arange(64) % 5, **settings)
+    >>> [epoch["epoch"] for epoch in epochs], 7 < epochs[-1]["epsilon"] <= 8
+    ([1, 2], True)
 
     References
     ----------
@@ -144,7 +156,9 @@ def train_privately(
 
 @dataclass(frozen=True)
 class _Run:
-    """The model with Opacus' hooks, the optimizer that clips and adds noise, and the sampling's generator."""
+    """The model with Opacus' hooks, the optimizer that clips and adds noise, and the
+    sampling's generator.
+    """
 
     hooked: Any
     optimizer: Any
@@ -160,7 +174,9 @@ class _Run:
 def _private(
     model: nn.Module, sigma: float, clip: float, batch_size: int, optimizer: str, lr: float, seed: int | None
 ) -> Iterator[_Run]:
-    """Opacus around the model for as long as it trains; afterwards the model is as it was, but for its weights."""
+    """Opacus around the model for as long as it trains; afterwards the model is as it was,
+    but for its weights.
+    """
     samples, optimizers = opacus("grad_sample"), opacus("optimizers")
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -225,7 +241,8 @@ def _epoch(run: _Run, images: Tensor, labels: Tensor, rate: float, steps: int, a
 
 def _backward(run: _Run, images: Tensor, labels: Tensor) -> float:
     """Each image's gradient into ``grad_sample`` of the parameters; the mean loss."""
-    # Fused attention has no rule for one gradient an image. The hooks warn that pictures need no gradient.
+    # Fused attention has no rule for one gradient an image. The hooks warn that pictures
+    # need no gradient.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         loss = nn.functional.cross_entropy(logits_of(run.hooked, images), labels)

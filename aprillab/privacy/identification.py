@@ -1,9 +1,10 @@
 """Which of M known pictures was it? The attacker who need not reconstruct, only recognize.
 
-It has M candidates and the model, so it has their M clipped gradients g₁ … g_M. It sees one of them plus
-normal noise, in one round or several, and names the nearest. For equally probable candidates nobody can
-do better: the nearest is the most probable. How often that succeeds depends on the distances between the
-gradients alone, in units of the noise; noise that leaves no picture may leave every name.
+It has M candidates and the model, so it has their M clipped gradients g₁ … g_M. It sees one of
+them plus normal noise, in one round or several, and names the nearest. For equally probable
+candidates nobody can do better: the nearest is the most probable. How often that succeeds depends
+on the distances between the gradients alone, in units of the noise; noise that leaves no picture
+may leave every name.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def clipped_gradients(
     *,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
 ) -> Tensor:
-    """The gradient of each image, as a client with one image would share it: clipped, without noise.
+    """The gradient of each image, as a client with one image would share it: clipped, without
+    noise.
 
     Parameters
     ----------
@@ -125,7 +127,8 @@ def identification_rates(
     Returns
     -------
     float64 Tensor of shape (M,), on the CPU
-        Their mean is the rate for a candidate drawn at random; candidates with one gradient share theirs.
+        Their mean is the rate for a candidate drawn at random; candidates with one
+        gradient share theirs.
 
     Raises
     ------
@@ -156,7 +159,8 @@ def identification_rates(
     generator = torch.Generator().manual_seed(seed)
     right = torch.zeros(m, dtype=torch.float64)
     for _ in range(samples):
-        # One draw of noise for every candidate in turn. Column k: how near an update of k is to each candidate.
+        # One draw of noise for every candidate in turn. Column k: how near an update of k is
+        # to each candidate.
         scores = gram - 0.5 * gram.diagonal()[:, None]
         scores = scores + root @ torch.randn(m, m, dtype=torch.float64, generator=generator)
         top = scores == scores.amax(0)  # several: one of them is named, by lot

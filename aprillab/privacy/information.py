@@ -1,13 +1,13 @@
 """What one noisy update says about each pixel: Fisher's information, and the error that it leaves.
 
-The update is y = g(x) + σC ξ, with x the picture, g its clipped gradient and ξ standard normal. With the
-Jacobian J = ∂g/∂x (parameters × pixels) the information about x is
+The update is y = g(x) + σC ξ, with x the picture, g its clipped gradient and ξ standard normal.
+With the Jacobian J = ∂g/∂x (parameters × pixels) the information about x is
 
     F = T Jᵀ J / (σC)²,
 
-for this model, this picture, known label and T rounds at these weights. It is local: it says how well x is
-told from its neighbours, nothing about pictures far away with the same gradient. Its inverse is what the
-best linear attack would leave if the gradient were linear around x.
+for this model, this picture, known label and T rounds at these weights. It is local: it says how
+well x is told from its neighbours, nothing about pictures far away with the same gradient. Its
+inverse is what the best linear attack would leave if the gradient were linear around x.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def pixel_information(
     Returns
     -------
     float64 Tensor of shape (n, n), n = C·H·W
-        Per square of the input's unit. J takes n times the model's memory, and n forward-mode passes.
+        Per square of the input's unit. J takes n times the model's memory, and n
+        forward-mode passes.
 
     Raises
     ------
@@ -93,7 +94,8 @@ def mean_pixel_information(
     probes: int = 16,
     seed: int = 0,
 ) -> float:
-    """The mean of F's diagonal, by probing: for large models. 1 over it bounds the error from below.
+    """The mean of F's diagonal, by probing: for large models. 1 over it bounds the error from
+    below.
 
     tr F/n = E‖J v‖² T/(n σ²C²) over vectors v of random signs (Hutchinson). By the inequality of
     means tr F⁻¹/n ≥ n/tr F, so that the unbiased attacker's mean squared error is at least the
@@ -134,10 +136,11 @@ def mean_pixel_information(
 def cramer_rao_mse(information: Tensor, prior: float | Tensor = 0.0) -> float:
     """The least mean squared error per pixel that this information allows: tr (F + P)⁻¹/n.
 
-    With ``prior=0`` it is the Cramér-Rao bound, for *unbiased* attackers: infinite if some direction
-    of the picture leaves no trace. With a prior it is van Trees' bound for *all* attackers, and for
-    the mean over pictures drawn from the prior: F is then the mean of theirs, and the prior's density
-    must be smooth and vanish at the ends of its range. (That of [0, 1] does not.)
+    With ``prior=0`` it is the Cramér-Rao bound, for *unbiased* attackers: infinite if some
+    direction of the picture leaves no trace. With a prior it is van Trees' bound for *all*
+    attackers, and for the mean over pictures drawn from the prior: F is then the mean of
+    theirs, and the prior's density must be smooth and vanish at the ends of its range. (That
+    of [0, 1] does not.)
 
     Parameters
     ----------

@@ -1,4 +1,6 @@
-"""If these tensors and only these are shared, what do they give away? :func:`leak_map` answers by counting."""
+"""If these tensors and only these are shared, what do they give away? :func:`leak_map`
+answers by counting.
+"""
 
 from .build import leak_map
 from .counts import Count

@@ -1,4 +1,6 @@
-"""The leak map of a model: every group of tensors, and the usual combinations, each with its counts."""
+"""The leak map of a model: every group of tensors, and the usual combinations, each with its
+counts.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,18 @@ def leak_map(
     """If these tensors and only these are shared: which closed form applies, by which count.
 
     No update is needed, and nothing is attacked: equations and unknowns are counted, for one image.
-    A count that holds says that the picture is determined, not to how many digits; and where no closed
-    form applies the map says "no closed form", which is no promise of anything.
+    A count that holds says that the picture is determined, not to how many digits; and where no
+    closed form applies the map says "no closed form", which is no promise of anything.
 
     Parameters
     ----------
     model : nn.Module
-        With the weights that clients are given: the count reads the position embedding's values, the
-        first norms' and whether the head is zero.
+        With the weights that clients are given: the count reads the position embedding's values,
+        the first norms' and whether the head is zero.
     anatomy : Anatomy, optional; default is ``dissect(model)``
     rank : int
-        Of LoRA's adapters on the first attention's queries and values (on all three where they are one
-        tensor), for a model that has none.
+        Of LoRA's adapters on the first attention's queries and values (on all three where they are
+        one tensor), for a model that has none.
     shared : mapping from a name to names of parameters, optional
         Combinations to ask besides the usual ones.
 

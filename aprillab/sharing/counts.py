@@ -10,8 +10,8 @@ norms before the first attention take:
 
 Rounds add equations. To (4.3) each brings d more for the same patches. To the span each brings
 d − t − c more, if what is below the first attention is trained and so changes; else its inputs are
-the same in every round. With adapters of rank r the rows of A add up instead, until there are n: the
-tokens before the patches are public.
+the same in every round. With adapters of rank r the rows of A add up instead, until there are n:
+the tokens before the patches are public.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A Vision Transformer's parameters in groups that a client shares or keeps, and what attacks find in them."""
+"""A Vision Transformer's parameters in groups that a client shares or keeps, and what
+attacks find in them.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,8 @@ def is_adapter(name: str) -> bool:
 
 
 def last_block(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
-    """Parameters of the last block and of what stands behind it, the head among them; none where the
-    blocks are not in a list of PyTorch's.
+    """Parameters of the last block and of what stands behind it, the head among them; none where
+    the blocks are not in a list of PyTorch's.
 
     >>> import aprillab as al
     >>> model = al.VisionTransformer(image_size=8, patch_size=4, width=24, depth=3, heads=2, classes=5)

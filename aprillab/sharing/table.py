@@ -25,8 +25,8 @@ class LeakRow:
     tensors : tuple of str
         Their names; empty for adapters that the model does not have yet.
     attack : str or None
-        The closed form that needs the fewest rounds, a key of :data:`~aprillab.attacks.ATTACKS`. None
-        says that no closed form applies, and nothing more.
+        The closed form that needs the fewest rounds, a key of :data:`~aprillab.attacks.ATTACKS`.
+        None says that no closed form applies, and nothing more.
     title : str
         The attack in words, or "no closed form".
     why : str

@@ -30,7 +30,9 @@ def evidence(facts: Facts, shares: Shares, best: Count | None) -> tuple[str, ...
 
 
 def also_leaks(facts: Facts, shares: Shares, counts: tuple[Count, ...], best: Count | None) -> tuple[str, ...]:
-    """What is known to leak besides a closed form's picture, or without one; :func:`notes_of` explains."""
+    """What is known to leak besides a closed form's picture, or without one;
+    :func:`notes_of` explains.
+    """
     found = []
     if shares.head_bias or (shares.head_weight and facts.classes > 2):
         found.append(LABEL)

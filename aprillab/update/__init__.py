@@ -9,7 +9,7 @@ and after more a sum of gradients. :func:`fitted` brings either to the model tha
 from .client import client_update, logits_of
 from .files import load_state, load_update, save_update
 from .first_step import error_scale
-from .fit import check_update, fitted
+from .fit import check_update, fitted, missing_words
 from .record import DTYPES, FORMAT, MAX_BATCH, ClientUpdate, UpdateError
 from .rounds import Round, Updates, listed, only_one, state_of_round
 from .states import update_from_states
@@ -30,6 +30,7 @@ __all__ = [
     "load_state",
     "load_update",
     "logits_of",
+    "missing_words",
     "only_one",
     "save_update",
     "state_of_round",

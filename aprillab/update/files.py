@@ -28,6 +28,15 @@ def save_update(update: ClientUpdate, path: str | Path) -> None:
     ------
     UpdateError
         If the file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile, torch, aprillab as al
+    >>> update = al.ClientUpdate({"weight": torch.tensor([0.5])}, local_steps=5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     al.save_update(update, f"{folder}/update.safetensors")
+    ...     al.load_update(f"{folder}/update.safetensors").local_steps
+    5
     """
     # For one image some gradients are views of one another (class token, position embedding): write
     # copies.

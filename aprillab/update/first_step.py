@@ -2,13 +2,13 @@
 
 The bias corrections cancel what β₁ and β₂ did, so that the first step moves a weight by
 
-    Δ = η r,   r = g / (c|g| + ε),   and back   g = ε r / (1 − c|r|),                       (4.9)
+    Δ = η r,   r = g / (c|g| + ε),   and back   g = ε r / (1 − c|r|),                       (9.6)
 
 with c = 1 for Adam, AdamW (with amsgrad, too) and Adagrad, and c = √(1 − α) for RMSprop, which
-corrects no bias. AdamW's decay is taken off the weight first, the others' off the gradient last.
-A wrong ε is a factor that all entries have in common, which no attack minds.
-What limits g is the rounding of the weights: r is known to about ε_float |w| / η, an entry of g to
-that times (c|g| + ε)² / ε. Where c|r| is 1 up to rounding, g is known to be large, and no more.
+corrects no bias. AdamW's decay is taken off the weight first, the others' off the gradient last. A
+wrong ε is a factor that all entries have in common, which no attack minds. What limits g is the
+rounding of the weights: r is known to about ε_float |w| / η, an entry of g to that times
+(c|g| + ε)² / ε, (9.7). Where c|r| is 1 up to rounding, g is known to be large, and no more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ DEFAULTS: dict[str, tuple[tuple[float, float] | None, float]] = {
     "rmsprop": ((0.0, 0.99), 1e-8),
 }
 _WORST = 6**0.5  # two roundings lie within so many of their standard deviations, and no further
-# How far the mean of several steps is from a first step nobody knows; it is no rounding, and alike in all entries.
+# How far the mean of several steps is from a first step nobody knows; it is no rounding, and
+# alike in all entries.
 _DRIFT = 1e-3  # learning rates
 _BEYOND = 0.01  # of the entries may have moved by more than a first step moves any: others than these trained some
 
@@ -43,7 +44,7 @@ class FirstStep:
     ----------
     learning_rate, eps, weight_decay : float
     saturation : float
-        c of (4.9).
+        c of (9.6).
     decoupled : bool
         Whether the decay is AdamW's.
     steps : int
@@ -58,7 +59,8 @@ class FirstStep:
     steps: int
 
     def undone(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient behind one tensor's step, and the standard error of each entry, both float64.
+        """The gradient behind one tensor's step, and the standard error of each entry, both
+        float64.
 
         Where the step is 1/c up to rounding, the error is infinite and the value the largest that
         rounding tells from its neighbours.
@@ -70,11 +72,13 @@ class FirstStep:
         >>> g.tolist()[0], error.tolist()[0] < 1e-6, error.tolist()[1]
         (1.0, True, inf)
         """
+        # How far each entry moved, in learning rates.
         r, sigma = self.moved(old, new)
         least = _WORST * self.saturation * sigma  # the nearest to 1 that rounding tells from it
         left = 1 - self.saturation * r.abs()
         square = left.square() - least.square()
         known = (left > least) & (square > 0)
+        # The error of an entry of g, (9.7), which is ε σ_r / (1 − c|r|)²; then g itself, (9.6).
         error = torch.where(known, self.eps * sigma / square, math.inf)
         floor = torch.finfo(torch.float64).tiny
         g = (
@@ -85,14 +89,15 @@ class FirstStep:
         return g if self.decoupled else g - self.weight_decay * old.double(), error
 
     def moved(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """r of (4.9), a mean over the steps, and its standard error, both float64."""
+        """r of (9.6), a mean over the steps, and its standard error, both float64."""
         decay = self.learning_rate * self.weight_decay if self.decoupled else 0.0
         # As torch.optim does it, in the weights' own precision: then this rounding is known.
         kept = old * (1 - decay) if decay and self.steps == 1 else old.double() * (1 - decay) ** self.steps
         lengths = sum((1 - decay) ** k for k in range(self.steps)) * self.learning_rate
         r = (kept.double() - new.double()) / lengths
         eps = max(torch.finfo(old.dtype).eps, torch.finfo(new.dtype).eps)
-        # A rounding lies evenly within half a unit of the last place. Not all optimizers' kernels round as above.
+        # A rounding lies evenly within half a unit of the last place. Not all optimizers'
+        # kernels round as above.
         units = _unit(old, eps).square() + _unit(new, eps).square() if decay else _unit(new, eps).square()
         weights = self.steps * units / 12 / lengths**2
         drift = _DRIFT if self.steps > 1 else 0.0
@@ -127,13 +132,13 @@ def first_step(update: ClientUpdate) -> FirstStep:
 
 
 def _saturation(update: ClientUpdate) -> float:
-    """c of (4.9)."""
+    """c of (9.6)."""
     return math.sqrt(1 - update.betas[1]) if update.optimizer == "rmsprop" and update.betas else 1.0
 
 
 def error_scale(update: ClientUpdate) -> float:
-    """The size ε/c of a gradient beyond which its error grows with its square; infinite where errors
-    do not depend on the entry.
+    """The size ε/c of a gradient beyond which its error grows with its square; infinite where
+    errors do not depend on the entry.
 
     >>> one = {"w": torch.ones(1)}
     >>> error_scale(ClientUpdate(one, optimizer="adam", eps=1e-8, errors=one)), error_scale(ClientUpdate(one))

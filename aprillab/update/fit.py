@@ -6,7 +6,7 @@ model is refused with the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -17,9 +17,13 @@ from .names import matched
 from .record import ClientUpdate
 from .tensors import UpdateError, count_not_finite, is_zero
 
-# Weights sent for an update: after some steps of training they still point where the model's do. A gradient's cosine
-# with the weights is about 1/√(entries), and 0 where a normalization follows: the limits are far from both.
+# Weights sent for an update: after some steps of training they still point where the model's do.
+# A gradient's cosine with the weights is about 1/√(entries), and 0 where a normalization
+# follows: the limits are far from both. RATIO is of their norms, SHARE of the update's squares
+# that such tensors have.
 COSINE, RATIO, SHARE = 0.9, 2.0, 0.5
+# Entries that a tensor must have to be asked, entries of it that are looked at, and tensors that
+# are asked first: of 100 random entries a cosine of 0.9 is nine standard deviations away.
 FEWEST, SAMPLE, PROBES = 100, 4096, 3
 
 
@@ -59,8 +63,8 @@ def fitted(
     >>> import torch, aprillab as al
     >>> from torch import nn
     >>> update = al.ClientUpdate({"module.weight": torch.ones(1, 2), "module.bias": torch.ones(1)})
-    >>> list(fitted(nn.Linear(2, 1), update).gradients)
-    ['weight', 'bias']
+    >>> fitted(nn.Linear(2, 1), update).gradients
+    {'weight': tensor([[1., 1.]]), 'bias': tensor([1.])}
     """
     _refuse_what_is_neither(model, update)
     parameters = dict(model.named_parameters())
@@ -167,10 +171,21 @@ def _refuse_missing(parameters: Mapping[str, Tensor], update: ClientUpdate, unus
     absent = [name for name, p in parameters.items() if p.requires_grad and name not in update.gradients]
     if missing := sorted(set(absent) - set(update.withheld) - set(unused)):
         raise UpdateError(
-            f"the update lacks the gradient of {missing[0]!r} ({len(missing)} missing in all). If the client "
-            "withholds it, say so: ClientUpdate(…, withheld=(…,)); if it is frozen, set requires_grad=False in the "
-            "model"
+            missing_words(missing, "ClientUpdate(…, withheld=(…,))"),
+            missing=tuple(missing),
         )
+
+
+def missing_words(missing: Sequence[str], remedy: str) -> str:
+    """What is said of gradients that are missing; ``remedy`` says that the client withholds them.
+
+    >>> missing_words(["head.bias"], "--withheld head.bias").partition(":")[0]
+    "the update lacks the gradient of 'head.bias' (1 missing in all). If the client withholds it, say so"
+    """
+    return (
+        f"the update lacks the gradient of {missing[0]!r} ({len(missing)} missing in all). If the client withholds "
+        f"it, say so: {remedy}; if it is frozen, set requires_grad=False in the model"
+    )
 
 
 def _refuse_misshapen(parameters: Mapping[str, Tensor], update: ClientUpdate, model: str) -> None:

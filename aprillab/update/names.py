@@ -2,8 +2,8 @@
 
 DataParallel and DistributedDataParallel put ``module.`` in front of every name, torch.compile
 ``_orig_mod.``, Opacus ``_module.``, Lightning and many a class of one's own ``model.``; compiled or
-sharded parts carry theirs in the middle of a name. In peft's models the names of an adapter's tensors have
-the adapter's own name in them, and in its files they have not.
+sharded parts carry theirs in the middle of a name. In peft's models the names of an adapter's
+tensors have the adapter's own name in them, and in its files they have not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 _WRAPPERS = frozenset({"module", "_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Dots up to which a first part may end: names are a client's, and work must not grow
+# with their length.
 DEEPEST = 8
 _SAVED = re.compile(r"(?<=\.)modules_to_save\.[^.]+\.")  # a trained copy: its file has the layer's own name
 _FACTOR = re.compile(r"(?<=\.)(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight$")

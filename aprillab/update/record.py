@@ -14,6 +14,8 @@ from torch import Tensor
 from .tensors import DTYPES, UpdateError, as_gradient
 
 FORMAT = "aprillab-update-1"
+# What a client may claim, images and local steps: beyond, it is a slip or a trick, and no loop
+# should run so long.
 MAX_BATCH = 1_000_000
 MAX_STEPS = 1_000_000_000
 OPTIMIZERS = ("sgd", "adam", "adamw", "adagrad", "rmsprop")
@@ -153,8 +155,8 @@ class ClientUpdate:
         return replace(self, gradients=moved, errors=errors)
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the gradients, their errors and the seconds, as JSON can hold it: what a file
-        says.
+        """Everything but the gradients, their errors and the seconds, as JSON can hold
+        it: what a file says.
 
         Examples
         --------

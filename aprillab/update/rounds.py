@@ -20,8 +20,8 @@ class Round:
     ----------
     state : mapping of str to Tensor
         The model's tensors as they were sent in this round, by name; what is not in it is as in the
-        model that an attack is given. A module is taken for its ``state_dict()``, numpy arrays become
-        tensors, and all are copied.
+        model that an attack is given. A module is taken for its ``state_dict()``, numpy arrays
+        become tensors, and all are copied.
     update : ClientUpdate
         What the client shared in this round.
 
@@ -104,6 +104,13 @@ def only_one(attack: str, updates: Updates) -> ClientUpdate:
     ------
     UpdateError
         If there are several, or a state comes with it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> update = ClientUpdate({"weight": torch.ones(2)})
+    >>> only_one("my_attack", [update]).gradients["weight"]
+    tensor([1., 1.])
     """
     found = listed(updates)
     if len(found) > 1:
@@ -123,6 +130,14 @@ def state_of_round(number: int, round: Round, known: Mapping[str, Tensor]) -> di
     ------
     UpdateError
         If a name is not the model's, a shape differs, or a number is not finite: with the round.
+
+    Examples
+    --------
+    >>> import torch
+    >>> update = ClientUpdate({"weight": torch.ones(2)})
+    >>> sent = Round({"module.weight": torch.tensor([3.0, 4.0])}, update)
+    >>> state_of_round(1, sent, {"weight": torch.zeros(2)})
+    {'weight': tensor([3., 4.])}
     """
     names = matched(round.state, known)
     lost = [name for name in round.state if name not in names]

@@ -42,31 +42,32 @@ def update_from_states(
     """The update behind a FedAvg round: (before − after) / (learning_rate · local_steps).
 
     After one step of plain SGD this is the client's gradient. After several steps on *one* image,
-    with or without momentum, it is a sum Σ_t a_t g_t of the gradients on the way, with the same
-    numbers a_t for every tensor. The patch-embedding system holds for each g_t with the same
+    with or without momentum, it is a sum Σ_t c_t g_t of the gradients on the way, with the same
+    numbers c_t for every tensor, (9.2). The patch-embedding system holds for each g_t with the same
     picture, so it holds for the sum and stays exact; systems that also read the model's weights see
     them change from step to step. What is read off the head (one image or several, the label) is
     about a sum of outer products and is no longer exact. With several images the update is a
     mixture.
 
-    **Adam and its kin** divide each entry by its own size: what comes back is linear in no gradient.
-    But their *first* step is one-to-one, entry by entry, and with ``optimizer`` it is undone
-    (:mod:`aprillab.update.first_step`): the result is the gradient, with the ``errors`` that the
-    weights' rounding leaves in each entry, for which the patch-embedding system weighs it. A client
-    that starts each round with a new optimizer, as is usual, takes a first step in each. Of several
-    local steps the mean is undone as if it were the first, which it is as far as the gradient
-    stays: ``errors`` only guess at that, and no result is called exact. Above ε the steps forget it.
+    **Adam and its kin** divide each entry by its own size: what comes back is linear in no
+    gradient. But their *first* step is one-to-one, entry by entry, and with ``optimizer`` it is
+    undone (:mod:`aprillab.update.first_step`): the result is the gradient, with the ``errors``
+    that the weights' rounding leaves in each entry, for which the patch-embedding system weighs
+    it. A client that starts each round with a new optimizer, as is usual, takes a first step in
+    each. Of several local steps the mean is undone as if it were the first, which it is as far
+    as the gradient stays: ``errors`` only guess at that, and no result is called exact. Above ε
+    the steps forget it.
 
-    **Weight decay** of SGD leaves (before − after) = (1 − c)·before + a sum of gradients as above,
-    where c follows from the learning rate, the decay, the momentum and the number of steps. Where
-    ``weight_decay`` is given, (1 − c)·before is taken off, for all tensors alike; with
-    ``momentum=None`` c is that of plain SGD.
+    **Weight decay** of SGD leaves (before − after) = a·before + a sum of gradients as above, (9.4),
+    where a follows from the learning rate, the decay, the momentum and the number of steps. Where
+    ``weight_decay`` is given, a·before is taken off, for all tensors alike; with ``momentum=None``
+    a is that of plain SGD.
 
-    **Rounding.** The states hold the weights to a relative 2⁻²⁴ in float32, the update only to
-    that times ‖weights‖ / ‖before − after‖: the result's ``rounding`` is what to expect. A picture
-    comes back to that relative precision times the condition number of the system it is solved
-    from, whatever the update's dtype: a larger learning rate helps, and more local steps help while
-    their gradients add up.
+    **Rounding**, (9.5). The states hold the weights to a relative 2⁻²⁴ in float32, the update only
+    to that times ‖weights‖ / ‖before − after‖: the result's ``rounding`` is what to expect. A
+    picture comes back to that relative precision times the condition number of the system it is
+    solved from, whatever the update's dtype: a larger learning rate helps, and more local steps
+    help while their gradients add up.
 
     Parameters
     ----------
@@ -76,19 +77,18 @@ def update_from_states(
     learning_rate : float, the client's
     local_steps : int
     momentum, nesterov, weight_decay : of the client's optimizer, as ``torch.optim`` has them
-        None is not known, and taken for none; what is given is kept in the update. AdamW's decay must
-        be given.
+        None is not known, and taken for none; what is given is kept in the update. AdamW's
+        decay must be given.
     optimizer : {"sgd", "adam", "adamw", "adagrad", "rmsprop"}, optional; default is SGD
         As ``torch.optim`` has them, with amsgrad or without, and RMSprop neither centered nor with
         momentum.
     betas, eps : of an optimizer other than SGD; default is torch's
-        β₁ and β₂ cancel in the first step and are kept for the record; but of RMSprop, the second is
-        its α. A wrong ε leaves a factor common to all entries.
+        β₁ and β₂ cancel in the first step and are kept for the record; but of RMSprop, the second
+        is its α. A wrong ε leaves a factor common to all entries.
     trained : names of the trained parameters, or the model, whose parameters with ``requires_grad``
-        they are
-        By default every floating-point tensor is kept but BatchNorm's running statistics, also those
-        that did not move; :func:`fitted` drops other buffers and frozen parameters once the model is
-        there.
+        they are By default every floating-point tensor is kept but BatchNorm's running statistics,
+        also those that did not move; :func:`fitted` drops other buffers and frozen parameters once
+        the model is there.
     names : sequence of str or mapping, for lists
         Such as ``model.state_dict()``; not needed where the other state is a mapping.
     batch_size : int, optional
@@ -130,6 +130,8 @@ def update_from_states(
     if optimizer not in (None, "sgd"):
         return _first_step_undone(pairs, said)
     scale = float(learning_rate) * said.local_steps
+    # a of (9.4), as the optimizer has it; the sum of gradients is what is left, per step
+    # and rate, (9.1).
     lost = 1 - shrinkage(learning_rate, weight_decay or 0.0, said.local_steps, momentum or 0.0, nesterov=nesterov)
     error, gradients, still = 0.0, {}, True
     for name, (old, new) in pairs.items():
@@ -178,8 +180,8 @@ def shrinkage(
     >>> round(shrinkage(0.1, 0.01, 2, 0.9), 9)
     0.997101
     """
-    # One step of the weight w and the momentum buffer b: b ← λ w + m b, then w ← w − η d with d = b, or λ w + m b of
-    # the new b with Nesterov. Each is a row of numbers that multiply (w, b).
+    # One step of the weight w and the momentum buffer b: b ← λ w + m b, then w ← w − η d with
+    # d = b, or λ w + m b of the new b with Nesterov. Each is a row of numbers that multiply (w, b).
     b = np.array([weight_decay, momentum])
     d = np.array([weight_decay, 0.0]) + momentum * b if nesterov else b
     step = np.stack([np.array([1.0, 0.0]) - learning_rate * d, b])
@@ -261,7 +263,9 @@ def _pairs(before: State, after: State, names: Any) -> dict[str, tuple[Tensor, T
 
 
 def _averaged_integers(name: str, old: Tensor, new: Tensor) -> bool:
-    """Whether this is a buffer of integers: FedAvg sends their mean, a float, and clients make integers of it."""
+    """Whether this is a buffer of integers: FedAvg sends their mean, a float, and clients
+    make integers of it.
+    """
     if not old.is_floating_point() or new.is_floating_point() or new.is_complex() or old.shape != new.shape:
         return False
     return name.endswith(".num_batches_tracked") or torch.allclose(old.double().cpu(), new.double().cpu(), atol=1e-6)

@@ -15,7 +15,16 @@ _FLOATS = ", ".join(map(str, DTYPES))
 class UpdateError(ValueError):
     """An update that cannot be used: unreadable, incomplete, misshapen, not finite, contradictory
     or of another model.
+
+    Attributes
+    ----------
+    missing : tuple of str
+        Names of the gradients that are missing, where that is what is wrong.
     """
+
+    def __init__(self, message: str, *, missing: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 def as_tensor(name: str, value: Any) -> Tensor:

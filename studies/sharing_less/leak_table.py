@@ -291,7 +291,7 @@ def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.f
     except al.AttackNotApplicable as refusal:
         anyway = al.span_closed_form(adapted, rounds, anatomy=anatomy, strict=False, verify=False)
         psnr = float(al.psnr(anyway.pixels[0].double(), pixels[0].double()))
-        agrees = row.attack is None and "d:" in refusal.reason and psnr < _NOT_THERE
+        agrees = row.attack is None and "width_needed" in refusal.numbers and psnr < _NOT_THERE
         seconds = time.perf_counter() - start
         return replace(cell, psnr=psnr, agrees=agrees, words=refusal.reason, seconds=seconds)
     psnr = float(al.psnr(result.pixels[0].double(), pixels[0].double()))

@@ -1,6 +1,7 @@
 """What an update proves of the number of its images."""
 
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -118,3 +119,31 @@ def test_the_same_picture_twice_cannot_be_told_from_one():
     images = al.HALF.to_input(private(model)).expand(2, -1, -1, -1)
     update = al.client_update(model, images, torch.tensor([3, 3]))
     assert one_image(al.dissect(model), al.ClientUpdate(update.gradients)).holds
+
+
+# --- What a second image leaves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "typical"),
+    [
+        ("embedding", {"width": 192, "patch_size": 8}, (0.2, 0.6)),
+        ("embedding", {"width": 384, "patch_size": 4, "block": "april"}, (0.01, 0.05)),
+        ("april", {"width": 384, "patch_size": 4, "block": "april"}, (0.01, 0.05)),
+    ],
+    ids=["embedding", "embedding, april", "april"],
+)
+def test_what_a_second_image_leaves(attack, options, typical):
+    """The range from which ``_SECOND`` was chosen, on eight batches of two photographs."""
+    model = al.VisionTransformer(image_size=32, depth=2, heads=4, classes=10, **options).double()
+    pictures = al.HALF.to_input(al.load_victims(al.victims()[:9], 32, dtype=torch.float64)[0])
+    left = []
+    for k in range(8):
+        update = al.client_update(model, pictures[[k, k + 1]], torch.tensor([3, 7]))
+        said = al.invert(
+            model, al.ClientUpdate(update.gradients), attack=attack, strict=False, verify=False
+        ).conditions
+        numbers = next(condition.numbers for condition in said if condition.name == "one image")
+        left.append(numbers["residual"] / (numbers["spare"] / numbers["of"]) ** 0.5)
+    assert 0.001 < min(left) < max(left) < 0.7
+    assert typical[0] < median(left) < typical[1]

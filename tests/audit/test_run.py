@@ -10,9 +10,9 @@ import torch
 from audited import LABEL, POSITION, SIZE, photograph, update_of, vit
 from torch import Tensor, nn
 
-from aprillab.audit import Audit, audit
+from aprillab.audit import Audit, audit, run
 from aprillab.audit.report import markdown, report
-from aprillab.data import load_victim
+from aprillab.data import load_victim, recorded
 from aprillab.defenses import clip, gaussian_noise
 from aprillab.metrics import psnr
 from aprillab.update import Round
@@ -201,3 +201,16 @@ def test_adapters_are_among_the_parts_and_their_rounds_are_read_together() -> No
     assert first.leak == "none"
     assert all_of_them.leak in ("exact", "close")
     assert any("4 rounds of one client" in note for note in all_of_them.notes)
+
+
+def test_the_limits_of_a_replay_are_those_of_the_fuzz_study() -> None:
+    rows = [row for row in recorded("fuzz.csv", images=1) if row["attack"] != "invert"]
+    played = [(float(row["residual"]), float(row["psnr"])) for row in rows if row["residual"] and row["psnr"]]
+
+    def share_below(decibels: float, least: float, most: float) -> float:
+        found = [psnr < decibels for residual, psnr in played if least <= residual < most]
+        return sum(found) / len(found)
+
+    assert share_below(38, 0, run._GOOD_REPLAY) < 0.05
+    assert share_below(22, 0, run._BAD_REPLAY) < 0.05
+    assert share_below(18, run._BAD_REPLAY, float("inf")) > 0.5

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import aprillab
+from aprillab.attacks import verdict
 from aprillab.audit import TRUST_WORDS, Audit, Finding, audit
 from aprillab.commands import audit as command
 from aprillab.commands import cli
@@ -445,7 +446,7 @@ def test_an_infinite_prediction_is_no_number(run: Run, tmp_path: Path, monkeypat
         if finding.result is None:
             return finding
         result = replace(finding.result, predicted_psnr=math.inf)
-        return replace(finding, result=result, reason="sure; predicted PSNR inf dB")
+        return replace(finding, result=result, reason=verdict(result.conditions, math.inf)[1])
 
     def sure(*arguments: object, **options: object) -> Audit:
         found = audit(*arguments, **options)

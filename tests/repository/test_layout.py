@@ -3,7 +3,8 @@
 A room is a folder of the package or a file beside them. Its floor is one more than the highest floor it imports, so
 that the rooms which import none are on the first. The package's face (``__init__``) and ``__main__`` count as rooms
 like the others: nothing imports them, and both have to fit under the roof. A folder's own ``__init__`` is part of its
-room. Imports are read from the source, those inside functions too, absolute or relative.
+room. Imports are read from the source, those inside functions too, absolute or relative, and
+``import_module`` where it is told a name.
 
 A function's body counts from its first statement after the docstring to its end, with comments and blank lines; its
 local variables are the names it binds itself, without parameters, names of comprehensions and of functions within.
@@ -12,6 +13,7 @@ local variables are the names it binds itself, without parameters, names of comp
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
@@ -92,6 +94,11 @@ def _imports_of(name: str, path: Path, package: str, modules: Mapping[str, Path]
                 first, _, rest = alias.name.partition(".")
                 if first == package:
                     yield rest, True
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            told = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+            first, _, rest = str(told).partition(".")
+            if first == package:
+                yield rest, True
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 start = folder[: len(folder) - node.level + 1]
@@ -212,6 +219,17 @@ def local_variables(function: ast.FunctionDef) -> set[str]:
     return names - {argument.arg for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]}
 
 
+def capital_letters(path: Path) -> set[str]:
+    """Variables and arguments of one capital letter, such as ``G``, or of one with an addition: ``W_e``, ``dW``."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+    return {name for name in names if re.fullmatch(r"d?[A-Z](_[a-z]|[a-z0])?", name)}
+
+
 # --- The package --------------------------------------------------------------------------------------------------
 
 IMPORTS = read_imports(PACKAGE)
@@ -254,6 +272,21 @@ def test_functions_fit_on_the_screen() -> None:
     assert LONG_FUNCTIONS.keys() - found == set(), "no longer too long: strike out of LONG_FUNCTIONS"
 
 
+def test_the_attacks_page_names_every_file() -> None:
+    page = (PACKAGE / "attacks/README.md").read_text(encoding="utf-8").partition("## Notation")[0]
+    named = set(re.findall(r"`(?:[a-z_]+/)?([a-z_]+\.py|[a-z_]+/)`", page))
+    files = {path.relative_to(PACKAGE / "attacks") for path in (PACKAGE / "attacks").rglob("*.py")}
+    missing = {path.as_posix() for path in files if not named & {path.name, f"{path.parts[0]}/"}}
+    assert {name for name in missing if not name.endswith("__init__.py")} == set()
+
+
+def test_the_notation_has_every_capital_letter() -> None:
+    table = (PACKAGE / "attacks/README.md").read_text(encoding="utf-8").partition("## Notation")[2]
+    known = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", table)}
+    used = {name for path in (PACKAGE / "attacks").rglob("*.py") for name in capital_letters(path)}
+    assert used - known == set(), "a letter that the table in attacks/README.md does not have"
+
+
 # --- That each of these can fail ----------------------------------------------------------------------------------
 
 
@@ -281,6 +314,7 @@ def test_imports_of_every_kind_are_read(build) -> None:  # type: ignore[no-untyp
             "c.py": "def f():\n    from .a import f",
             "d/e.py": "from .. import a\nfrom .g import x\nfrom ..b import y",
             "d/g.py": "import house.a\nfrom house.d import e\nfrom house import b, f",
+            "h.py": "from importlib import import_module\nx = import_module('house.d.e')\ny = import_module('torch')",
         }
     )
     imports = read_imports(house)
@@ -288,7 +322,10 @@ def test_imports_of_every_kind_are_read(build) -> None:  # type: ignore[no-untyp
     assert imports["c"] == [("a", False)]
     assert imports["d.e"] == [("a", False), ("d.g", False), ("b", False)]
     assert sorted(imports["d.g"]) == [("", True), ("a", True), ("b", True), ("d.e", True)]
-    assert rooms(imports) == {"__init__": set(), "a": set(), "b": {"a"}, "c": {"a"}, "d": {"__init__", "a", "b"}}
+    assert imports["h"] == [("d.e", True)]
+    assert rooms(imports) == {
+        "__init__": set(), "a": set(), "b": {"a"}, "c": {"a"}, "d": {"__init__", "a", "b"}, "h": {"d"},
+    }  # fmt: skip
     assert rooms(imports, "d") == {"__init__": set(), "e": {"g"}, "g": {"e"}}
 
 
@@ -349,3 +386,11 @@ def test_what_is_too_long_is_seen(build) -> None:  # type: ignore[no-untyped-def
     )
     assert long_files(house) == {"long.py"}
     assert long_functions(house) == {"a/lines.py:A.g", "names.py:g", "names.py:h.inner", "names.py:k"}
+
+
+def test_capital_letters_are_those_that_are_bound(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text(
+        "def f(G, width):\n    W_e, dW, X0, GG = G, G.T, 1, 2\n    return Q(W_e) + LIMIT\n", encoding="utf-8"
+    )
+    assert capital_letters(path) == {"G", "W_e", "dW", "X0"}

@@ -9,11 +9,11 @@ one is. To find it is the closest-vector problem of a lattice, integer least squ
 with t what is known and W its rows over their deviations. A lattice has many bases. In a reduced
 one (Lenstra, Lenstra, Lovász 1982; the FLINT library does it) the columns are short and nearly at
 right angles. Babai (1986) then rounds one coordinate after the other, from the last to the first
-(8.6). Keeping the best few beginnings at each step, and not one (Schnorr and Euchner 1994;
-"K-best" in radio receivers; satellite positioning finds its whole numbers of wavelengths in the
-same way), comes out right far more often. None of this is guaranteed to find the nearest vector in
-dimensions like a patch's: it does where that one is nearer than all others by far, and a replay of the
-client says whether it did.
+(8.6). Keeping the best few beginnings at each step, and not one (Schnorr and Euchner 1994; "K-best"
+in radio receivers; satellite positioning finds its whole numbers of wavelengths in the same way),
+comes out right far more often. None of this is guaranteed to find the nearest vector in dimensions
+like a patch's: it does where that one is nearer than all others by far, and a replay of the client
+says whether it did.
 
 :func:`k_best` is that search for one point, as chapter 08 tells it;
 :meth:`ReducedLattice.nearest` is the same for many points at once.
