@@ -1,23 +1,26 @@
-"""Gradient matching on real ViTs at 224×224: `python -m studies.real_vits` writes real_vits.csv, .md and .png.
+"""Gradient matching on real ViTs at 224×224: `python -m studies.real_vits` writes real_vits*.csv, .md and .png.
 
 The learned position embedding's gradient is shared. Every published recipe attacks the same updates,
-with the position term and without it, matching in float32 and in float64. Random weights, a head that
-is not zero, one photograph, float32 gradients, labels recovered. A search ends after its evaluations
-or its seconds, whichever comes first. Convolutions keep all digits of float32: CUDA would round
-their factors to ten bits (TF32), and with them the client's gradient.
+with the position term and without it, matching in float32 and in float64; "april" also with the term
+and no patch moved. Random weights, a head that is not zero, one photograph, float32 gradients, labels
+recovered. A search ends after its evaluations. Convolutions keep all digits of float32: where CUDA
+rounds their factors to ten bits (TF32), it rounds the client's gradient.
 
     python -m studies.real_vits              # needs a CUDA device; days on a CPU
     python -m studies.real_vits --updates 2  # one photograph on each of the models, not three with two seeds
-    python -m studies.real_vits --jobs 6     # one process launches kernels too slowly to keep a GPU busy
     python -m studies.real_vits --quick      # one update of a tiny ViT, on the CPU; keeps no file
+
+The figure and real_vits_places.csv are made from the pictures that the searches found, which are kept
+beside the CSV, in no repository.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,24 +29,30 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.transforms.functional import resize, to_pil_image, to_tensor
 
 import aprillab as al
 from aprillab import viz
+from aprillab.anatomy import Tiling
+from aprillab.attacks.searches.rearrange import rearranged
 from aprillab.zoo import build_model
 
 from ._rows import StudyError, fill, made, read
-from ._runner import Claim, Description, run_study, study_parser
-from ._tables import grouped, markdown
+from ._runner import Claim, Description, between, run_study, study_parser
+from ._tables import markdown
 
 LABEL = 3
 MODELS = ("torchvision vit_b_16", "timm deit_base_patch16_224")
+NAMES = dict(zip(MODELS, ("ViT-B/16", "DeiT-B/16"), strict=True))
 VICTIMS = ("astronaut", "chelsea", "coffee")
 SEEDS = (0, 1)  # of weights and first guess
-EVALUATIONS, SECONDS = 2000, 300.0  # of one search, over all its restarts
+EVALUATIONS = 2000  # of one search, over all its restarts
+UNMOVED = "april, no patch moved"
 PICTURES = "real_vits_pictures"  # the folder of what the searches found, which the figure is drawn from
-THUMBNAIL = 112  # pixels a side
+THUMBNAIL, PATCH = 112, 8  # pixels a side; a patch of 16 pixels at 224 has 8
+TILE = 56  # pixels a side of what chapter 05 shows
 
 
 class Case(NamedTuple):
@@ -77,12 +86,31 @@ class Row:
     device: str
 
 
+@dataclass(frozen=True)
+class Places:
+    """A small copy of what a search found: its PSNR in dB as it is, and with each patch where it fits the photograph
+    best; and how many of the patches are there already.
+    """
+
+    model: str
+    victim: str
+    seed: int
+    precision: str
+    recipe: str
+    position_term: bool
+    small: float
+    in_place: float
+    at_home: float
+
+
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """All searches, in float32 first; each photograph on all models before the next."""
     updates = [(0, VICTIMS[0], "tiny")] if options.quick else list(itertools.product(SEEDS, VICTIMS, MODELS))
     for precision, (seed, victim, model) in itertools.product(("float32", "float64"), updates[: options.updates]):
         for recipe, position_term in itertools.product(al.RECIPES, (True, False)):
             yield Case(model, victim, seed, precision, recipe, position_term)
+        if precision == "float32":
+            yield Case(model, victim, seed, precision, UNMOVED, True)
 
 
 def build(name: str, seed: int) -> nn.Module:
@@ -114,18 +142,19 @@ def shared(name: str, victim: str, seed: int, device: str) -> tuple[nn.Module, a
 
 
 def recipe_of(name: str, position_term: bool) -> al.Recipe:
-    """A published recipe, with APRIL's position term or without any."""
-    recipe = al.RECIPES[name]
-    term = al.RECIPES["april"].position_term if position_term else None
-    return replace(recipe, position_term=term)
+    """A published recipe, with APRIL's position term or without any; or APRIL's, which then moves no patch."""
+    april = al.RECIPES["april"]
+    if name == UNMOVED:
+        return replace(april, position_term=al.PositionTerm())
+    return replace(al.RECIPES[name], position_term=april.position_term if position_term else None)
 
 
-def attacked(case: Case, *, folder: Path, device: str, evaluations: int, seconds: float) -> Iterator[Row]:
+def attacked(case: Case, *, folder: Path, device: str, evaluations: int) -> Iterator[Row]:
     model, update, pixels = shared(case.model, case.victim, case.seed, device)
     with torch.backends.cudnn.flags(allow_tf32=False):
         found = al.match_gradients(
             model, update, recipe=recipe_of(case.recipe, case.position_term), dtype=getattr(torch, case.precision),
-            seed=case.seed, max_evaluations=evaluations, max_seconds=seconds, progress=False,
+            seed=case.seed, max_evaluations=evaluations, progress=False,
         )  # fmt: skip
     numbers, pixels = found.diagnostics, pixels.to(found.pixels)
     if numbers["stopped"] == "interrupted":
@@ -145,64 +174,114 @@ def picture_of(folder: Path, case: Case) -> Path:
     return folder / PICTURES / f"{'-'.join(map(str, case))}.png".replace(" ", "-")
 
 
+def placed(case: Case, *, folder: Path) -> Iterator[Places]:
+    """Of a picture that was kept: are its patches the photograph's, in another order?"""
+    found = to_tensor(Image.open(picture_of(folder, case)))[None]
+    truth = al.load_victim(case.victim, THUMBNAIL)[None]
+    tiling = Tiling.square(PATCH, (THUMBNAIL, THUMBNAIL))
+    mine, shared = (tiling.patches(picture)[0] for picture in (found, truth))
+    _, places = linear_sum_assignment(torch.cdist(mine, shared).square().numpy())
+    moved = rearranged(found, torch.from_numpy(places), tiling)
+    at_home = (torch.from_numpy(places) == torch.arange(len(places))).double().mean()
+    small, in_place = (float(al.psnr(picture[0], truth[0])) for picture in (found, moved))
+    yield Places(*case, small=small, in_place=in_place, at_home=float(at_home))
+
+
 def measure(folder: Path, options: argparse.Namespace) -> None:
     if options.quick:
-        device, evaluations, seconds = "cpu", 6, 60.0
+        device, evaluations = "cpu", 6
     else:
-        device, evaluations, seconds = options.device, options.max_evaluations, options.max_seconds
+        device, evaluations = options.device, options.max_evaluations
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise StudyError("there is no CUDA device: --device cpu takes days, --quick a few seconds")
     (folder / PICTURES).mkdir(exist_ok=True)
-    attack = functools.partial(attacked, folder=folder, device=device, evaluations=evaluations, seconds=seconds)
-    settings = {"max_evaluations": evaluations, "max_seconds": seconds}
-    path, columns = folder / "real_vits.csv", Case._fields
-    fill(path, Row, cases(options), attack, key=columns, settings=settings, workers=options.workers)
+    attack = functools.partial(attacked, folder=folder, device=device, evaluations=evaluations)
+    fill_here = functools.partial(fill, cases=list(cases(options)), key=Case._fields)
+    fill_here(folder / "real_vits.csv", Row, measure=attack, settings={"max_evaluations": evaluations})
+    fill_here(folder / "real_vits_places.csv", Places, measure=functools.partial(placed, folder=folder))
 
 
-def summary(group: pd.DataFrame) -> dict[str, str]:
-    """The table's cells for one setting."""
-    return {
-        "searches": str(len(group)),
-        "median dB": f"{group.psnr.median():.1f}",
-        "least": f"{group.psnr.min():.1f}",
-        "most": f"{group.psnr.max():.1f}",
-        "median residual": f"{group.residual.median():.1e}",
-        "evaluations a second": f"{(group.evaluations / group.seconds).median():.2g}",
-    }
+Table = Callable[[pd.DataFrame], str]
+
+
+def by_recipe(rows: pd.DataFrame, cell: Table) -> str:
+    """A line for each recipe and term, a column for each model and precision."""
+    lines = []
+    for (recipe, term), group in rows.groupby(["recipe", "position_term"], sort=False):
+        columns = {
+            f"{model.split()[0]}, {precision}": cell(part)
+            for (model, precision), part in group.groupby(["model", "precision"], sort=False)
+        }
+        lines.append({"recipe": recipe, "position term": "with" if term else "without", **columns})
+    return markdown(pd.DataFrame(lines).fillna("–"))
 
 
 def describe(folder: Path, options: argparse.Namespace) -> Description:
     path = folder / "real_vits.csv"
-    rows = read(path, Row)
-    term = rows.position_term.map({True: "with", False: "without"})
-    table = grouped(rows.assign(position_term=term), ("model", "recipe", "position_term", "precision"), summary)
-    medians = rows.groupby(["recipe", "position_term"]).psnr.median()
-    recipe, position_term = medians.idxmax()
+    rows = read(path, Row).merge(read(folder / "real_vits_places.csv", Places), on=list(Case._fields))
+    whole = rows.recipe.eq("april") & rows.position_term
+    without, rest = rows[~rows.position_term], rows[~whole]
+    april_without = without[without.recipe == "april"]
     fields = {
         "made": made(path),
         "device": ", ".join(rows.device.unique()),
+        "updates": len(rows[["model", "victim", "seed"]].drop_duplicates()),
         "evaluations": rows.evaluations.max(),
-        "table": markdown(table.rename(columns={"position_term": "position term"})),
-        "best": f"{recipe} {'with' if position_term else 'without'} the position term, {medians.max():.1f} dB",
+        "table": by_recipe(rows, lambda part: f"{part.psnr.median():.1f}"),
+        "places": by_recipe(rows, lambda part: f"{part.in_place.median():.1f} ({part.at_home.median():.0%})"),
+        "residuals": by_recipe(rows, lambda part: f"{part.residual.median():.1e}"),
+        "recorded": markdown(pd.read_csv(folder / "real_vits_recorded.csv")) if not options.quick else "",
+        "april": f"{rows[whole].psnr.min():.1f}",
+        "rest": f"{rest.psnr.max():.1f}",
+        "without": f"{without.psnr.max():.1f}",
+        "fit": f"{april_without.residual.max():.1%}",
     }
     complete = len(rows) == len(list(cases(options)))
-    return fields, [Claim("each with the position term and without it", len(rows), complete)]
+    return fields, [
+        Claim("each with the position term and without it", len(rows), complete),
+        between("shows the photograph", rows[whole].psnr.min(), least=30),
+        between("Nothing else does", rest.psnr.max(), most=25),
+        between("without the term none does", without.psnr.max(), most=9),
+        between("fits the shared gradient", april_without.residual.max(), most=0.01),
+        between("the patches are there", float((april_without.in_place - april_without.small).min()), least=5),
+    ]
 
 
 def draw(folder: Path, options: argparse.Namespace) -> dict[str, bytes]:
     """What the searches in float32 made of the first photograph; nothing where their pictures are not kept."""
     rows = read(folder / "real_vits.csv", Row)
     first = rows[(rows.victim == VICTIMS[0]) & (rows.seed == SEEDS[0]) & (rows.precision == "float32")]
+    first = first[first.recipe != UNMOVED]
     if not len(first) or not all(picture_of(folder, _case(row)).is_file() for row in first.itertuples()):
         return {}
-    return {"real_vits.png": viz.to_png(pictures(folder, first), dpi=150)}
+    return {
+        "real_vits.png": viz.to_png(pictures(folder, first), dpi=100),
+        "real_vits_tiles.png": tiles(folder, first),
+    }
+
+
+def tiles(folder: Path, rows: pd.DataFrame) -> bytes:
+    """The pictures alone, TILE pixels a side: a line for each model and term, a column for each recipe."""
+    lines = [[picture_of(folder, _case(row)) for row in group.itertuples()] for _, group in lines_of(rows)]
+    sheet = Image.new("RGB", (TILE * len(lines[0]), TILE * len(lines)))
+    for i, line in enumerate(lines):
+        for j, file in enumerate(line):
+            sheet.paste(Image.open(file).resize((TILE, TILE), Image.Resampling.LANCZOS), (TILE * j, TILE * i))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def lines_of(rows: pd.DataFrame) -> Any:
+    """The rows of one model with the term, or without it, one group after the other."""
+    return rows.groupby(["model", "position_term"], sort=False)
 
 
 def pictures(folder: Path, rows: pd.DataFrame) -> Figure:
     """A line for each model with the position term and without it, a column for each recipe."""
     lines, titles = {}, []
-    for (model, term), group in rows.groupby(["model", "position_term"], sort=False):
-        label = f"{model.split()[0]}, {'with' if term else 'without'} the term"
+    for (model, term), group in lines_of(rows):
+        label = f"{NAMES.get(model, model)},\n{'with' if term else 'without'} the term"
         found = [to_tensor(Image.open(picture_of(folder, _case(row)))) for row in group.itertuples()]
         lines[label] = [al.load_victim(VICTIMS[0], THUMBNAIL), *found]
         titles.append(["the photograph", *(f"{row.recipe}\n{row.psnr:.1f} dB" for row in group.itertuples())])
@@ -214,11 +293,10 @@ def _case(row: Any) -> Case:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = study_parser("real_vits", __doc__)
+    parser = study_parser("real_vits", __doc__, alone="searches that share a GPU wait for each other")
     parser.add_argument("--updates", type=int, metavar="N", help="attack the first N of the 12 (default: all)")
     parser.add_argument("--device", default="cuda", help="where to search (%(default)s)")
     parser.add_argument("--max-evaluations", type=int, default=EVALUATIONS, help="of a search (%(default)s)")
-    parser.add_argument("--max-seconds", type=float, default=SECONDS, help="of a search (%(default)s)")
     run_study("real_vits", parser.parse_args(argv), measure=measure, describe=describe, draw=draw)
 
 
