@@ -27,7 +27,7 @@ from ...anatomy import Anatomy, dissect, tensors_of
 from ...metrics import EXACT_TO_8_BITS_DB
 from ...preprocessing import Preprocessing
 from ...update import Updates
-from ..evidence import System, one_image
+from ..evidence import ONE_IMAGE, System, one_image
 from ..labels import check_known, check_told, labels_or_none
 from ..reading import Reading
 from ..replay import Loss
@@ -42,6 +42,8 @@ from .smallest import smallest_combination
 from .span_agreement import agreed_rounds
 from .span_rounds import (
     NEEDS,
+    Group,
+    SpanRound,
     check_model,
     grouped,
     pixel_span,
@@ -140,25 +142,29 @@ def span_closed_form(
     rounds = read_rounds(model, update, anatomy)
     check_known(labels, rounds[0].reading.update, anatomy, model)
     some, remark = with_rows([rows_of(one, anatomy, device) for one in rounds])
-    agreed = agreed_rounds(some, anatomy, tensors_of(model), device)
+    agreed = agreed_rounds(some, anatomy, rounds[0].weights, device)
     reading = agreed.kept[0].reading
-    solution = solve_rounds(model, agreed.kept, anatomy=anatomy, strict=strict, device=device, remark=remark)
+    kept = [one for one in some if one.read in agreed.kept]
+    solution = solve_rounds(model, kept, anatomy=anatomy, strict=strict, device=device, remark=remark)
     error = min(solution.mean_square_error, pixel_variance(preprocessing))
     predicted = predicted_psnr(error, preprocessing)
     if solution.numbers["ratio"] == 0 and predicted < _BEYOND_DOUBT and len(agreed.kept) == 1:
         client = agreed.kept[0].model(model)
         solution = second_look(client, reading, solution, anatomy, preprocessing)
+    conditions = _conditions(solution, reading, anatomy, predicted, remark)
     result = report(
         NAME,
         solution.images,
         conditions=(
-            *_conditions(solution, reading, anatomy, predicted, remark),
+            *conditions,
             *_later_steps(agreed.kept),
             *agreed.conditions,
             *_as_read(model, agreed.kept[0], anatomy, solution),
         ),
         predicted_psnr=predicted,
-        labels=labels_or_none(model, reading.update, anatomy, labels),
+        labels=labels_or_none(
+            model, reading.update, anatomy, labels, one=next(c for c in conditions if c.name == ONE_IMAGE)
+        ),
         numbers={
             **solution.numbers,
             "rows_of": solution.rows_of,
@@ -246,13 +252,15 @@ def solve_span(
         As :func:`span_closed_form`.
     """
     check_model(anatomy)
-    read = read_rounds(model, update, anatomy)
-    return solve_rounds(model, read, anatomy=anatomy, batch_size=batch_size, strict=strict, device=device)
+    rounds, empty = with_rows([rows_of(one, anatomy, device) for one in read_rounds(model, update, anatomy)])
+    return solve_rounds(
+        model, rounds, anatomy=anatomy, batch_size=batch_size, strict=strict, device=device, remark=empty
+    )
 
 
 def solve_rounds(
     model: nn.Module,
-    read: Sequence[RoundRead],
+    rounds: Sequence[SpanRound],
     *,
     anatomy: Anatomy,
     batch_size: int = 1,
@@ -260,8 +268,7 @@ def solve_rounds(
     device: torch.device | str | None = None,
     remark: str = "",
 ) -> SpanSolution:
-    """As :func:`solve_span`, of rounds that were read; with a remark for its refusal."""
-    rounds, empty = with_rows([rows_of(one, anatomy, device) for one in read])
+    """As :func:`solve_span`, of rounds that have rows; with a remark for its refusal."""
     weights = tensors_of(model)
     p, n = weights[anatomy.patch_weight][0].numel(), anatomy.tiling.count
     tokens = batch_size * n + anatomy.position_prefix + extra_prefix(anatomy, weights)
@@ -277,11 +284,11 @@ def solve_rounds(
         if needed > usable:
             unknowns = f"min(p, n) = {min(p, batch_size * n)}" if by_rows else f"p = {p}"
             refuse_width(needed, usable, tokens, unknowns, norms, len(groups))
-        refuse_rows(groups, anatomy, remark or empty)
+        refuse_rows(groups, anatomy, remark)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
-    sides = [group.span() for group in groups]
-    noise = max(group.noise_seen(side) for group, side in zip(groups, sides, strict=True))
+    sides, gains = [group.span() for group in groups], [group.gain for group in groups]
+    noise = max(map(Group.noise_seen, groups, sides, gains))
     pixel_side = pixel_span(rounds, groups, batch_size * n)
     solution, variance, ratio = smallest_combination(list(zip(equations, sides, strict=True)), pixel_side)
     return SpanSolution(
@@ -309,7 +316,7 @@ def solve_rounds(
             "width_of_rows": min(one.D.shape[1] for one in equations),
             **_directions_of_places(e, noise),
             "noise_of_rows": noise,
-            "noise_gain": max(group.gain for group in groups),
+            "noise_gain": max(gains),
             "ratio": ratio,
         },
     )
