@@ -27,7 +27,7 @@ from ...anatomy import Anatomy, dissect, tensors_of
 from ...metrics import EXACT_TO_8_BITS_DB
 from ...preprocessing import Preprocessing
 from ...update import Updates
-from ..evidence import ONE_IMAGE, System, one_image
+from ..evidence import System, one_image
 from ..labels import check_known, check_told, labels_or_none
 from ..reading import Reading
 from ..replay import Loss
@@ -144,27 +144,24 @@ def span_closed_form(
     some, remark = with_rows([rows_of(one, anatomy, device) for one in rounds])
     agreed = agreed_rounds(some, anatomy, rounds[0].weights, device)
     reading = agreed.kept[0].reading
-    kept = [one for one in some if one.read in agreed.kept]
-    solution = solve_rounds(model, kept, anatomy=anatomy, strict=strict, device=device, remark=remark)
-    error = min(solution.mean_square_error, pixel_variance(preprocessing))
-    predicted = predicted_psnr(error, preprocessing)
+    some = [one for one in some if one.read in agreed.kept]
+    solution = solve_rounds(model, some, anatomy=anatomy, strict=strict, device=device, remark=remark)
+    predicted = predicted_psnr(min(solution.mean_square_error, pixel_variance(preprocessing)), preprocessing)
     if solution.numbers["ratio"] == 0 and predicted < _BEYOND_DOUBT and len(agreed.kept) == 1:
         client = agreed.kept[0].model(model)
         solution = second_look(client, reading, solution, anatomy, preprocessing)
-    conditions = _conditions(solution, reading, anatomy, predicted, remark)
+    one = _one_image(solution, reading, anatomy)
     result = report(
         NAME,
         solution.images,
         conditions=(
-            *conditions,
+            *_conditions(solution, one, predicted, remark),
             *_later_steps(agreed.kept),
             *agreed.conditions,
             *_as_read(model, agreed.kept[0], anatomy, solution),
         ),
         predicted_psnr=predicted,
-        labels=labels_or_none(
-            model, reading.update, anatomy, labels, one=next(c for c in conditions if c.name == ONE_IMAGE)
-        ),
+        labels=labels_or_none(model, reading.update, anatomy, labels, one=one),
         numbers={
             **solution.numbers,
             "rows_of": solution.rows_of,
@@ -197,10 +194,8 @@ def _later_steps(kept: Sequence[RoundRead]) -> tuple[Condition, ...]:
     return (Condition(SENT_WEIGHTS, "not checked", {"steps": steps}, words),)
 
 
-def _conditions(
-    solution: SpanSolution, reading: Reading, anatomy: Anatomy, predicted: float, remark: str
-) -> tuple[Condition, ...]:
-    """What the span attack rests on, but for the tokens' way to the attention."""
+def _one_image(solution: SpanSolution, reading: Reading, anatomy: Anatomy) -> Condition:
+    """Whether one image's tokens are all that is in the span."""
     numbers = solution.numbers
     tokens, rows, width = (int(numbers[name]) for name in ("tokens", "rows", "width_of_rows"))
     # Only where every token is seen does nothing beyond them mean that there is no second image.
@@ -208,19 +203,24 @@ def _conditions(
     # Noise that were as much larger there as rows differ in size would be seen.
     gain = min(numbers["noise_gain"], max(solution.excess / numbers["noise_of_rows"], 1.0))
     system = System("the span", solution.excess, spare, spare + tokens, gain) if seen else None
+    return one_image(anatomy, reading.update, system=system, noise=numbers["noise_of_rows"])
+
+
+def _conditions(solution: SpanSolution, one: Condition, predicted: float, remark: str) -> tuple[Condition, ...]:
+    """What the span attack rests on, but for the tokens' way to the attention."""
     return (
         Condition(
             "enough width", shown_if(solution.width_needed <= solution.usable_width),
             {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
         ),
-        one_image(anatomy, reading.update, system=system, noise=numbers["noise_of_rows"]),
-        _tokens_seen(solution, seen, remark),
-        _places(numbers),
+        one,
+        _tokens_seen(solution, remark),
+        _places(solution.numbers),
         margin(predicted, _MARGIN_DB),
     )  # fmt: skip
 
 
-def _tokens_seen(solution: SpanSolution, seen: bool, remark: str) -> Condition:
+def _tokens_seen(solution: SpanSolution, remark: str) -> Condition:
     """Each token must have a row of its own, and a direction above the noise."""
     rows, tokens = int(solution.numbers["rows"]), int(solution.numbers["tokens"])
     words = "the weakest token's singular value is {gap:.1f} times the strongest of the noise"
@@ -228,7 +228,7 @@ def _tokens_seen(solution: SpanSolution, seen: bool, remark: str) -> Condition:
         words = "{rows:.0f} rows for {tokens:.0f} tokens leave nothing to see the noise by"
     words += f"; {remark}" if remark else ""
     numbers = {"gap": solution.gap, "rows": float(rows), "tokens": float(tokens)}
-    return Condition("tokens stand out from the noise", shown_if(seen), numbers, words)
+    return Condition("tokens stand out from the noise", shown_if(solution.gap > _LEAST_GAP), numbers, words)
 
 
 def solve_span(
