@@ -85,8 +85,8 @@ def read_update(
     if update.errors is not None:
         return _with_errors(update, anatomy)
     _refuse_one_size(update, anatomy)
-    noise = measured_noise(anatomy, update.gradients)
-    misses = [_relative(kind(anatomy, update.gradients)) for kind in (_bias_sum, _head_sum, _row_sums)]
+    misses = _misses(anatomy, update.gradients)
+    noise = _least(*misses)
     if max((miss or 0.0 for miss in misses), default=0.0) < _CLEAR * torch.finfo(update.dtype).eps:
         return _reading(update, anatomy, noise)
     return _without_decay(update, anatomy, tensors_of(model) if weights is None else weights, noise)
@@ -152,8 +152,9 @@ def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise:
     position = gradients.get(anatomy.position or "")
     if position is None:
         return 0.0
-    rows = position.double().flatten(0, -2)[anatomy.position_prefix :]
-    found = [noise * float(position.double().square().mean().sqrt())]
+    entries = position.double().flatten(0, -2)
+    rows = entries[anatomy.position_prefix :]
+    found = [noise * float(entries.square().mean().sqrt())]
     miss, size = _bias_sum(anatomy, gradients)
     if size:
         found.append(float(miss.norm()) / rows.numel() ** 0.5)
@@ -214,7 +215,16 @@ def measured_noise(anatomy: Anatomy, gradients: Mapping[str, Tensor]) -> float |
     >>> measured_noise(al.dissect(model), update.gradients) < 1e-6
     True
     """
-    bias, head, rows = (_relative(kind(anatomy, gradients)) for kind in (_bias_sum, _head_sum, _row_sums))
+    return _least(*_misses(anatomy, gradients))
+
+
+def _misses(anatomy: Anatomy, gradients: Mapping[str, Tensor]) -> list[float | None]:
+    """What the sums of the bias, of the head and of the rows miss, relative to what is summed."""
+    return [_relative(kind(anatomy, gradients)) for kind in (_bias_sum, _head_sum, _row_sums)]
+
+
+def _least(bias: float | None, head: float | None, rows: float | None) -> float | None:
+    """The noise that these misses show, as :func:`measured_noise` says it."""
     if bias is None and head is not None and head > _OTHER_LOSS:
         return rows
     found = [miss for miss in (bias, head) if miss is not None]
@@ -241,7 +251,8 @@ def _head_sum(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, 
     head = tensors.get(anatomy.head_weight or "")
     if head is None or len(head) < 2:
         return torch.zeros(1), 0.0
-    return head.double().sum(0), float(head.double().norm())
+    entries = head.double()
+    return entries.sum(0), float(entries.norm())
 
 
 def _row_sums(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
@@ -249,7 +260,8 @@ def _row_sums(anatomy: Anatomy, tensors: Mapping[str, Tensor]) -> tuple[Tensor, 
     position = tensors.get(anatomy.position or "")
     if position is None or not anatomy.ignores_mean:
         return torch.zeros(1), 0.0
-    return position.double().flatten(0, -2).sum(1), float(position.double().norm())
+    rows = position.double().flatten(0, -2)
+    return rows.sum(1), float(rows.norm())
 
 
 def _without_decay(

@@ -152,13 +152,12 @@ def _read_one(
 ) -> RoundRead:
     """One of several rounds, which has a number, or a lone one."""
     own = tensors_of(model)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    unknown = frozenset(trained) if number and isinstance(one, ClientUpdate) else frozenset[str]()
+    unknown = _trained(model) if number and isinstance(one, ClientUpdate) else frozenset[str]()
     update = one.update if isinstance(one, Round) else one
     moved = dict[str, Tensor]()
     if isinstance(one, Round):
         changed = {n: t for n, t in state_of_round(number or 1, one, own).items() if not _same(t, own[n])}
-        free = trained | _buffers_not_read(model, anatomy)
+        free = _trained(model) | _buffers_not_read(model, anatomy)
         _refuse_moved(number or 1, changed, own, free)
         moved = {name: tensor.to(own[name]) for name, tensor in changed.items() if name in free}
     weights = {**own, **moved}
@@ -173,6 +172,10 @@ def _read_one(
     return RoundRead(number or 1, reading, weights, unknown, moved)
 
 
+def _trained(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 def _same(tensor: Tensor, own: Tensor) -> bool:
     return tensor.dtype == own.dtype and torch.equal(tensor.to(own.device), own)
 
@@ -182,7 +185,7 @@ def _buffers_not_read(model: nn.Module, anatomy: Anatomy) -> set[str]:
     return {name for name, _ in model.named_buffers()} - anatomy.tensor_names()
 
 
-def _refuse_moved(number: int, moved: Mapping[str, Tensor], own: Mapping[str, Tensor], free: set[str]) -> None:
+def _refuse_moved(number: int, moved: Mapping[str, Tensor], own: Mapping[str, Tensor], free: Collection[str]) -> None:
     """A tensor that no client trains must be the model's in every round."""
     for name, tensor in moved.items():
         if name in free or not tensor.is_floating_point():

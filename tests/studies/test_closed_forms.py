@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import aprillab as al
 from studies import closed_forms
-from studies._rows import read
+from studies._rows import fill, read
 from studies._runner import RESULTS
 from studies.closed_forms import Case, Growth, Row, attacked, cases
 
@@ -43,6 +44,7 @@ def test_variants_share_the_update_and_a_refusal_is_a_row() -> None:
         for row in attacked(Case("A, 32×32", "A 32/4 d=384", attack, "float64", 0, "coffee"))
     ]  # fmt: skip
     assert [row.attack for row in rows] == list(closed_forms.VARIANTS)
+    assert all(row.replay_seconds > 0 for row in rows)
     assert len({row.gradient_seconds for row in rows}) == 1
     assert len({row.predicted_psnr for row in rows}) > 1
     assert all(row.exact and row.psnr > 100 for row in rows)
@@ -63,7 +65,7 @@ def test_quick_prints_a_page_and_keeps_nothing(
     monkeypatch.setattr("studies._runner.RESULTS", tmp_path)
     closed_forms.main(["--quick"])
     out = capsys.readouterr().out
-    assert "| other libraries | timm vit_small_patch16_224 | span | float32 | 0 | refused | – | – | – | 0.0" in out
+    assert "| other libraries | timm vit_small_patch16_224 | span | float32 | 0 | refused | – | – | – | – |" in out
     assert "- timm vit_small_patch16_224, span: refused: no closed form fits" in out
     assert "| ViT-B/16, learned | torchvision vit_b_16 | embedding | float32 | 2 |" in out
     assert not list(tmp_path.iterdir())
@@ -76,3 +78,19 @@ def test_growth_is_one_line_of_json(capsys: pytest.CaptureFixture) -> None:
     assert found.least_psnr > 60
     assert found.ratio == pytest.approx(found.attack_seconds / found.gradient_seconds)
     assert found.peak_memory_gib > 0.1
+
+
+@pytest.mark.parametrize(("attack", "slower"), [("embedding", "5 %"), ("span", "half")])
+def test_an_attack_slower_than_the_page_says_ends_the_study(tmp_path: Path, attack: str, slower: str) -> None:
+    def timed(case: Case) -> list[Row]:
+        limit = {"embedding": 0.05, "span": 0.5}.get(case.attack, 1.0)
+        part = 1.1 if case.attack == attack else 0.9
+        seconds = {"attack_seconds": 2 * limit * part, "replay_seconds": 2.1, "gradient_seconds": 2.0}
+        return [Row(*case, psnr=60.0, predicted_psnr=60.0, ssim=1.0, exact=True, **seconds)]
+
+    fill(tmp_path / "closed_forms.csv", Row, cases(quick=True), timed, key=Case._fields)
+    for kept in ("growth.csv", "closed_forms_memory.csv"):
+        shutil.copy(RESULTS / kept, tmp_path)
+    with pytest.raises(SystemExit, match=f"{slower}[^;]*” is not borne out") as ended:
+        closed_forms.main(["--report", "--out", str(tmp_path)])
+    assert str(ended.value).count("borne out") == 1

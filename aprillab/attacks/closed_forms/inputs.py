@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -126,6 +127,7 @@ def pixel_variance(preprocessing: Preprocessing) -> float:
 
 
 def grey_patches(tiling: Tiling, preprocessing: Preprocessing, shape: tuple[int, int], grey: float = 0.5) -> Tensor:
-    """The patches (n, p) of a picture of one grey level, in model-input space, float64."""
-    pixels = tiling.images(torch.full((1, *shape), grey, dtype=torch.float64))
-    return tiling.patches(preprocessing.to_input(pixels))[0]
+    """The patches (n, p) of a picture of one grey level, in model-input space, float64: all of them are one."""
+    alone = replace(tiling, image_size=tiling.patch_size)
+    pixels = alone.images(torch.full((1, 1, shape[1]), grey, dtype=torch.float64))
+    return alone.patches(preprocessing.to_input(pixels))[0].expand(shape)

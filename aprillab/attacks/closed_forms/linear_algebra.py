@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK = 128  # columns of a product of which only a triangle is wanted
+
 
 def thin_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, r), s (r,) and Vᵀ (r, k) of A (m, k) = U diag(s) Vᵀ, with r = min(m, k).
@@ -46,6 +48,34 @@ def row_space_basis(A: Tensor, most: int, eps: float) -> Tensor:
     return Vt[: min(most, numerical_rank(s, eps))].T
 
 
+def gram(A: Tensor) -> Tensor:
+    """AᵀA (k, k) of A (m, k) in its upper triangle, which is all that a Cholesky factor needs: below it are zeros,
+    where a block of columns spared them.
+
+    >>> gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]])).triu().tolist()
+    [[1.0, 2.0], [0.0, 13.0]]
+    """
+    product = A.new_zeros(A.shape[1], A.shape[1])
+    for start in range(0, A.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        product[: block.stop, block] = A[:, : block.stop].T @ A[:, block]
+    return product
+
+
+def square_of_inverse(H: Tensor) -> float:
+    """‖H⁻¹‖² (Frobenius) of an upper triangle H (k, k).
+
+    >>> square_of_inverse(torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
+    5.0
+    """
+    square, unit = 0.0, torch.eye(len(H)).to(H)
+    for start in range(0, len(H), _BLOCK):  # columns of H⁻¹, which end at the diagonal
+        stop = start + _BLOCK
+        columns = torch.linalg.solve_triangular(H[:stop, :stop], unit[:stop, start:stop], upper=True)
+        square += float(columns.square().sum())
+    return square
+
+
 def orthonormal(A: Tensor) -> Tensor:
     """An orthonormal basis, in columns, of the columns of A (m, k), k ≤ m."""
     return torch.linalg.qr(A).Q
@@ -57,7 +87,7 @@ def well_conditioned(A: Tensor) -> Tensor:
     By the Gram matrix, a third of the time, where A's columns at length 1 are far from dependent.
     """
     A = A / A.norm(dim=0).clamp_min(torch.finfo(A.dtype).tiny)
-    R, failed = torch.linalg.cholesky_ex(A.T @ A, upper=True)
+    R, failed = torch.linalg.cholesky_ex(gram(A), upper=True)
     if failed or float(R.diagonal().min()) < 1e-4:
         return orthonormal(A)
     return torch.linalg.solve_triangular(R, A, upper=True, left=False)

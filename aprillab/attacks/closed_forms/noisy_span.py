@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear_algebra import orthonormal, well_conditioned
+from .linear_algebra import gram, orthonormal, well_conditioned
 
 # Directions that the iteration carries along beyond the tokens: so many that one round is enough.
 # tests/attacks/closed_forms/test_noisy_span.py holds the result against the full decomposition.
@@ -133,12 +133,14 @@ def residuals_by_row(D: Tensor, tokens: int, coarser: Tensor | None = None) -> T
 
 def _root(rest: Tensor, square: float) -> Tensor:
     """L (w, w) with L Lᵀ = restᵀ rest + ``square``, float64; ``rest`` (m, w) is float32."""
-    unit = torch.eye(rest.shape[1], dtype=torch.float64, device=rest.device)
-    root, failed = torch.linalg.cholesky_ex((rest.T @ rest).double() + square * unit)
+    squares = gram(rest)
+    squares.diagonal().add_(square)
+    root, failed = torch.linalg.cholesky_ex(squares, upper=True)
     if failed:  # what is beyond is no noise: then it takes all digits
-        gram = rest.double().T @ rest.double()
-        root = torch.linalg.cholesky(gram + (square + _TINY_PART * float(gram.trace())) * unit)
-    return root
+        squares = gram(rest.double())
+        squares.diagonal().add_(square + _TINY_PART * float(squares.trace()))
+        root = torch.linalg.cholesky(squares, upper=True)
+    return root.double().T
 
 
 def outside_tokens(D: Tensor, tokens: int, k: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +175,7 @@ def mixtures(D: Tensor, number: int) -> Tensor:
     """
     sums, signs = torch.zeros_like(D[:number]), random(len(D), 1).sign().to(D)
     for rows, sign in zip(D.split(number), signs.split(number), strict=True):
-        sums[: len(rows)] += sign * rows
+        sums[: len(rows)].addcmul_(sign, rows)
     return sums
 
 

@@ -49,16 +49,17 @@ _SEEN, _FEW = 0.3, 4  # the part of a direction that noise may take; directions 
 # --- The equations: tensors in, tensors out. G (n, d), dW = ∂l/∂W_e (d, p), X (n, p), Gᵀ = U diag(s
 
 
-def solve_patches(dW: Tensor, U: Tensor, s: Tensor, Vt: Tensor) -> Tensor:
-    """The patches X (n, p) with Gᵀ X = dW in the sense of least squares, (4.3).
+def solve_patches(b: Tensor, s: Tensor, Vt: Tensor) -> Tensor:
+    """The patches X (n, p) with Gᵀ X = dW in the sense of least squares, (4.3), from b = Uᵀ dW.
 
     Examples
     --------
     >>> G, X = torch.eye(2, 3).double(), torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double()
-    >>> solve_patches(G.T @ X, *thin_svd(G.T)).tolist()
+    >>> U, s, Vt = thin_svd(G.T)
+    >>> solve_patches(U.T @ (G.T @ X), s, Vt).tolist()
     [[1.0, 2.0], [3.0, 4.0]]
     """
-    return Vt.T @ ((U.T @ dW) / s[:, None])
+    return Vt.T @ (b / s[:, None])
 
 
 def noise_variance(residual: Tensor, n: int, eps: float, scale: float) -> float:
@@ -69,7 +70,7 @@ def noise_variance(residual: Tensor, n: int, eps: float, scale: float) -> float:
     """
     d, p = residual.shape
     rounding = (eps * scale) ** 2
-    return rounding if d <= n else max(float(residual.square().sum()) / ((d - n) * p), rounding)
+    return rounding if d <= n else max(float(residual.norm()) ** 2 / ((d - n) * p), rounding)
 
 
 def predicted_mse(noise: float, s: Tensor) -> float:
@@ -140,11 +141,11 @@ def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tupl
     (n, d), (x0, variance) = G.shape, prior
     U, s, Vt = thin_svd(G.T)
     rank = int((s > least_singular_value(s, G.shape, noise, entry)).sum())
+    b, scale = U.T @ dW, _rms(dW)
+    residual = torch.addmm(dW, U, b, alpha=-1)
+    b -= torch.outer(s * Vt.sum(1), x0)  # of deviations from grey: Uᵀ (dW − Gᵀ 1 x₀ᵀ), of the same residual
     s = s.clamp_min(_TINY)
-    B = dW - torch.outer(G.sum(0), x0)  # of deviations from grey
-    b = U.T @ B
-    residual = B - U @ b
-    sigma2 = noise_variance(residual, n, noise, _rms(dW))
+    sigma2 = noise_variance(residual, n, noise, scale)
     if d > n:
         # Noise in G is in the residual, multiplied by the pixels: it cannot be more than is seen there.
         off = b / (s + sigma2 / variance / s)[:, None]
@@ -156,8 +157,8 @@ def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tupl
     s_used = s + sigma2 / variance / s
     energy = (b / s_used[:, None]).square().mean(1)
     mse = expected_error(energy, s, sigma2, d * entry**2, n, variance)
-    gain = (1 + carried / (noise * _rms(dW)) ** 2) ** 0.5 if dW.any() else 1.0
-    return Patches(x0 + solve_patches(B, U, s_used, Vt), residual, s, rank, mse, gain)
+    gain = (1 + carried / (noise * scale) ** 2) ** 0.5 if scale else 1.0
+    return Patches(x0 + solve_patches(b, s_used, Vt), residual, s, rank, mse, gain)
 
 
 def expected_error(energy: Tensor, s: Tensor, sigma2: float, in_G: float, n: int, variance: float) -> float:
@@ -175,7 +176,7 @@ def expected_error(energy: Tensor, s: Tensor, sigma2: float, in_G: float, n: int
 
 
 def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean()) ** 0.5
+    return float(tensor.norm()) / tensor.numel() ** 0.5
 
 
 def _energy_of_the_unseen(energy: Tensor, lost: Tensor, variance: float) -> float:

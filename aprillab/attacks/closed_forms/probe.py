@@ -53,7 +53,8 @@ def tokens_as_read(
         seen, why = None, f"the model could not be run ({type(error).__name__})"
     else:
         why = "the module before the first attention was not reached"
-    expected = patches.double() @ kernel.double().T + places_of(anatomy, weights)
+    wide = torch.promote_types(kernel.dtype, torch.float32)
+    expected = (patches.to(wide) @ kernel.to(wide).T).double() + places_of(anatomy, weights)
     if public:
         expected = torch.cat([public_tokens(anatomy, weights).to(expected), expected])
     if seen is None or seen.shape[-1] != expected.shape[-1] or seen.numel() < expected.numel():

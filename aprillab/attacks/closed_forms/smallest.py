@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .linear_algebra import gram
 from .noisy_span import NoisySpan
 from .token_equations import TokenEquations
 
@@ -36,10 +37,13 @@ class Smallest:
     pixel_cost: Tensor
 
 
-def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float, normal: tuple[Tensor, Tensor]) -> Smallest:
+def smallest(
+    T: Tensor, t: Tensor, R: Tensor, ratio: float, normal: tuple[Tensor, Tensor], *, refined: bool = True
+) -> Smallest:
     """The pixels x of least ‖T x + t‖² + ratio² ‖R x‖², (7.7), for all columns of t (m, n) at once.
 
-    ``normal`` has TᵀT and RᵀR, (p, p) each, which are the same for every ratio.
+    ``normal`` has the upper triangles of TᵀT and RᵀR, (p, p) each, which are the same for every ratio. The
+    costs are those before a step of refinement, which ``refined=False`` spares.
 
     >>> T, t = torch.eye(2).double(), torch.tensor([[2.0], [4.0]]).double()
     >>> smallest(T, t, T, 1.0, (T, T)).patches.flatten().round(decimals=9).tolist()
@@ -53,7 +57,7 @@ def smallest(T: Tensor, t: Tensor, R: Tensor, ratio: float, normal: tuple[Tensor
     else:
         X = torch.cholesky_solve(T.T @ -t, H, upper=True)
     c, c_pixel = T @ X + t, R @ X
-    if not squared:  # one step of refinement, from residuals that squared nothing
+    if refined and not squared:  # one step of refinement, from residuals that squared nothing
         X = X - torch.cholesky_solve(T.T @ c + ratio**2 * (R.T @ c_pixel), H, upper=True)
     return Smallest(X, H, c.square().sum(0), c_pixel.square().sum(0))
 
@@ -73,17 +77,17 @@ def smallest_combination(
     of = sum(len(equations.A) for equations, _ in sides)
     if pixel_side is None:
         # A touch of the pixels' own size, for directions of which the tokens say nothing.
-        R, squares = torch.eye(T.shape[1]).to(T), T.T @ T
+        R, squares = torch.eye(T.shape[1]).to(T), gram(T)
         touch = _TOUCH * float(squares.diagonal().mean()) ** 0.5
         alone = smallest(T, t, R, touch, (squares, R))
         # Of few rows the tokens' directions cost nothing, and tell nothing of the variance.
         of -= sum(span.tokens for equations, span in sides if len(equations.D) < len(equations.A))
         return alone, float(alone.token_cost.mean()) / max(of - T.shape[1], 1), 0.0
     R = pixel_side.coefficients()  # of the pixels themselves: the unit vectors
-    normal = T.T @ T, R.T @ R
+    normal = gram(T), gram(R)
     # Both estimate the same amplification of noise: a second solve brings them to one scale.
     # Some fifty patches tell it.
-    first = smallest(T, t[:, :: max(1, t.shape[1] // 48)], R, 1.0, normal)
+    first = smallest(T, t[:, :: max(1, t.shape[1] // 48)], R, 1.0, normal, refined=False)
     ratio = float((first.token_cost / first.pixel_cost.clamp_min(1e-300)).median().sqrt())
     solution = smallest(T, t, R, ratio, normal)
     # What is left, over w + p equations less p unknowns, is the variance of one coefficient.

@@ -42,6 +42,8 @@ from .smallest import smallest_combination
 from .span_agreement import agreed_rounds
 from .span_rounds import (
     NEEDS,
+    Group,
+    SpanRound,
     check_model,
     grouped,
     pixel_span,
@@ -140,25 +142,26 @@ def span_closed_form(
     rounds = read_rounds(model, update, anatomy)
     check_known(labels, rounds[0].reading.update, anatomy, model)
     some, remark = with_rows([rows_of(one, anatomy, device) for one in rounds])
-    agreed = agreed_rounds(some, anatomy, tensors_of(model), device)
+    agreed = agreed_rounds(some, anatomy, rounds[0].weights, device)
     reading = agreed.kept[0].reading
-    solution = solve_rounds(model, agreed.kept, anatomy=anatomy, strict=strict, device=device, remark=remark)
-    error = min(solution.mean_square_error, pixel_variance(preprocessing))
-    predicted = predicted_psnr(error, preprocessing)
+    some = [one for one in some if one.read in agreed.kept]
+    solution = solve_rounds(model, some, anatomy=anatomy, strict=strict, device=device, remark=remark)
+    predicted = predicted_psnr(min(solution.mean_square_error, pixel_variance(preprocessing)), preprocessing)
     if solution.numbers["ratio"] == 0 and predicted < _BEYOND_DOUBT and len(agreed.kept) == 1:
         client = agreed.kept[0].model(model)
         solution = second_look(client, reading, solution, anatomy, preprocessing)
+    one = _one_image(solution, reading, anatomy)
     result = report(
         NAME,
         solution.images,
         conditions=(
-            *_conditions(solution, reading, anatomy, predicted, remark),
+            *_conditions(solution, one, predicted, remark),
             *_later_steps(agreed.kept),
             *agreed.conditions,
             *_as_read(model, agreed.kept[0], anatomy, solution),
         ),
         predicted_psnr=predicted,
-        labels=labels_or_none(model, reading.update, anatomy, labels),
+        labels=labels_or_none(model, reading.update, anatomy, labels, one=one),
         numbers={
             **solution.numbers,
             "rows_of": solution.rows_of,
@@ -191,10 +194,8 @@ def _later_steps(kept: Sequence[RoundRead]) -> tuple[Condition, ...]:
     return (Condition(SENT_WEIGHTS, "not checked", {"steps": steps}, words),)
 
 
-def _conditions(
-    solution: SpanSolution, reading: Reading, anatomy: Anatomy, predicted: float, remark: str
-) -> tuple[Condition, ...]:
-    """What the span attack rests on, but for the tokens' way to the attention."""
+def _one_image(solution: SpanSolution, reading: Reading, anatomy: Anatomy) -> Condition:
+    """Whether one image's tokens are all that is in the span."""
     numbers = solution.numbers
     tokens, rows, width = (int(numbers[name]) for name in ("tokens", "rows", "width_of_rows"))
     # Only where every token is seen does nothing beyond them mean that there is no second image.
@@ -202,19 +203,24 @@ def _conditions(
     # Noise that were as much larger there as rows differ in size would be seen.
     gain = min(numbers["noise_gain"], max(solution.excess / numbers["noise_of_rows"], 1.0))
     system = System("the span", solution.excess, spare, spare + tokens, gain) if seen else None
+    return one_image(anatomy, reading.update, system=system, noise=numbers["noise_of_rows"])
+
+
+def _conditions(solution: SpanSolution, one: Condition, predicted: float, remark: str) -> tuple[Condition, ...]:
+    """What the span attack rests on, but for the tokens' way to the attention."""
     return (
         Condition(
             "enough width", shown_if(solution.width_needed <= solution.usable_width),
             {"needed": solution.width_needed, "usable": solution.usable_width}, "{needed} needed of {usable}",
         ),
-        one_image(anatomy, reading.update, system=system, noise=numbers["noise_of_rows"]),
-        _tokens_seen(solution, seen, remark),
-        _places(numbers),
+        one,
+        _tokens_seen(solution, remark),
+        _places(solution.numbers),
         margin(predicted, _MARGIN_DB),
     )  # fmt: skip
 
 
-def _tokens_seen(solution: SpanSolution, seen: bool, remark: str) -> Condition:
+def _tokens_seen(solution: SpanSolution, remark: str) -> Condition:
     """Each token must have a row of its own, and a direction above the noise."""
     rows, tokens = int(solution.numbers["rows"]), int(solution.numbers["tokens"])
     words = "the weakest token's singular value is {gap:.1f} times the strongest of the noise"
@@ -222,7 +228,7 @@ def _tokens_seen(solution: SpanSolution, seen: bool, remark: str) -> Condition:
         words = "{rows:.0f} rows for {tokens:.0f} tokens leave nothing to see the noise by"
     words += f"; {remark}" if remark else ""
     numbers = {"gap": solution.gap, "rows": float(rows), "tokens": float(tokens)}
-    return Condition("tokens stand out from the noise", shown_if(seen), numbers, words)
+    return Condition("tokens stand out from the noise", shown_if(solution.gap > _LEAST_GAP), numbers, words)
 
 
 def solve_span(
@@ -246,13 +252,15 @@ def solve_span(
         As :func:`span_closed_form`.
     """
     check_model(anatomy)
-    read = read_rounds(model, update, anatomy)
-    return solve_rounds(model, read, anatomy=anatomy, batch_size=batch_size, strict=strict, device=device)
+    rounds, empty = with_rows([rows_of(one, anatomy, device) for one in read_rounds(model, update, anatomy)])
+    return solve_rounds(
+        model, rounds, anatomy=anatomy, batch_size=batch_size, strict=strict, device=device, remark=empty
+    )
 
 
 def solve_rounds(
     model: nn.Module,
-    read: Sequence[RoundRead],
+    rounds: Sequence[SpanRound],
     *,
     anatomy: Anatomy,
     batch_size: int = 1,
@@ -260,8 +268,7 @@ def solve_rounds(
     device: torch.device | str | None = None,
     remark: str = "",
 ) -> SpanSolution:
-    """As :func:`solve_span`, of rounds that were read; with a remark for its refusal."""
-    rounds, empty = with_rows([rows_of(one, anatomy, device) for one in read])
+    """As :func:`solve_span`, of rounds that have rows; with a remark for its refusal."""
     weights = tensors_of(model)
     p, n = weights[anatomy.patch_weight][0].numel(), anatomy.tiling.count
     tokens = batch_size * n + anatomy.position_prefix + extra_prefix(anatomy, weights)
@@ -277,11 +284,11 @@ def solve_rounds(
         if needed > usable:
             unknowns = f"min(p, n) = {min(p, batch_size * n)}" if by_rows else f"p = {p}"
             refuse_width(needed, usable, tokens, unknowns, norms, len(groups))
-        refuse_rows(groups, anatomy, remark or empty)
+        refuse_rows(groups, anatomy, remark)
     # What tokens and patches cost as combinations of the gradient's rows, and the smallest of them,
     # (7.7).
-    sides = [group.span() for group in groups]
-    noise = max(group.noise_seen(side) for group, side in zip(groups, sides, strict=True))
+    sides, gains = [group.span() for group in groups], [group.gain for group in groups]
+    noise = max(map(Group.noise_seen, groups, sides, gains))
     pixel_side = pixel_span(rounds, groups, batch_size * n)
     solution, variance, ratio = smallest_combination(list(zip(equations, sides, strict=True)), pixel_side)
     return SpanSolution(
@@ -309,7 +316,7 @@ def solve_rounds(
             "width_of_rows": min(one.D.shape[1] for one in equations),
             **_directions_of_places(e, noise),
             "noise_of_rows": noise,
-            "noise_gain": max(group.gain for group in groups),
+            "noise_gain": max(gains),
             "ratio": ratio,
         },
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...anatomy import Anatomy, Rows
+from ...update.tensors import is_zero
 from ..result import AttackNotApplicable
 from ..rounds import RoundRead, known
 from .inputs import refuse_errors, shared_gradients
@@ -40,9 +41,10 @@ class SpanRound:
     Attributes
     ----------
     read : RoundRead
-    rows : dict of str to Tensor (m, d)
-        Gradients whose rows lie in the tokens' span, by what they are of, float64; those that are all zero
-        left out.
+    rows : tuple of str
+        What gradients its rows are of: fields of the anatomy, or names of adapters.
+    D : Tensor (m, d)
+        All its rows, which lie in the tokens' span, float64; gradients that are all zero left out.
     zero : tuple of str
         What was left out.
     dW : Tensor (d, p) or None
@@ -52,7 +54,8 @@ class SpanRound:
     """
 
     read: RoundRead
-    rows: dict[str, Tensor]
+    rows: tuple[str, ...]
+    D: Tensor
     zero: tuple[str, ...]
     dW: Tensor | None
     rounding: float = 0.0
@@ -68,11 +71,6 @@ class SpanRound:
         entry = self.rounding * D.norm() / len(D) ** 0.5  # of a row: the same for all, large or small
         lengths = D.norm(dim=1)
         return torch.where(lengths > 0, entry / lengths / eps, 1.0).clamp_min(1.0)  # of no length: says nothing
-
-    @property
-    def D(self) -> Tensor:
-        """All its rows."""
-        return torch.cat(list(self.rows.values()))
 
     @property
     def adapted(self) -> bool:
@@ -119,17 +117,15 @@ def rows_of(read: RoundRead, anatomy: Anatomy, device: torch.device | str | None
     if not found:  # the refusal says what is missing
         shared_gradients(NAME, read.reading.update, anatomy, NEEDS, device=device)
     dW = gradients.get(anatomy.patch_weight)
-    named = {
-        part: part if part in anatomy.adapters else getattr(anatomy, part).name
-        for part, g in found.items()
-        if g.any()
-    }
+    zero = tuple(part for part, g in found.items() if is_zero(g))
+    some = {part: g for part, g in found.items() if part not in zero}
     return SpanRound(
         read,
-        {part: g.to(device, torch.float64) for part, g in found.items() if g.any()},
-        tuple(part for part, g in found.items() if not g.any()),
-        None if dW is None or not dW.any() else dW.to(device, torch.float64).flatten(1),
-        read.rounding(set(named.values())),
+        tuple(some),
+        torch.cat([*some.values()] or [g[:0] for g in found.values()]).to(device, torch.float64),
+        zero,
+        None if dW is None or is_zero(dW) else dW.to(device, torch.float64).flatten(1),
+        read.rounding({part if part in anatomy.adapters else getattr(anatomy, part).name for part in some}),
     )
 
 
@@ -210,15 +206,15 @@ class Group:
         rows = len(self.equations.D) - self.public
         return (sum(len(one.D) * gain**2 for one, gain in weighted) / rows) ** 0.5
 
-    def noise_seen(self, span: NoisySpan) -> float:
-        """Of an entry, relative: as the sums tell it, and no more than what is outside the span.
+    def noise_seen(self, span: NoisySpan, gain: float) -> float:
+        """Of an entry, relative: as the sums tell it, and no more than what is outside the span, over its ``gain``.
 
         The head's sums tell too much where the loss is nearly zero: they are mostly rounding then, and
         the same factor is in all that is below the head.
         """
         if len(self.equations.D) <= self.tokens:
             return self.noise
-        return min(self.noise, max(self.eps, span.excess / max(self.gain, 1.0)))
+        return min(self.noise, max(self.eps, span.excess / max(gain, 1.0)))
 
     @property
     def eps(self) -> float:
@@ -275,7 +271,7 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: Sequence[str]
 
 def _group(rounds: list[SpanRound], anatomy: Anatomy, tokens: int, device: torch.device | str | None) -> Group:
     weights = {name: rounds[0].read.weights[name].to(device) for name in anatomy.tensor_names()}
-    D = torch.cat([one.D for one in rounds])
+    D = torch.cat([one.D for one in rounds]) if len(rounds) > 1 else rounds[0].D
     if all({*one.rows} & {"query", "value"} for one in rounds):
         return Group(rounds, equations_of(D, anatomy, weights), tokens)
     # Rows are few, or the keys', in which no token is alone: those of the tokens that are public count.
@@ -394,7 +390,7 @@ def of_the_keys(part: str, anatomy: Anatomy) -> bool:
 
 def noise_gain(D: Tensor, tokens: int) -> float:
     """By how much noise, relative to an entry's r.m.s., is larger outside the tokens in rows of length 1."""
-    squares = D.square().sum(1)
+    squares = D.norm(dim=1).square()
     squares = squares[squares > 0]
     entry = float(squares.sum()) / D.numel()
     return max(D.shape[1] - tokens, 0) ** 0.5 * (entry * float((1 / squares).mean())) ** 0.5

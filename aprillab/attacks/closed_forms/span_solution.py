@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...anatomy import Tiling
+from .linear_algebra import square_of_inverse
 from .noisy_span import NoisySpan
 
 
@@ -62,8 +63,7 @@ class SpanSolution:
         Where the problem is so ill-conditioned that the minimum itself shrinks, this is too
         optimistic.
         """
-        inverse = torch.linalg.solve_triangular(self.root, torch.eye(len(self.root)).to(self.root), upper=True)
-        return float(self.variance * inverse.square().sum() / len(self.root))
+        return self.variance * square_of_inverse(self.root) / len(self.root)
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Orthonormal directions in a patch, in rows (p, p), and the standard deviation of the

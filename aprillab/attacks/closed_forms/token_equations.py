@@ -89,7 +89,7 @@ def token_equations(
         direction, *known = known
         if direction.any():
             mirror = _mirror_onto_first(direction)
-            D = (D - 2 * torch.outer(D @ mirror, mirror))[:, 1:]
+            D = D.addr_(D @ mirror, mirror, alpha=-2)[:, 1:]  # in place: D/γ is nobody else's
             A, e, *known = ((x - 2 * _times(mirror, mirror @ x))[1:] for x in (A, e, *known))
     return TokenEquations(D, A, e, usable)
 

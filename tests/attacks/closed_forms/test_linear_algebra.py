@@ -7,9 +7,11 @@ import torch
 
 from aprillab.attacks.closed_forms.linear_algebra import (
     condition_number,
+    gram,
     numerical_rank,
     orthonormal,
     row_space_basis,
+    square_of_inverse,
     thin_svd,
     well_conditioned,
 )
@@ -50,6 +52,25 @@ def test_the_row_space_holds_the_rows_and_no_rounding():
     assert basis.shape == (7, 3)
     torch.testing.assert_close(A @ basis @ basis.T, A)
     assert row_space_basis(A, 2, 1e-12).shape == (7, 2)
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 300])  # around a block and over several
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gram_matrix_is_whole_in_its_upper_triangle(width, dtype):
+    A = normal(320, width).to(dtype)
+    found = gram(A)
+    torch.testing.assert_close(found.triu(), (A.T @ A).triu(), rtol=1e-5, atol=1e-4)
+    assert found.dtype == dtype
+    L = torch.linalg.cholesky(found, upper=True)  # nobody reads below
+    torch.testing.assert_close(L.T @ L, A.T @ A, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 128, 300])
+def test_the_inverse_of_a_triangle_is_as_long_as_torch_says(size):
+    H = torch.linalg.qr(normal(size + 5, size)).R
+    assert square_of_inverse(H) == pytest.approx(float(torch.linalg.inv(H).square().sum()), rel=1e-10)
+    H[0, 0] = 0.0
+    assert square_of_inverse(H) in (math.inf, pytest.approx(math.nan, nan_ok=True))  # and no error is raised
 
 
 def test_orthonormal_columns_span_the_same():

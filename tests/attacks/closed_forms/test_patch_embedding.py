@@ -36,15 +36,20 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def least_squares(dW, G):
+    U, s, Vt = thin_svd(G.T)
+    return solve_patches(U.T @ dW, s, Vt)
+
+
 def test_patches_are_found_again():
     G, X = normal(5, 9), normal(5, 12, seed=1)
-    torch.testing.assert_close(solve_patches(G.T @ X, *thin_svd(G.T)), X)
+    torch.testing.assert_close(least_squares(G.T @ X, G), X)
 
 
 def test_noisy_patches_are_those_of_least_squares():
     G, dW = normal(5, 9), normal(9, 12, seed=1)
     expected = torch.linalg.lstsq(G.T, dW).solution
-    torch.testing.assert_close(solve_patches(dW, *thin_svd(G.T)), expected)
+    torch.testing.assert_close(least_squares(dW, G), expected)
 
 
 def test_the_noise_is_measured_and_the_error_predicted():
@@ -55,7 +60,7 @@ def test_the_noise_is_measured_and_the_error_predicted():
     noises, errors = [], []
     for seed in range(200):
         dW = G.T @ X + sigma * normal(d, p, seed=10 + seed)
-        found = solve_patches(dW, U, s, Vt)
+        found = solve_patches(U.T @ dW, s, Vt)
         noises.append(noise_variance(dW - G.T @ found, n, 1e-16, 1.0))
         errors.append(float((found - X).square().mean()))
     assert sum(noises) / len(noises) == pytest.approx(sigma**2, rel=0.05)
@@ -112,7 +117,7 @@ def test_under_noise_the_damped_patches_are_nearer_and_their_error_is_foreseen(l
         noisy_G = G + entry * normal(n, d, seed=1000 + seed)
         noisy_dW = dW + level * float(dW.square().mean()) ** 0.5 * normal(d, p, seed=5000 + seed)
         found = most_probable(noisy_dW, noisy_G, level, entry, GREY)
-        plain.append(float((solve_patches(noisy_dW, *thin_svd(noisy_G.T)) - X).square().mean()))
+        plain.append(float((least_squares(noisy_dW, noisy_G) - X).square().mean()))
         damped.append(float((found.X - X).square().mean()))
         foreseen.append(found.mse)
     mean = sum(damped) / len(damped)

@@ -16,7 +16,7 @@ import aprillab as al
 from aprillab.attacks.closed_forms.noisy_span import noisy_span
 from aprillab.attacks.closed_forms.probe import adapters_as_read
 from aprillab.attacks.closed_forms.span import solve_rounds
-from aprillab.attacks.closed_forms.span_rounds import SpanRound
+from aprillab.attacks.closed_forms.span_rounds import SpanRound, rows_of
 from aprillab.attacks.closed_forms.span_width import usable_width
 from aprillab.attacks.closed_forms.token_equations import token_equations
 from aprillab.attacks.rounds import read_rounds
@@ -335,7 +335,10 @@ def test_rows_that_show_their_own_noise_need_no_sums() -> None:
     rounds = [al.Round(one.state, one.update.without(["position_embedding"])) for one in rounds_of(model, pixels, 2)]
     read = read_rounds(model, rounds, anatomy)
     noisy = [dataclasses.replace(one, reading=dataclasses.replace(one.reading, noise=0.1)) for one in read]
-    found = [solve_rounds(model, some, anatomy=anatomy).patches for some in (read, noisy)]
+    found = [
+        solve_rounds(model, [rows_of(one, anatomy, None) for one in some], anatomy=anatomy).patches
+        for some in (read, noisy)
+    ]
     assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-4
 
 
@@ -343,7 +346,7 @@ def test_a_row_that_rounding_took_away_is_not_infinitely_coarse() -> None:
     rows = torch.randn(60, 40, generator=torch.Generator().manual_seed(0)).double()
     rows[::7] = 0.0
     read: Any = SimpleNamespace(reading=SimpleNamespace(update=SimpleNamespace(dtype=torch.float32)))
-    one = SpanRound(read, {"query": rows}, (), None, rounding=0.1)
+    one = SpanRound(read, ("query",), rows, (), None, rounding=0.1)
     assert one.coarser is not None
     assert one.coarser.isfinite().all()
     assert noisy_span(rows, 5, 1e-7, one.coarser).s.isfinite().all()
