@@ -89,8 +89,9 @@ def test_ctrl_c_before_the_first_evaluation_ends_is_not_swallowed_into_nonsense(
     def distance(g: tuple, t: list) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    with pytest.raises(AttackNotApplicable, match="interrupted"):
+    with pytest.raises(AttackNotApplicable, match="interrupted") as refusal:
         quietly(model, update, recipe=Recipe(distance=distance))
+    assert refusal.value.numbers == {"stopped": "interrupted"}
 
 
 def test_a_nan_on_the_way_is_survived() -> None:
