@@ -40,6 +40,12 @@ NOT_SAFE = (
     "tuned to this system may need fewer, and what was not shared this time may be shared next time."
 )
 
+#: Notes of an audit without the head's gradient; the first where a caller described the model, and
+#: named no head.
+_UNPLAYED = "no label was read off it, and without one no picture is played back."
+HEAD_UNNAMED = f"The head is not named, so {_UNPLAYED}"
+HEAD_UNSHARED = f"The head's gradient is not shared: {_UNPLAYED}"
+
 _AWAY = "This update gives the private picture away"
 
 #: The verdict when the attack named has this trust. The order counts: the first trust that was

@@ -58,7 +58,10 @@ def test_the_evidence_says_what_it_rests_on():
     headless = al.ClientUpdate({k: g for k, g in two.gradients.items() if not k.startswith("head")})
     nothing = one_image(anatomy, headless)
     assert nothing.state == "not checked"
+    assert not nothing.measured
     assert "not shared" in nothing.text
+    named_nothing = replace(anatomy, family="described by the caller", head_weight=None, head_bias=None)
+    assert "the head is not named" in one_image(named_nothing, headless).text
     for update, condition in ((two, said), (alike, one_image(anatomy, alike))):
         assert is_batch(anatomy, update) == (True, condition.text)
     assert is_batch(anatomy, headless) == (False, nothing.text)
