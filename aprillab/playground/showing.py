@@ -126,7 +126,7 @@ def status(outcome: Outcome) -> str:
     >>> status(play(State())).partition(": ")[2]
     'This update gives the private picture away, exactly: patch-embedding system.'
     """
-    said = outcome.refused if outcome.found is None else outcome.found.verdict.partition(". ")[0].rstrip(".") + "."
+    said = outcome.refused if outcome.found is None else outcome.found.headline
     return f"Done in {outcome.seconds:.1f} s: {said}"
 
 
