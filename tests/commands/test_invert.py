@@ -1,4 +1,6 @@
-"""``aprillab invert``: numbers and pictures, pictures of every kind, models and places that cannot be."""
+"""``aprillab invert``: numbers and pictures, pictures of every kind, models and places that cannot
+be.
+"""
 
 from __future__ import annotations
 

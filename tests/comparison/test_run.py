@@ -1,4 +1,6 @@
-"""A comparison that is gone on with: whole files, one budget, and what is refused before the first attack."""
+"""A comparison that is gone on with: whole files, one budget, and what is refused
+before the first attack.
+"""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ def scripted(*restarts: list[float], rest: float = 9.0) -> objectives.Distance:
 def played(
     update: ClientUpdate, model: nn.Module, script: objectives.Distance, parts: dict, **options: object
 ) -> object:
-    """Adam, which stays where it is when the slope is zero; a position term would have one of its own."""
+    """Adam, which stays where it is when the slope is zero; a position term would have one of its
+    own.
+    """
     return quietly(model, update, recipe=Recipe(distance=script, optimizer=Adam(), **parts), **options)
 
 
