@@ -162,7 +162,9 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, epochs: str | None = None, device: str | None = None) -> None:
-    """Data, model and budget; with words on whose the epochs and the device are, where it is not all of them."""
+    """Data, model and budget; with words on whose the epochs and the device are, where it
+    is not all of them.
+    """
     parser.add_argument("--data", choices=("mnist5k", "cifar10"), default="mnist5k")
     parser.add_argument("--root", type=Path, help="folder that holds CIFAR-10")
     parser.add_argument("--limit", type=int, help="only the first so many CIFAR-10 images")

@@ -5,11 +5,11 @@ Four parts. Held out: twenty digits that nothing was tuned on, by the recipe "ap
 Ablation: twenty others, one start each, with and without the recipe's two cures: the distance that
 does not favour weak gradients, and patches put where their tokens' gradients fit. Swapped: ten of
 these, the search begun at the private picture itself with two patches exchanged. Starts: one that
-needs the new distance, from more noise. No attack learns its PSNR: each stops at a residual or at the
-end of its evaluations, and is scored from outside.
+needs the new distance, from more noise. No attack learns its PSNR: each stops at a residual or at
+the end of its evaluations, and is scored from outside.
 
-MNIST-5k test digits, 28×28 pixels in 16 patches of 7×7; pre-norm ViT of width 128 with 4 blocks and 4 heads, random
-weights, learned position embedding whose gradient is shared, float64.
+MNIST-5k test digits, 28×28 pixels in 16 patches of 7×7; pre-norm ViT of width 128 with 4 blocks and
+4 heads, random weights, learned position embedding whose gradient is shared, float64.
 
     python -m studies.digits            # about half an hour on one thread
     python -m studies.digits --quick    # a digit of each part on a small model; keeps no file
@@ -50,7 +50,9 @@ MATCHED, BASIN = 1e-7, 1e-4  # relative residual at which a search ends: some 12
 
 
 class Case(NamedTuple):
-    """One search: the digit's index among the test digits (100 a class), and the seeds of weights and of noise."""
+    """One search: the digit's index among the test digits (100 a class), and the seeds of
+    weights and of noise.
+    """
 
     part: str
     index: int

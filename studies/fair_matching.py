@@ -1,4 +1,5 @@
-"""Gradient matching, fairly asked: `python -m studies.fair_matching` writes fair_matching.csv and .md.
+"""Gradient matching, fairly asked: `python -m studies.fair_matching` writes
+fair_matching.csv and .md.
 
 Chapter 05 takes APRIL's recipe apart at 100 evaluations. Five questions that this leaves open:
 
@@ -11,8 +12,8 @@ Chapter 05 takes APRIL's recipe apart at 100 evaluations. Five questions that th
 - seams: where the embedding's gradient is withheld, does a prior on the seams of patches, after GradViT's, put them
   in their places?
 
-MNIST-5k digits 5 and 7, 28×28 pixels in 16 patches of 7×7, on chapter 05's victim: pre-norm ViT of width 64 with 2
-blocks and 4 heads, random weights, float64. No attack learns its PSNR.
+MNIST-5k digits 5 and 7, 28×28 pixels in 16 patches of 7×7, on chapter 05's victim: pre-norm ViT of
+width 64 with 2 blocks and 4 heads, random weights, float64. No attack learns its PSNR.
 
     python -m studies.fair_matching            # about half an hour on one thread
     python -m studies.fair_matching --quick    # a search of each part on a small model; keeps no file
@@ -45,7 +46,8 @@ DIGITS = (2507, 3507)  # indices of MNIST-5k: a five and a seven
 GOOD = 30.0  # dB: the digit is there, a few grey levels off
 # Chapter 05's recipe with one start and nothing rearranged, so that one part at a time is compared.
 BASE = replace(al.RECIPES["april"], position_term=al.PositionTerm(), restarts=1, patience=None)
-# A distance's size at a random picture, roughly: the weight that makes the position term count as much.
+# A distance's size at a random picture, roughly: the weight that makes the position
+# term count as much.
 SCALES = {"relative_l2": 1.0, "balanced_l2": 1.0, "cosine": 1.0, "l2": 1000.0, "l2_l1": 1000.0}
 BASELINES = ("dlg", "inverting_gradients", "tag", "gradinversion")
 SEAMS = (0.0, 0.01, 0.1, 1.0)  # weights of the prior

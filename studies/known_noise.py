@@ -1,10 +1,11 @@
-"""What does an attacker gain who knows the noise? `python -m studies.known_noise` writes known_noise.csv
-and .md.
+"""What does an attacker gain who knows the noise? `python -m studies.known_noise` writes
+known_noise.csv and .md.
 
-Gaussian noise in every entry of the update of one picture, relative to the r.m.s. of its entries. The
-patch-embedding system is solved without knowing it; by ridge regression with the best of many ridges, which
-an oracle picks who has the picture; and by the attack that is told σ and expects natural pictures, whose
-numbers were fitted on other pictures than these. torchvision's ViT-B/16, random weights, 224×224.
+Gaussian noise in every entry of the update of one picture, relative to the r.m.s. of its entries.
+The patch-embedding system is solved without knowing it; by ridge regression with the best of many
+ridges, which an oracle picks who has the picture; and by the attack that is told σ and expects
+natural pictures, whose numbers were fitted on other pictures than these. torchvision's ViT-B/16,
+random weights, 224×224.
 
     python -m studies.known_noise            # about ten minutes on one thread
     python -m studies.known_noise --quick    # one victim, one noise, a small model

@@ -41,7 +41,8 @@ from ._tables import formatted, markdown
 
 GOOD = 30.0  # dB: the digit is there, a few grey levels off
 EVERY = 10  # evaluations between two scores
-# APRIL's recipe as it was when the rows were measured; what it has become since, data/results/digits.md says.
+# APRIL's recipe as it was when the rows were measured; what it has become since,
+# data/results/digits.md says.
 MEASURED_WITH = replace(al.RECIPES["april"], distance="relative_l2", position_term=None, restarts=1)
 
 

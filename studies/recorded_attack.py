@@ -43,8 +43,8 @@ PHOTOGRAPH = {"image_size": 32, "patch_size": 8, "channels": 3, **SMALL, "width"
 DIGITS, SEEDS = (5, 3), (0, 1, 2)
 POSITIONS: tuple[Position, ...] = ("learned", "frozen", "sinusoidal")
 SCRUB_EVALUATIONS, SCRUB_EVERY, TWIN_EVALUATIONS = 600, 12, 300
-# APRIL's recipe as it was when this was recorded, from one start. Its distance and the patches' rearranging
-# came later (data/results/digits.md).
+# APRIL's recipe as it was when this was recorded, from one start. Its distance and the patches'
+# rearranging came later (data/results/digits.md).
 ONE_START = replace(al.RECIPES["april"], distance="relative_l2", position_term=al.PositionTerm(), restarts=1)
 
 

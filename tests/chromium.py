@@ -1,4 +1,6 @@
-"""The browser of the tests: the system's Chromium, or the one that the variable APRILLAB_CHROMIUM names."""
+"""The browser of the tests: the system's Chromium, or the one that the variable
+APRILLAB_CHROMIUM names.
+"""
 
 from __future__ import annotations
 

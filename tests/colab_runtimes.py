@@ -1,7 +1,7 @@
 """What Colab ships, and what an installation of aprillab adds."""
 
-# Two Colab runtimes that must stay as they are, the oldest and the newest that the course is meant for. Where the
-# newest says nothing, a package has at least the oldest's version.
+# Two Colab runtimes that must stay as they are, the oldest and the newest that the course is meant
+# for. Where the newest says nothing, a package has at least the oldest's version.
 COLAB = {
     "oldest": {
         "python": "3.11.11", "torch": "2.6.0+cu124", "torchvision": "0.21.0+cu124", "numpy": "2.0.2",
@@ -13,6 +13,6 @@ COLAB = {
 }  # fmt: skip
 COLAB["newest"] = COLAB["oldest"] | COLAB["newest"]
 
-# What an installation adds to a Colab runtime: small, and nothing that is there depends on it. Runtimes may have peft
-# already; it is listed because not every one was seen to.
+# What an installation adds to a Colab runtime: small, and nothing that is there depends on it.
+# Runtimes may have peft already; it is listed because not every one was seen to.
 ADDED_ON_COLAB = {"peft", "python-flint"}

@@ -1,4 +1,6 @@
-"""What every chapter's exercises are tested for: the notebook's own stubs and solutions, and common mistakes."""
+"""What every chapter's exercises are tested for: the notebook's own stubs and solutions,
+and common mistakes.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,19 @@ from types import ModuleType
 import notebook_tools as tools
 import pytest
 
-#: The check; what to replace in the notebook's solution, and by what; words of the message that should come.
+#: The check; what to replace in the notebook's solution, and by what; words of the message
+#: that should come.
 Mutant = tuple[str, str, str, str]
 NONSENSE = ("None", "torch.full((3,), torch.nan)", "'text'", "(None, None)")
 MIN_MUTANTS = 3
 
 
 def exercise_tests(checks: ModuleType, mutants: Sequence[Mutant], right: Sequence[tuple[str, str]] = ()) -> type:
-    """A class of tests for the exercises of one chapter, to be named ``Test…`` where pytest finds it.
+    """A class of tests for the exercises of one chapter, to be named ``Test…`` where pytest finds
+    it.
 
-    ``checks`` is the chapter's module of the package; its last two letters are the chapter's number, or the
-    appendix's. ``right`` has other right ways: the check, and a function's body.
+    ``checks`` is the chapter's module of the package; its last two letters are the chapter's
+    number, or the appendix's. ``right`` has other right ways: the check, and a function's body.
     """
     exercises = {exercise.check: exercise for exercise in tools.exercises(tools.read(checks.__name__[-2:].upper()))}
 

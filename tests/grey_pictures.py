@@ -1,4 +1,6 @@
-"""A small ViT, photographs of whole levels and what a client shares of them: for attacks on grey levels."""
+"""A small ViT, photographs of whole levels and what a client shares of them: for
+attacks on grey levels.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What tests let worker processes do: they import it by its name, as they could not import a test's own file."""
+"""What tests let worker processes do: they import it by its name, as they could not import
+a test's own file.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def dies_once_at_zero(file: Path, number: int) -> int:
 
 
 def waits_once_at_clock(file: Path, task: Any, **options: Any) -> Any:
-    """Play a group; the first time that it is the clock's, write this process's number and wait to be killed."""
+    """Play a group; the first time that it is the clock's, write this process's number and
+    wait to be killed.
+    """
     if task[0][0].victims == ("clock",) and not file.exists():
         file.with_suffix(".part").write_text(str(os.getpid()))
         file.with_suffix(".part").rename(file)

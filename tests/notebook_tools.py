@@ -1,4 +1,6 @@
-"""What the tests need of notebooks: cells by tag, exercises with their parts, code of folded solutions, a lint."""
+"""What the tests need of notebooks: cells by tag, exercises with their parts, code of folded
+solutions, a lint.
+"""
 
 from __future__ import annotations
 
@@ -99,9 +101,11 @@ def mutate(code: str, old: str, new: str) -> str:
 
 
 def definitions(notebook: NotebookNode) -> dict[str, Any]:
-    """What a notebook's cells import and define, without running the rest: functions, classes, lambdas, CONSTANTS.
+    """What a notebook's cells import and define, without running the rest: functions, classes,
+    lambdas, CONSTANTS.
 
-    Stubs and checks are left out. A figure's callback can so be tried at states that the notebook does not show.
+    Stubs and checks are left out. A figure's callback can so be tried at states that the
+    notebook does not show.
     """
     kept: list[ast.stmt] = []
     for cell in notebook.cells:
@@ -188,7 +192,9 @@ def _lint_outputs(code: list[NotebookNode]) -> list[str]:
 
 
 def _lint_page(notebook: NotebookNode) -> list[str]:
-    """What does not look as it does in the other chapters: boxes, marks, folded cells, lines that are too long."""
+    """What does not look as it does in the other chapters: boxes, marks, folded cells, lines
+    that are too long.
+    """
     wrong = []
     for cell in notebook.cells:
         start = repr(cell.source[:60])
@@ -273,7 +279,8 @@ def _lint_names(notebook: NotebookNode, path: Path) -> list[str]:
 
 # --- Lint of mathematics --------------------------------------------------------------------------------------
 
-#: What MathJax, in JupyterLab's set of packages, knows and a chapter may use. A misspelt macro shows as red text.
+#: What MathJax, in JupyterLab's set of packages, knows and a chapter may use. A misspelt macro
+#: shows as red text.
 _MACROS = """
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi varpi rho varrho
     sigma varsigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega
@@ -319,7 +326,9 @@ _SCANNED = re.compile(r"\\(begin|end)\s*\{([^{}]*)\}|\\(left|right)(?![A-Za-z])|
 
 
 def formulas(markdown: str) -> tuple[list[tuple[str, bool]], list[str]]:
-    """The formulas of a Markdown text as (TeX, displayed?), code left out, and what is wrong with its dollars."""
+    """The formulas of a Markdown text as (TeX, displayed?), code left out, and what is
+    wrong with its dollars.
+    """
     text = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.M | re.S)
     text = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", text, flags=re.S)
     found: list[tuple[str, bool]] = []
@@ -339,7 +348,9 @@ def formulas(markdown: str) -> tuple[list[tuple[str, bool]], list[str]]:
 
 
 def lint_mathematics(markdown: str) -> list[str]:
-    """What MathJax would refuse in a Markdown text: unknown macros and environments, what does not balance."""
+    """What MathJax would refuse in a Markdown text: unknown macros and environments,
+    what does not balance.
+    """
     found, wrong = formulas(markdown)
     for tex, displayed in found:
         start = " ".join(tex.split())[:60]

@@ -1,4 +1,6 @@
-"""A small federation for tests, in this process: clients that train, and clients that do what they should not."""
+"""A small federation for tests, in this process: clients that train, and clients that do
+what they should not.
+"""
 
 from __future__ import annotations
 

@@ -17,5 +17,7 @@ def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def broken(folder: Path, options: argparse.Namespace, *parts: Any) -> list[str]:
-    """Phrases of the claims that do not hold, of a study's parts or its page: of what can ``describe`` the folder."""
+    """Phrases of the claims that do not hold, of a study's parts or its page: of what can
+    ``describe`` the folder.
+    """
     return [claim.phrase for part in parts for claim in part.describe(folder, options)[1] if not claim.holds]

@@ -15,7 +15,9 @@ def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def ssim_of_wang(x: np.ndarray, y: np.ndarray, window: int = 11, sigma: float = 1.5) -> float:
-    """The definition in Wang et al. (2004), written out: one channel, windows that fit, population moments."""
+    """The definition in Wang et al. (2004), written out: one channel, windows that fit,
+    population moments.
+    """
     along = np.exp(-((np.arange(window) - window // 2) ** 2) / (2 * sigma**2))
     weights = np.outer(along, along) / along.sum() ** 2
 
@@ -188,8 +190,8 @@ def test_matching_undoes_a_shuffle(metric: str) -> None:
 
 
 def test_matching_takes_the_best_total_and_not_the_best_picture_first() -> None:
-    # Mean squared errors: original 0 against (0.01, 0.04), original 1 against (0.04, 0.25). Greedy keeps the 0.01
-    # and pays 0.26 in all; crossing costs 0.08.
+    # Mean squared errors: original 0 against (0.01, 0.04), original 1 against (0.04, 0.25). Greedy
+    # keeps the 0.01 and pays 0.26 in all; crossing costs 0.08.
     originals = torch.tensor([0.3, 0.6], dtype=torch.float64).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)
     reconstructions = torch.tensor([0.4, 0.1], dtype=torch.float64).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)
     assert match_batch(reconstructions, originals, metric="mse").tolist() == [1, 0]

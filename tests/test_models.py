@@ -1,4 +1,6 @@
-"""Our Vision Transformer: patches, position embeddings, both blocks, and torchvision as the reference."""
+"""Our Vision Transformer: patches, position embeddings, both blocks, and torchvision as the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def torchvision_names(depth: int) -> dict[str, str]:
 
 
 def in_our_names(theirs: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """torchvision's tensors (weights or gradients) under our names, the fused projection taken apart."""
+    """torchvision's tensors (weights or gradients) under our names, the fused
+    projection taken apart.
+    """
     ours = {a: theirs[b] for a, b in torchvision_names(depth).items()}
     for i, kind in itertools.product(range(depth), ("weight", "bias")):
         fused = theirs[f"encoder.layers.encoder_layer_{i}.self_attention.in_proj_{kind}"]
@@ -95,7 +99,8 @@ def assert_same(ours: nn.Module, theirs: nn.Module, depth: int, images: Tensor, 
     assert set(gradients) == set(expected)
     for name, tensor in {"logits": logits, **gradients}.items():
         reference = {"logits": their_logits, **expected}[name]
-        # Softmax forgets a shift of all scores of a query: the key bias's gradient is zero up to rounding.
+        # Softmax forgets a shift of all scores of a query: the key bias's gradient is
+        # zero up to rounding.
         scale = 1.0 if name.endswith("key.bias") else float(reference.abs().max())
         assert scale > 0, f"{name}: nothing to compare"
         torch.testing.assert_close(tensor, reference, rtol=0, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
@@ -155,7 +160,8 @@ def test_patchify_written_out() -> None:
     images = torch.arange(2 * 4 * 6.0).reshape(1, 2, 4, 6)
     patches = patchify(images, 2)
     assert patches.shape == (1, 6, 8)
-    # Second row of patches, third column: rows 2 and 3, columns 4 and 5, first channel before the second.
+    # Second row of patches, third column: rows 2 and 3, columns 4 and 5, first channel
+    # before the second.
     assert patches[0, 5].tolist() == images[0, :, 2:4, 4:6].flatten().tolist()
     assert patches[0, 1].tolist() == images[0, :, 0:2, 2:4].flatten().tolist()  # to the right before down
 

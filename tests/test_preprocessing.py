@@ -16,7 +16,8 @@ def test_to_input_subtracts_the_mean_then_divides_by_the_deviation() -> None:
 
 
 def test_channels_are_counted_from_the_right() -> None:
-    # a square batch of as many pictures as channels: a mean along the wrong axis would go unnoticed in shape alone
+    # a square batch of as many pictures as channels: a mean along the wrong axis would go
+    # unnoticed in shape alone
     pixels = torch.rand(3, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     for channel, (mean, std) in enumerate(zip(RED_GREEN_BLUE.mean, RED_GREEN_BLUE.std, strict=True)):
         torch.testing.assert_close(

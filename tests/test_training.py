@@ -1,4 +1,6 @@
-"""The training loop: it learns, repeats, resumes, stops on Ctrl-C, refuses, and leaves global state alone."""
+"""The training loop: it learns, repeats, resumes, stops on Ctrl-C, refuses, and leaves
+global state alone.
+"""
 
 import copy
 
@@ -125,7 +127,8 @@ def test_resume_ends_where_an_unbroken_run_ends(tmp_path) -> None:
 
 def test_after_an_interruption_weights_and_history_agree() -> None:
     images, labels = blobs()
-    # The same schedule, ended in the middle of the second epoch: the weights are those after the first.
+    # The same schedule, ended in the middle of the second epoch: the weights are those
+    # after the first.
     states = []
     for call in (5, 6):
         model = InterruptedAt(tiny(), call)

@@ -1,4 +1,6 @@
-"""The course's figures: what is drawn, what a screen reader reads, and that nothing outside them changes."""
+"""The course's figures: what is drawn, what a screen reader reads, and that nothing
+outside them changes.
+"""
 
 import matplotlib.pyplot as plt
 import pytest

@@ -26,7 +26,9 @@ def renamed(update: ClientUpdate, rename: Callable[[str], str]) -> ClientUpdate:
 def sgd_steps(
     model: nn.Module, lr: float, steps: int = 1, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model's state before and after steps of SGD on one private picture; the model has the latter."""
+    """The model's state before and after steps of SGD on one private picture; the
+    model has the latter.
+    """
     before = {name: t.clone() for name, t in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, **options)
     images, labels = private_batch(model)

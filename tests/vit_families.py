@@ -18,7 +18,9 @@ SIZE, PATCH, WIDTH, CLASSES = 12, 4, 96, 5
 
 
 def of_transformers(name: str, **options: Any) -> nn.Module:
-    """``ViTForImageClassification`` and alike; classifiers of CLIP and SigLIP have a vision configuration."""
+    """``ViTForImageClassification`` and alike; classifiers of CLIP and SigLIP have a
+    vision configuration.
+    """
     transformers = pytest.importorskip("transformers")
     family = name.partition("For")[0].removesuffix("Model").removesuffix("Vision")
     if not hasattr(transformers, name):
@@ -92,7 +94,9 @@ def picture(model: nn.Module, anatomy: al.Anatomy, seed: int = 0) -> Tensor:
 
 
 def shared(model: nn.Module, images: Tensor, label: int = 3, **options: Any) -> al.ClientUpdate:
-    """A client's update in plain PyTorch; what the forward pass does not use is said to be withheld."""
+    """A client's update in plain PyTorch; what the forward pass does not use is said to be
+    withheld.
+    """
     output = model(images, **options)
     output = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     loss = nn.functional.cross_entropy(output, torch.tensor([label]))

@@ -1,4 +1,6 @@
-"""What is wrong with the built book, read from its HTML: links, anchors, pictures, and what it would fetch."""
+"""What is wrong with the built book, read from its HTML: links, anchors, pictures, and
+what it would fetch.
+"""
 
 from __future__ import annotations
 

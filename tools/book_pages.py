@@ -1,8 +1,10 @@
-"""The book's source: every page of the repository that the book has, copied with links that lead inside the book.
+"""The book's source: every page of the repository that the book has, copied with links that
+lead inside the book.
 
-A page keeps its place: ``notebooks/README.md`` is ``notebooks/README`` in the book, so that most relative links hold
-as they are. Links to code lead to the API reference, links to other files to a page that shows the file. Nothing
-here needs Sphinx, and no module of the package is imported: what it says of a module is read from the source.
+A page keeps its place: ``notebooks/README.md`` is ``notebooks/README`` in the book, so that most
+relative links hold as they are. Links to code lead to the API reference, links to other files to a
+page that shows the file. Nothing here needs Sphinx, and no module of the package is imported: what
+it says of a module is read from the source.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ OWN = "docs/*.md"
 CHAPTERS = "notebooks/*.ipynb"
 PARTS = {"I · The leak": range(5), "II · Attack and defence": range(5, 9), "III · In the field": range(9, 13)}
 APPENDICES = "Appendices"
-#: Rooms that no program calls: the command line, and the checks of exercises, which would tell the solutions.
+#: Rooms that no program calls: the command line, and the checks of exercises, which would
+#: tell the solutions.
 LEFT_OUT = ("__main__", "commands", "exercises")
 
 #: Under a figure that moves in Jupyter alone.
@@ -68,7 +71,8 @@ def write_source(folder: Path, root: Path = ROOT) -> int:
     Raises
     ------
     BookError
-        If a link leads nowhere, a chapter has no row in the syllabus, or the folder holds something else.
+        If a link leads nowhere, a chapter has no row in the syllabus, or the folder
+        holds something else.
     """
     if folder.exists():
         if not (folder / "conf.py").exists():
@@ -128,7 +132,9 @@ class Book:
         shutil.copyfile(self.root / name, path)
 
     def relinked(self, text: str, name: str, to: str | None = None) -> str:
-        """Markdown of the file ``name`` with links as they have to be on the page ``to`` of the book."""
+        """Markdown of the file ``name`` with links as they have to be on the page
+        ``to`` of the book.
+        """
 
         def replaced(match: re.Match[str]) -> str:
             target, mark, anchor = match[2].partition("#")
@@ -158,7 +164,9 @@ class Book:
         return os.path.relpath(page, PurePosixPath(to).parent).replace(os.sep, "/")
 
     def show_linked_files(self) -> None:
-        """A page for each file, or for all files of a folder, that a page links to and that is no page itself."""
+        """A page for each file, or for all files of a folder, that a page links to and that
+        is no page itself.
+        """
         for found in sorted(self.shown):
             path = self.root / found
             files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _readable(file))
@@ -197,7 +205,8 @@ def outside_code(text: str, change: Callable[[str], str]) -> str:
 
 
 def one_title(text: str) -> str:
-    """The text with every heading after a second title one level deeper, so that the page has one title.
+    """The text with every heading after a second title one level deeper, so that the
+    page has one title.
 
     Examples
     --------
@@ -222,7 +231,9 @@ def equations_of(root: Path) -> set[str]:
 
 
 def chapter_page(notebook: NotebookNode, name: str, equations: set[str]) -> NotebookNode:
-    """A chapter as the book shows it: a line on where it runs, sliders explained, equations that can be linked to."""
+    """A chapter as the book shows it: a line on where it runs, sliders explained, equations
+    that can be linked to.
+    """
     page = deepcopy(notebook)
     cells, page.cells = page.cells, []
     for cell in cells:
@@ -245,13 +256,17 @@ def chapter_page(notebook: NotebookNode, name: str, equations: set[str]) -> Note
 
 
 def moves_in_jupyter(cell: NotebookNode) -> bool:
-    """Whether a code cell shows a widget: a committed notebook holds a still picture of it, or nothing."""
+    """Whether a code cell shows a widget: a committed notebook holds a still picture
+    of it, or nothing.
+    """
     shows = re.search(r"^(?:widgets\.)?(?:sliders|interactive_output)\(", cell.source, re.M) is not None
     return shows and not any(output.output_type == "stream" for output in cell.outputs)
 
 
 def linked_equations(text: str, equations: set[str]) -> str:
-    """Every displayed equation with a number gets an anchor, and every ``(4.3)`` in prose a link to it."""
+    """Every displayed equation with a number gets an anchor, and every ``(4.3)`` in
+    prose a link to it.
+    """
 
     def link(match: re.Match[str]) -> str:
         number = match[1]
@@ -282,7 +297,9 @@ def anchor_of(number: str) -> str:
 
 
 def chapter_map(root: Path) -> str:
-    """The chapters by part, each with what its row of the syllabus promises, and the part's table of contents."""
+    """The chapters by part, each with what its row of the syllabus promises, and the part's
+    table of contents.
+    """
     syllabus = (root / "notebooks" / "README.md").read_text(encoding="utf-8")
     row = re.compile(r"^\| \[(\w+) · ([^\]]+)\]\(([^)]+)\) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", re.M)
     rows = {match[3]: match for match in row.finditer(syllabus)}
@@ -320,7 +337,9 @@ def part_of(name: str) -> str:
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Module by name, ``aprillab.attacks.evidence``, and its file; the rooms of ``LEFT_OUT`` are not among them."""
+    """Module by name, ``aprillab.attacks.evidence``, and its file; the rooms of ``LEFT_OUT``
+    are not among them.
+    """
     found = {}
     for path in sorted((root / "aprillab").rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -340,7 +359,8 @@ def room_list(root: Path) -> str:
     rooms = {name: path for name, path in modules(root).items() if name.count(".") <= 1}
     text = ""
     for name, path in rooms.items():
-        # Docstrings are written for Sphinx: code in two backticks, which Markdown reads alike, and roles.
+        # Docstrings are written for Sphinx: code in two backticks, which Markdown reads
+        # alike, and roles.
         summary = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", first_sentence(path))
         text += f"- [`{name}`](../{path.relative_to(root).as_posix()}): {summary}\n"
     listed = "".join(f"api/{name}\n" for name in rooms)
@@ -378,7 +398,9 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _exported(module: str, path: Path) -> Iterator[tuple[str, str]]:
-    """Names that a folder's ``__init__`` takes from its modules and shows in ``__all__``, each with its module."""
+    """Names that a folder's ``__init__`` takes from its modules and shows in ``__all__``,
+    each with its module.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     shown: set[str] = set()
     for node in tree.body:

@@ -1,10 +1,12 @@
-"""Build the book: a site from the chapters, the pages of results, the bibliography and the docstrings.
+"""Build the book: a site from the chapters, the pages of results, the bibliography and the
+docstrings.
 
     python tools/build_book.py                # into build/book; open build/book/index.html
     python tools/build_book.py --to FOLDER
 
-Needs the extra ``book`` (``pip install -e ".[book]"``) and no network. A warning of Sphinx, a link that leads
-nowhere, a picture without alternative text or a page that would fetch anything from elsewhere fails the build.
+Needs the extra ``book`` (``pip install -e ".[book]"``) and no network. A warning of Sphinx, a link
+that leads nowhere, a picture without alternative text or a page that would fetch anything from
+elsewhere fails the build.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def build(folder: Path, source: Path) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--to", type=Path, default=ROOT / "build" / "book", help="default: build/book")
     folder = parser.parse_args(arguments).to
     start = time.perf_counter()

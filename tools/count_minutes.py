@@ -1,10 +1,12 @@
-"""Count minutes and exercises in the notebooks, and write them where the course's pages repeat them.
+"""Count minutes and exercises in the notebooks, and write them where the course's
+pages repeat them.
 
     python tools/count_minutes.py             # rewrite notebooks/README.md, and the map of chapter 00
     python tools/count_minutes.py --check     # only say what would change; exit status 1 if anything
 
-A chapter's header says how long it takes to read and run, its exercises' headings say how long each of them takes.
-The syllabus has both in a row for each chapter, its plans add them up, and the map of chapter 00 has their sum.
+A chapter's header says how long it takes to read and run, its exercises' headings say how long each
+of them takes. The syllabus has both in a row for each chapter, its plans add them up, and the map
+of chapter 00 has their sum.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def counted(syllabus: str, found: dict[str, Minutes]) -> str:
     syllabus : str
         Markdown: rows of chapters, and plans, each below a heading of third level.
     found : dict of Minutes
-        By the notebook's file name. A row without a notebook stays as it is, and is added up as it stands.
+        By the notebook's file name. A row without a notebook stays as it is, and is
+        added up as it stands.
     """
 
     def row(match: re.Match[str]) -> str:
@@ -77,7 +80,9 @@ def counted(syllabus: str, found: dict[str, Minutes]) -> str:
 
 
 def _with_sums(section: str, rows: dict[str, tuple[int, int]], exercises: dict[str, int]) -> str:
-    """A plan with its sums: over the chapters that its second column names, or over all without such a column."""
+    """A plan with its sums: over the chapters that its second column names, or over all
+    without such a column.
+    """
     named = {name for cell in _PLAN_ROW.findall(section) for name in cell.split(", ")} or set(rows)
     reading, solving = (sum(rows[name][i] for name in named) / 60 for i in (0, 1))
     section = _SUM.sub(rf"\g<1>{reading:.1f}\g<2>{solving:.1f}\g<3>", section)
@@ -98,7 +103,7 @@ def mapped(source: str, found: dict[str, Minutes]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     check = parser.parse_args(arguments).check
     found = {path.name: minutes_of(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}

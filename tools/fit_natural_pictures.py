@@ -1,11 +1,13 @@
-"""Fit the prior on natural pictures, (11.1), by maximum likelihood on public pictures that are no victims.
+"""Fit the prior on natural pictures, (11.1), by maximum likelihood on public pictures
+that are no victims.
 
     python tools/fit_natural_pictures.py
 
-Square crops of four photographs that scikit-learn and scikit-image carry, at 32×32 and at 224×224 pixels, as the
-victims are made: a crop, Lanczos. A coefficient of the cosine transform is taken as normal with the variance of
-(11.1), all as independent (Whittle's likelihood), each crop of a photograph for its share of it. Prints the numbers
-of aprillab/attacks/closed_forms/natural_pictures.py.
+Square crops of four photographs that scikit-learn and scikit-image carry, at 32×32 and at 224×224
+pixels, as the victims are made: a crop, Lanczos. A coefficient of the cosine transform is taken as
+normal with the variance of (11.1), all as independent (Whittle's likelihood), each crop of a
+photograph for its share of it. Prints the numbers of
+aprillab/attacks/closed_forms/natural_pictures.py.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ CROPS = 4  # of each share
 
 
 def photographs() -> Iterator[Image.Image]:
-    """china.jpg and flower.jpg of scikit-learn (CC BY 2.0); motorcycle_left.png (the Middlebury 2014 stereo
-    benchmark) and moon.png of scikit-image, whose files name no licence of their own. They are read where the
-    packages installed them; nothing of them is in this repository but five numbers.
+    """china.jpg and flower.jpg of scikit-learn (CC BY 2.0); motorcycle_left.png (the
+    Middlebury 2014 stereo benchmark) and moon.png of scikit-image, whose files name no licence
+    of their own. They are read where the packages installed them; nothing of them is in this
+    repository but five numbers.
     """
     for array in sklearn.datasets.load_sample_images().images:
         yield Image.fromarray(array)
@@ -60,7 +63,9 @@ def transforms(size: int) -> list[list[Tensor]]:
 
 
 def together(groups: list[list[Tensor]]) -> float:
-    """ρ: over all coefficients but the mean, each for its share, products of two colours over squares of one."""
+    """ρ: over all coefficients but the mean, each for its share, products of two colours
+    over squares of one.
+    """
     found = []
     for group in groups:
         white = torch.stack([t.flatten(1)[:, 1:] for t in group])
@@ -71,7 +76,9 @@ def together(groups: list[list[Tensor]]) -> float:
 
 
 def energies(groups: list[list[Tensor]]) -> tuple[Tensor, Tensor, float]:
-    """f², and energy over H·W of a coefficient, mean over colours, crops and photographs; of the mean, too."""
+    """f², and energy over H·W of a coefficient, mean over colours, crops and
+    photographs; of the mean, too.
+    """
     each = torch.stack([torch.stack([t.square().mean(0) for t in group]).mean(0) for group in groups]).mean(0)
     n = len(each)
     f = torch.arange(n, dtype=torch.float64) / 2

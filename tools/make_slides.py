@@ -3,10 +3,10 @@
     python tools/make_slides.py                                   # docs/workshop/half-day.md, to build/half-day.html
     python tools/make_slides.py MY_TEXT.md --out my_slides.html
 
-In the text a line of three dashes ends a slide. ``[figure WHICH](../../notebooks/01_….ipynb)``, alone in its line, is
-a figure of that chapter as it is saved there, with its caption and its alternative text. WHICH is the cell's id, with
-.2 for its second figure, or words of the caption. ``<!-- … -->`` is a note: the key n shows it. Formulas in dollars
-are set by matplotlib.
+In the text a line of three dashes ends a slide. ``[figure WHICH](../../notebooks/01_….ipynb)``,
+alone in its line, is a figure of that chapter as it is saved there, with its caption and its
+alternative text. WHICH is the cell's id, with .2 for its second figure, or words of the caption.
+``<!-- … -->`` is a note: the key n shows it. Formulas in dollars are set by matplotlib.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "docs" / "workshop" / "half-day.md"
 DECK = ROOT / "docs" / "workshop" / "deck.html"
 
-#: A figure at least so many times as wide as high stands below the words, a narrower one beside them.
+#: A figure at least so many times as wide as high stands below the words, a narrower
+#: one beside them.
 WIDE = 1.8
 POINTS = 20
 
@@ -44,7 +45,9 @@ _SAVED = re.compile(r"<figure.*?</figure>", re.S)
 
 
 class SlideError(RuntimeError):
-    """What is wrong with the text, in words: the slide, the figure or formula, and what there is instead."""
+    """What is wrong with the text, in words: the slide, the figure or formula, and
+    what there is instead.
+    """
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def slides(text: str, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("text", nargs="?", type=Path, default=TEXT, help="default: docs/workshop/half-day.md")
     parser.add_argument("--out", type=Path, help="default: build/NAME.html")
     given = parser.parse_args(arguments)

@@ -1,11 +1,13 @@
-"""Write the exercise notebooks for a class: the course's notebooks without solutions and without outputs.
+"""Write the exercise notebooks for a class: the course's notebooks without solutions
+and without outputs.
 
     python tools/make_student_notebooks.py                     # all chapters, into student/
     python tools/make_student_notebooks.py --to FOLDER --no-hints
 
-What an exercise needs stays: its task, stub, check and hints. The folder also gets the syllabus and the bibliography,
-which the notebooks link to. It stands alone: a link to a file that is not in it has become plain words. The page for
-teachers (docs/teaching.md), with discussions and the grading key, is not copied.
+What an exercise needs stays: its task, stub, check and hints. The folder also gets the syllabus and
+the bibliography, which the notebooks link to. It stands alone: a link to a file that is not in it
+has become plain words. The page for teachers (docs/teaching.md), with discussions and the grading
+key, is not copied.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ def student_version(notebook: NotebookNode, *, hints: bool = True) -> NotebookNo
 
 
 def write_all(folder: Path, *, hints: bool = True, source: Path = SOURCE) -> list[Path]:
-    """Write the student version of every notebook in ``source``, and its Markdown pages, into ``folder``.
+    """Write the student version of every notebook in ``source``, and its Markdown
+    pages, into ``folder``.
 
     No link of what is written leads out of the folder, other than into the web.
 

@@ -20,7 +20,8 @@ FOLDER = HERE / "data" / "federation"
 
 #: A small ViT: n + 1 ≤ d, so that every update shows whether it is of one image.
 MODEL = {"image-size": 32, "patch-size": 8, "width": 64, "depth": 1, "heads": 4, "classes": 10}
-#: So slow that all five steps of the second client count: their gradients have norms of 43, 31, 6.3, 3.2 and 1.4.
+#: So slow that all five steps of the second client count: their gradients have norms of 43, 31,
+#: 6.3, 3.2 and 1.4.
 TOLD = LocalTraining(learning_rate=0.003)
 NODES = [
     {"name": "one-step", "victims": "astronaut"},

@@ -3,9 +3,9 @@
     python tools/run_notebooks.py                                   # all of notebooks/
     python tools/run_notebooks.py notebooks/00_start_here.ipynb
 
-Each runs in a fresh kernel, in its own folder. A notebook that fails stays as it was. What differs from one machine
-to the next (versions, timings, an editor's marks) is left out, so that a second run changes little; so are the
-widgets' states, since GitHub shows no notebook that holds them.
+Each runs in a fresh kernel, in its own folder. A notebook that fails stays as it was. What differs
+from one machine to the next (versions, timings, an editor's marks) is left out, so that a second
+run changes little; so are the widgets' states, since GitHub shows no notebook that holds them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ KEPT_OF_CELL = ("tags", "jupyter", "editable", "deletable", "slideshow")
 
 
 class NotebookError(RuntimeError):
-    """A notebook that cannot be read or did not run to its end; the message names it, the cell and the reason."""
+    """A notebook that cannot be read or did not run to its end; the message names it, the
+    cell and the reason.
+    """
 
 
 def normalize(notebook: NotebookNode) -> None:
@@ -41,9 +43,10 @@ def normalize(notebook: NotebookNode) -> None:
     Parameters
     ----------
     notebook : NotebookNode
-        Of format 4. Notebook metadata becomes the kernel, the language and the keys of ``KEPT_OF_NOTEBOOK`` (so that
-        ``widgets`` goes); cell metadata keeps ``KEPT_OF_CELL``. An output that only a live widget could show is
-        removed; one that has a picture, HTML or other data besides keeps these.
+        Of format 4. Notebook metadata becomes the kernel, the language and the keys of
+        ``KEPT_OF_NOTEBOOK`` (so that ``widgets`` goes); cell metadata keeps ``KEPT_OF_CELL``. An
+        output that only a live widget could show is removed; one that has a picture, HTML or other
+        data besides keeps these.
     """
     kept = {key: notebook.metadata[key] for key in KEPT_OF_NOTEBOOK if key in notebook.metadata}
     notebook.metadata = NotebookNode(kernelspec=NotebookNode(KERNEL), language_info=NotebookNode(LANGUAGE), **kept)
@@ -78,7 +81,8 @@ def run(path: Path, *, timeout: float = 600) -> float:
     Raises
     ------
     NotebookError
-        If it is no notebook, a cell raises or takes too long, or the kernel dies. The file is then unchanged.
+        If it is no notebook, a cell raises or takes too long, or the kernel dies. The file
+        is then unchanged.
     """
     try:
         notebook = nbformat.read(path, as_version=4)

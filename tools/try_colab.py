@@ -3,19 +3,22 @@
     python tools/try_colab.py                     # all chapters, from the wheel
     python tools/try_colab.py 01 03               # these two
 
-In a temporary folder it makes a virtual environment with the ipywidgets, IPython and ipykernel that Colab ships, and
-with what else Colab has of the course's requirements: shown from the environment that runs this script, or, with
-``--no-reuse-torch``, installed from the package index. It builds the wheel. Then it tries both ways that README.md
-names:
+In a temporary folder it makes a virtual environment with the ipywidgets, IPython and ipykernel that
+Colab ships, and with what else Colab has of the course's requirements: shown from the environment
+that runs this script, or, with ``--no-reuse-torch``, installed from the package index. It builds
+the wheel. Then it tries both ways that README.md names:
 
-1. A clone beside the notebook. The notebooks' own set-up cell has to install from it and import it, in one kernel.
-2. The wheel, by the same pip command with the wheel in the clone's place. Each chapter named is then run in a kernel
-   of that environment, in a folder with nothing but the notebooks.
+1. A clone beside the notebook. The notebooks' own set-up cell has to install from it and import it,
+   in one kernel.
+2. The wheel, by the same pip command with the wheel in the clone's place. Each chapter named is
+   then run in a kernel of that environment, in a folder with nothing but the notebooks.
 
-It fails if an installation changed the version of any package that was there, if a package came that Colab does not
-ship, if ``aprillab`` was not imported from where it should be, or if a cell, or a widget's callback, raised.
+It fails if an installation changed the version of any package that was there, if a package came
+that Colab does not ship, if ``aprillab`` was not imported from where it should be, or if a cell, or
+a widget's callback, raised.
 
-Exit status: 0, all ran; 1, something failed; 3, pip reaches no package index, so that nothing was tried.
+Exit status: 0, all ran; 1, something failed; 3, pip reaches no package index, so that
+nothing was tried.
 """
 
 from __future__ import annotations
@@ -71,7 +74,9 @@ class NoIndexError(ColabError):
 
 @dataclass(frozen=True)
 class Ran:
-    """One chapter: its name, seconds, what went wrong (empty if nothing), and how many widgets it showed."""
+    """One chapter: its name, seconds, what went wrong (empty if nothing), and how many
+    widgets it showed.
+    """
 
     name: str
     seconds: float
@@ -106,7 +111,8 @@ def call(command: list[str], *, cwd: Path) -> str:
 
 
 def distributions(requirements: list[str]) -> dict[str, metadata.Distribution]:
-    """The installed distributions that these requirements need, theirs included, by name in lower case.
+    """The installed distributions that these requirements need, theirs included, by
+    name in lower case.
 
     Parameters
     ----------
@@ -144,7 +150,9 @@ def show(shipped: list[metadata.Distribution], folder: Path) -> None:
 
 
 def libraries() -> list[str]:
-    """What Colab has of the package's requirements and those of its ``course`` extra, widgets aside."""
+    """What Colab has of the package's requirements and those of its ``course`` extra, widgets
+    aside.
+    """
     wanted, extras = [], {"", "course", "timm", "transformers"}
     for requirement in map(Requirement, metadata.distribution("aprillab").requires or []):
         marker = requirement.marker
@@ -154,14 +162,16 @@ def libraries() -> list[str]:
 
 
 def make_runtime(folder: Path, *, reuse_torch: bool) -> Path:
-    """A virtual environment as Colab's: its Jupyter packages at their versions, and the libraries it ships.
+    """A virtual environment as Colab's: its Jupyter packages at their versions, and the
+    libraries it ships.
 
     Returns
     -------
     Path
         Its python.
     """
-    # Where libraries are shown, so is pip: faster, and no old setuptools hides the one that PyTorch asks for.
+    # Where libraries are shown, so is pip: faster, and no old setuptools hides the one that
+    # PyTorch asks for.
     bare = ["--without-pip"] if reuse_torch else []
     call([sys.executable, "-m", "venv", *bare, str(folder / "runtime")], cwd=folder)
     python = folder / "runtime" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -171,14 +181,17 @@ def make_runtime(folder: Path, *, reuse_torch: bool) -> Path:
         hidden = {"aprillab", "widgetsnbextension", "jupyterlab-widgets", *SHIPPED}
         show([distribution for name, distribution in found.items() if name not in hidden], folder / "shipped")
         site = call([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], cwd=folder).strip()
-        # At the end of the path, so that Colab's own versions come first; pip removes nothing from there.
+        # At the end of the path, so that Colab's own versions come first; pip removes
+        # nothing from there.
         (Path(site) / "shipped.pth").write_text(f"{folder / 'shipped'}\n", encoding="utf-8")
     call([str(python), "-m", "pip", "install", "-q", *pins, *([] if reuse_torch else libraries())], cwd=folder)
     return python
 
 
 def versions(python: Path) -> dict[str, str]:
-    """The version of each installed distribution, by name in lower case; of several the one that is imported."""
+    """The version of each installed distribution, by name in lower case; of several the
+    one that is imported.
+    """
     script = (
         "import importlib.metadata as m, json\n"
         "found = {}\n"
@@ -263,7 +276,8 @@ def pip_command(setup: str, *, python: Path, root: str) -> list[str]:
 
 
 def execute(notebook: NotebookNode, python: Path, *, cwd: Path, timeout: float) -> dict[str, str]:
-    """Run a notebook to its end, errors or not, in a kernel of this python; its outputs are put into it.
+    """Run a notebook to its end, errors or not, in a kernel of this python; its
+    outputs are put into it.
 
     Returns
     -------
@@ -364,7 +378,9 @@ def chapters(names: list[str]) -> list[Path]:
 
 
 def try_all(folder: Path, paths: list[Path], *, reuse_torch: bool, timeout: float) -> bool:
-    """Make the runtime in ``folder``, install both ways, run the chapters; print, and return whether all is well."""
+    """Make the runtime in ``folder``, install both ways, run the chapters; print, and return
+    whether all is well.
+    """
     start = time.perf_counter()
 
     def say(words: str) -> None:

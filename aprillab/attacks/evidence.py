@@ -129,12 +129,10 @@ def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
         words = "{several} entries of the head's bias gradient have the sign of a label: at least {several} labels"
         return _said("contradicted", words, several=several)
     if update.errors is not None:
-        return _said(
-            "not checked", "not checked: no equation is to spare, and the head's entries have errors of their own"
-        )
+        return _not_measured("no equation is to spare, and the head's entries have errors of their own")
     weight = update.gradients.get(anatomy.head_weight or "")
     if weight is None or not weight.any():
-        return _said("not checked", "not checked: no equation is to spare, and the head's gradient is not shared")
+        return _not_measured(f"no equation is to spare, and {no_head_words(anatomy)}")
     residual, limit = (
         one_image_residual(weight),
         _OF_A_PRODUCT * max(noise, _rounding_of(update, anatomy.head_weight)),
@@ -147,11 +145,8 @@ def _by_head(anatomy: Anatomy, update: ClientUpdate, noise: float) -> Condition:
             "contradicted" if update.local_steps == 1 else "not checked", words, residual=residual, limit=limit
         )
     if len(weight) < 3:
-        return _said(
-            "not checked",
-            "not checked: with {classes} classes the head's gradient is rank one for any batch",
-            classes=len(weight),
-        )
+        words = "with {classes} classes the head's gradient is rank one for any batch"
+        return _not_measured(words, classes=len(weight))
     words = "head weight gradient is rank one up to {residual:.1e} (limit {limit:.1e})"
     if limit > _SECOND:
         return _said("not checked", words + ", which noise may hide", residual=residual, limit=limit)
@@ -205,6 +200,27 @@ def one_image_residual(head_gradient: Tensor) -> float:
 
 def _said(state: State, words: str, **numbers: float) -> Condition:
     return Condition(ONE_IMAGE, state, numbers, words)
+
+
+def _not_measured(words: str, **numbers: float) -> Condition:
+    return Condition(ONE_IMAGE, "not checked", numbers, words, measured=False)
+
+
+def head_unnamed(anatomy: Anatomy) -> bool:
+    """Whether a caller described the model and did not name its head: its gradient may be there."""
+    return anatomy.family == "described by the caller" and not (anatomy.head_weight or anatomy.head_bias)
+
+
+def no_head_words(anatomy: Anatomy) -> str:
+    """Why the head's gradient says nothing where none was found in the update.
+
+    >>> from aprillab.models import VisionTransformer
+    >>> from aprillab.anatomy import dissect
+    >>> model = VisionTransformer(image_size=4, patch_size=2, width=4, depth=1, heads=2, classes=2)
+    >>> no_head_words(dissect(model))
+    "the head's gradient is not shared"
+    """
+    return "the head is not named" if head_unnamed(anatomy) else "the head's gradient is not shared"
 
 
 def is_batch(anatomy: Anatomy, update: ClientUpdate) -> tuple[bool, str]:

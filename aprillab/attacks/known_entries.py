@@ -13,8 +13,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..anatomy import Anatomy
 from ..update import ClientUpdate
 from .client import Player
+from .evidence import no_head_words
 from .result import Replay
 
 _KNOWN = 0.01  # of itself, or of the r.m.s. of the tensor's entries that are: an entry's error
@@ -195,8 +197,9 @@ class _Sums:
 
 
 def replay_of_known(
-    ways: Mapping[str, Player], images: Tensor, update: ClientUpdate, reads: list[str], predicted_psnr: float | None
-) -> Replay:
+    ways: Mapping[str, Player], images: Tensor, update: ClientUpdate, anatomy: Anatomy, reads: list[str],
+    predicted_psnr: float | None,
+) -> Replay:  # fmt: skip
     """The replay of an update with errors, by the first way to play that gives it, else the
     nearest.
     """
@@ -204,7 +207,7 @@ def replay_of_known(
         words = f"not played back: {update.local_steps} local steps of {update.optimizer or 'an optimizer'} are not"
         return Replay("not checked", f"{words} one gradient, and were undone as if they were")
     if not ways:
-        why = "not played back: the head's gradient is not shared, and no label is known"
+        why = f"not played back: {no_head_words(anatomy)}, and no label is known"
         return Replay("not checked", why)
     tried: dict[str, Compared] = {}
     known: dict[str, Known] | None = None

@@ -66,18 +66,24 @@ class Condition:
         What was measured, by name.
     words : str
         A format string that puts the numbers into a clause.
+    measured : bool
+        False where the words say why nothing was there to measure, instead of what came out.
 
     Examples
     --------
     >>> rank = Condition("rank(G) = n", "contradicted", {"rank": 15, "n": 16}, "rank {rank} of {n}")
     >>> rank.text, rank.holds
     ('rank 15 of 16', False)
+    >>> nothing = Condition("one image", "not checked", {}, "the head is not shared", measured=False)
+    >>> nothing.text, nothing.clause
+    ('not checked: the head is not shared', 'the head is not shared')
     """
 
     name: str
     state: State
     numbers: Mapping[str, float | str]
     words: str
+    measured: bool = True
 
     @property
     def holds(self) -> bool:
@@ -85,9 +91,14 @@ class Condition:
         return self.state == "shown"
 
     @property
-    def text(self) -> str:
-        """The numbers in words."""
+    def clause(self) -> str:
+        """The numbers in words, for where the state is said beside them."""
         return self.words.format(**self.numbers)
+
+    @property
+    def text(self) -> str:
+        """The numbers in words, which say by themselves where nothing was measured."""
+        return self.clause if self.measured else f"not checked: {self.clause}"
 
 
 #: Names of the conditions that do not bear on whether the system fixes the picture: the replay, and
@@ -114,6 +125,8 @@ class Replay:
         s, the factor that all tensors have in common: 1 for a gradient of the mean loss.
     seconds : float
         Wall-clock time, besides the solve's.
+    failed : bool
+        Whether it was not played because the model raised; the words have the error.
     """
 
     state: State
@@ -122,6 +135,7 @@ class Replay:
     limit: float | None = None
     factor: float | None = None
     seconds: float = 0.0
+    failed: bool = False
 
     @property
     def condition(self) -> Condition:

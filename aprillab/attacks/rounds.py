@@ -308,7 +308,7 @@ def agreeing(attack: str, rounds: Sequence[RoundRead], left_by: Callable[[Sequen
     if len(kept) > 1 and left.spare > 0:
         return Agreement(tuple(kept), _shown(rounds, kept, left), _notes(rounds, kept))
     if first.spare <= 0:
-        return not_checked(rounds, f"not checked: {len(rounds)} rounds leave no equation to spare")
+        return not_checked(rounds, f"{len(rounds)} rounds leave no equation to spare")
     if all((alone := left_by([r])).spare > 0 and alone.excess([r]) <= 1 for r in rounds):
         raise AttackNotApplicable(
             attack,
@@ -322,7 +322,8 @@ def agreeing(attack: str, rounds: Sequence[RoundRead], left_by: Callable[[Sequen
 
 def not_checked(rounds: Sequence[RoundRead], words: str) -> Agreement:
     """All rounds, where nothing tells whether they are of one picture."""
-    return Agreement(tuple(rounds), Condition(ONE_PICTURE, "not checked", {}, words), _notes(rounds, rounds))
+    unknown = Condition(ONE_PICTURE, "not checked", {}, words, measured=False)
+    return Agreement(tuple(rounds), unknown, _notes(rounds, rounds))
 
 
 def without_one(rounds: Sequence[RoundRead], left: Left) -> list[list[RoundRead]]:

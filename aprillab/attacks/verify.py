@@ -22,7 +22,7 @@ from ..preprocessing import Preprocessing
 from ..update import ClientUpdate
 from .client import Player, after_local_steps, draws, inner_client, name_within, ways_to_play
 from .compare import compare, own_factors
-from .evidence import ONE_IMAGE, one_image
+from .evidence import ONE_IMAGE, no_head_words, one_image
 from .known_entries import noise_explains, replay_of_known
 from .pixels import normalization
 from .reading import Reading
@@ -97,7 +97,8 @@ def _one_round(
     # The model is the user's, and so is whatever its forward pass raises.
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
-        return found, Replay("not checked", f"playing the client failed ({type(error).__name__}: {text})")
+        words = f"playing the client failed ({type(error).__name__}: {text})"
+        return found, Replay("not checked", words, failed=True)
 
 
 def _several(
@@ -181,9 +182,9 @@ def _played(
     ways = ways_to_play(client, update, anatomy, found.labels, loss)
     reads = [name_within(name, anatomy) for name in (anatomy.patch_weight, anatomy.position)]
     if update.errors is not None:
-        return found, replay_of_known(ways, images, update, reads, found.predicted_psnr)
+        return found, replay_of_known(ways, images, update, anatomy, reads, found.predicted_psnr)
     if not ways:
-        why = "not played back: the head's gradient is not shared, and no label is known"
+        why = f"not played back: {no_head_words(anatomy)}, and no label is known"
         return found, Replay("not checked", why)
     residual, factor, how, play = _best_way(ways, images, update, reads, limit)
     if residual <= limit:
@@ -226,7 +227,7 @@ def _best_way(
 
 def _replay(state: State, words: str, residual: float, limit: float, factor: float) -> Replay:
     numbers = {"residual": residual, "limit": limit, "factor": factor}
-    return Replay(state, words.format(**numbers), **numbers)
+    return Replay(state, words.format(**numbers), residual, limit, factor)
 
 
 def _limit(noise: float, predicted_psnr: float | None) -> float:

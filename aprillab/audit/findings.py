@@ -16,7 +16,7 @@ from ..attacks.result import Condition, Reconstruction
 from ..preprocessing import Preprocessing
 from ..sharing import LeakMap
 from ..update import ClientUpdate
-from .words import NOTHING_APPLIES, VERDICTS, Leak, Trust
+from .words import HEADLINES, NOT_SAFE, NOTHING_APPLIES, VERDICTS, Leak, Trust
 
 _WORTH_A_WORD = 1e-5  # of noise
 
@@ -155,6 +155,12 @@ class Audit:
         return self.one_image.text
 
     @property
+    def headline(self) -> str:
+        """The verdict's first sentence."""
+        best = self.best
+        return NOTHING_APPLIES if best is None else HEADLINES[best.trust].format(attack=best.attack.title)
+
+    @property
     def verdict(self) -> str:
         """The audit in one paragraph of plain words: those of the first attack with the best trust."""
         if (best := self.best) is not None:
@@ -162,9 +168,9 @@ class Audit:
         reasons = {found.reason for found in self.findings}
         # One reason for all of them says more than that none applies.
         if len(reasons) != 1:
-            return NOTHING_APPLIES
+            return f"{NOTHING_APPLIES} {NOT_SAFE}"
         reason = reasons.pop()
-        return f"{NOTHING_APPLIES} {reason[:1].upper()}{reason[1:]}."
+        return f"{NOTHING_APPLIES} {NOT_SAFE} {reason[:1].upper()}{reason[1:]}."
 
     @property
     def leak(self) -> Leak:

@@ -285,7 +285,7 @@ def short_labels(found: Audit) -> str:
 
 def images_words(found: Audit) -> str:
     """Whether one image is behind the update, and by what evidence."""
-    return f"{_ONE_IMAGE[found.one_image.state]}: {found.one_image.text.removeprefix('not checked: ')}"
+    return f"{_ONE_IMAGE[found.one_image.state]}: {found.one_image.clause}"
 
 
 def normalization_words(mean: Sequence[float], std: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, Rows, dissect
 from ..attacks.catalogue import CLOSED_FORMS, Attack
-from ..attacks.evidence import clear_signs, one_image
+from ..attacks.evidence import clear_signs, head_unnamed, one_image
 from ..attacks.labels import Labels, check_told, recover_labels
 from ..attacks.pixels import normalization
 from ..attacks.reading import fit_update, measured_noise
@@ -32,7 +32,7 @@ from .choices import choices_of
 from .findings import Audit, Finding, Part, noise_of
 from .progress import Progress, steps
 from .sent_model import of_sent_model
-from .words import Trust
+from .words import HEAD_UNNAMED, HEAD_UNSHARED, Trust
 
 # What a replay misses, of the gradient. Of the pictures in data/results/fuzz.csv that are one image's,
 # those below the first have 38 dB and more but for one in twenty, those below the second 22 dB and
@@ -315,8 +315,8 @@ def _notes(model: nn.Module, update: ClientUpdate, anatomy: Anatomy, findings: S
         )
     notes += of_sent_model(model, update, anatomy, findings)
     notes += _of_the_model(model, update, anatomy)
-    failed = [f.result.replay for f in findings if f.result is not None and f.result.replay is not None]
-    notes += [f"{replay.words[0].upper()}{replay.words[1:]}." for replay in failed if "failed" in replay.words]
+    replays = [f.result.replay for f in findings if f.result is not None and f.result.replay is not None]
+    notes += [f"{replay.words[0].upper()}{replay.words[1:]}." for replay in replays if replay.failed]
     return notes
 
 
@@ -324,9 +324,7 @@ def _of_the_model(model: nn.Module, update: ClientUpdate, anatomy: Anatomy) -> l
     """Notes on the head and on dropout."""
     notes = []
     if anatomy.head_weight not in update.gradients and anatomy.head_bias not in update.gradients:
-        notes.append(
-            "The head's gradient is not shared: no label was read off it, and without one no picture is played back."
-        )
+        notes.append(HEAD_UNNAMED if head_unnamed(anatomy) else HEAD_UNSHARED)
     dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
     if dropouts:
         notes.append(

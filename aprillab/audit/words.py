@@ -40,27 +40,36 @@ NOT_SAFE = (
     "tuned to this system may need fewer, and what was not shared this time may be shared next time."
 )
 
+#: Notes of an audit without the head's gradient; the first where a caller described the model, and
+#: named no head.
+_UNPLAYED = "no label was read off it, and without one no picture is played back."
+HEAD_UNNAMED = f"The head is not named, so {_UNPLAYED}"
+HEAD_UNSHARED = f"The head's gradient is not shared: {_UNPLAYED}"
+
 _AWAY = "This update gives the private picture away"
 
-#: The verdict when the attack named has this trust. The order counts: the first trust that was
-#: found decides.
-VERDICTS: dict[Trust, str] = {
+#: What the verdict begins with when the attack named has this trust. The order counts: the first
+#: trust that was found decides.
+HEADLINES: dict[Trust, str] = {
     "exact": f"{_AWAY}, exactly: {{attack}}.",
     "close": f"{_AWAY}, with errors too small for the eye: {{attack}}.",
-    "likely": f"{_AWAY}, very probably: {{attack}}. Not all that the picture rests on is shown.",
-    "coarse": f"{_AWAY}, recognizable though with visible errors: {{attack}}. {NOT_SAFE}",
+    "likely": f"{_AWAY}, very probably: {{attack}}.",
+    "coarse": f"{_AWAY}, recognizable though with visible errors: {{attack}}.",
     "contradicted": "A picture came out that the equations fix, and yet it does not give this update when played "
     "back: look at it, and check that the model has the weights and the mode the client used, and that the update is "
-    f"a gradient. {NOT_SAFE}",
-    "unverified": f"A picture came out, but its error cannot be relied on: look at it yourself. {NOT_SAFE}",
+    "a gradient.",
+    "unverified": "A picture came out, but its error cannot be relied on: look at it yourself.",
     "poor": "A picture came out with large errors, in which some of the scene may be recognizable: look at it "
-    f"yourself. {NOT_SAFE}",
+    "yourself.",
     "mixture": "The closed forms return a mixture of pictures, or noise: no photograph that could be relied on, "
-    f"though parts of each may be seen. {NOT_SAFE}",
+    "though parts of each may be seen.",
     "noise": "Nothing but noise came out: by its own prediction the picture of each closed form is no better than "
-    f"plain grey. {NOT_SAFE}",
+    "plain grey.",
 }
-NOTHING_APPLIES = f"No closed form applies to this update. {NOT_SAFE}"
+NOTHING_APPLIES = "No closed form applies to this update."
+_ADDED: dict[Trust, str] = {"exact": "", "close": "", "likely": " Not all that the picture rests on is shown."}
+#: The whole of it.
+VERDICTS = {trust: words + _ADDED.get(trust, f" {NOT_SAFE}") for trust, words in HEADLINES.items()}
 
 #: Under a picture that is not to be taken for the private one.
 BELOW_PICTURE: dict[Trust, str] = {

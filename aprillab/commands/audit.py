@@ -17,7 +17,6 @@ from torch import nn
 
 from ..anatomy import Anatomy, tensors_of
 from ..attacks.replay import Loss
-from ..attacks.result import Condition
 from ..audit.advice import advice
 from ..audit.findings import Audit, Finding
 from ..audit.noise_words import short_noise
@@ -35,7 +34,7 @@ from ..audit.page import (
 )
 from ..audit.report import write_audit
 from ..audit.run import audit
-from ..audit.words import TRUST_WORDS
+from ..audit.words import HEAD_UNNAMED, TRUST_WORDS
 from ..federation import read_recording
 from ..preprocessing import HALF, IMAGENET, UNIT, Preprocessing
 from ..update import ClientUpdate, Round, UpdateError, load_state, load_update, missing_words
@@ -47,11 +46,7 @@ from .messages import RESPONSIBLE_USE, CommandError, note, patience
 from .recorded import audit_replies, training_of, write_summary
 from .user_model import built_model, described, here_importable
 
-_UNSHARED, _UNNAMED = "the head's gradient is not shared", "the head is not named"
-_HEAD_UNNAMED = (
-    "The head is not named, so no label was read off it, and without one no picture is played back: add --part "
-    "head_weight=… --part head_bias=…"
-)
+_NAME_HEAD = f"{HEAD_UNNAMED[:-1]}: add --part head_weight=… --part head_bias=…"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
                 found = audit(model, rounds, **options, progress=step)
             except UpdateError as error:
                 raise _with_options(error) from error
-            found = _with_head_unnamed(found)
+            found = _with_remedy(found)
             code = _exit_code(found, arguments.fail_on)
             replaced = " (replaced)" if (folder / "report.json").exists() else ""
             step("drawing the report")
@@ -211,28 +206,11 @@ def _say_what(
 # --- What was found -----------------------------------------------------------------------------------------------
 
 
-def _with_head_unnamed(found: Audit) -> Audit:
-    """Of a described model whose head nobody named, say that, and not that its gradient is not
-    shared.
-    """
-    anatomy = found.anatomy
-    if anatomy.family != "described by the caller" or anatomy.head_weight or anatomy.head_bias:
+def _with_remedy(found: Audit) -> Audit:
+    """Of a described model whose head nobody named, say first how to name it."""
+    if HEAD_UNNAMED not in found.notes:
         return found
-
-    def said(condition: Condition) -> Condition:
-        return replace(condition, words=condition.words.replace(_UNSHARED, _UNNAMED))
-
-    findings = []
-    for finding in found.findings:
-        result = finding.result
-        if result is not None:
-            result = replace(result, conditions=tuple(map(said, result.conditions)))
-        findings.append(replace(finding, result=result, reason=finding.reason.replace(_UNSHARED, _UNNAMED)))
-    notes = [words for words in found.notes if _UNSHARED not in words.lower()]
-    return replace(
-        found, notes=(_HEAD_UNNAMED, *notes), one_image=said(found.one_image), findings=tuple(findings),
-        labels_reason=found.labels_reason.replace(_UNSHARED, _UNNAMED),
-    )  # fmt: skip
+    return replace(found, notes=(_NAME_HEAD, *(note for note in found.notes if note != HEAD_UNNAMED)))
 
 
 def _exit_code(found: Audit, fail_on: str | None) -> int:
@@ -262,8 +240,8 @@ def _print_audit(found: Audit, folder: Path, replaced: str) -> None:
         print(textwrap.indent(textwrap.fill(f"normalization (--preprocessing): {found.pixels.text}", 110), "  "))
     for finding in found.findings:
         _print_finding(finding, folder)
-    if _HEAD_UNNAMED in found.notes:
-        print(f"\n  {_HEAD_UNNAMED}")
+    if _NAME_HEAD in found.notes:
+        print(f"\n  {_NAME_HEAD}")
     _print_advice(found)
     count = len(found.notes)
     notes = f", {count} note{'s' * (count > 1)} on what limits this audit" if count else ""

@@ -18,6 +18,7 @@ from .. import viz
 from ..anatomy import dissect, tensors_of
 from ..attacks.catalogue import ATTACKS
 from ..attacks.result import AttackNotApplicable
+from ..attacks.searches.match import BudgetError
 from ..audit.report import json_safe, picture_bytes
 from ..comparison.cases import DTYPES
 from ..metrics import EXACT_TO_8_BITS_DB
@@ -107,14 +108,12 @@ def _play(
             model, pixels, label, attack=arguments.attack, loss=loss, judging=judging, search=search
         ), None
     except AttackNotApplicable as refusal:
-        if "ended by: interrupted" in refusal.reason:  # before it saw anything
+        if refusal.numbers.get("stopped") == "interrupted":  # before it saw anything
             raise KeyboardInterrupt from refusal
         reason = refusal.reason + _way_on(arguments, refusal)
         return None, AttackNotApplicable(refusal.attack, reason, **refusal.numbers)
-    except ValueError as error:
-        if "max_evaluations" in str(error):
-            raise CommandError(f"--evaluations: {error}") from error
-        raise
+    except BudgetError as error:
+        raise CommandError(f"--evaluations: {error}") from error
 
 
 def _way_on(arguments: argparse.Namespace, refusal: AttackNotApplicable) -> str:

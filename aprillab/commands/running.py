@@ -16,6 +16,7 @@ from ..data import PictureError, PictureWarning
 from ..federation.flower import FlowerMissing
 from ..federation.processes import FederationError
 from ..update import UpdateError
+from ..update.client import lacks_memory
 from ..zoo import ModelError
 from .messages import CommandError, fail, note
 
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     except _FOR_PEOPLE as error:
         return fail(str(error), 2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "alloc" in str(error):
+        if lacks_memory(error):
             return fail(f"not enough memory: choose a smaller model or --image-size ({str(error)[:120]})", 2)
         raise
 

@@ -29,7 +29,7 @@ from ..version import __version__
 from ..zoo import build_model
 from .cases import DTYPES, Case, CompareError, is_file, private_pictures
 from .parallel import Failure, attempt
-from .records import Point, Row
+from .records import Outcome, Point, Row
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,10 @@ def play_attack(
         found = _attack(case, client, watch, max_evaluations, max_seconds)
     except (AttackNotApplicable, UpdateError) as refusal:
         seconds = time.perf_counter() - start
-        outcome = f"refused: {getattr(refusal, 'reason', refusal)}"
-        return Played(Row(seconds=seconds, outcome=" ".join(outcome.split()), **known), watch.points, None)
+        outcome = Outcome("refused", _in_one_line(str(getattr(refusal, "reason", refusal))))
+        return Played(Row(seconds=seconds, outcome=outcome, **known), watch.points, None)
     facts, seconds = found.diagnostics, found.seconds - watch.seconds
     pixels, decibels = _assigned(found.pixels, client.pixels)
-    outcome = f"{'exact' if found.exact else 'not exact'}: {found.reason}"
     row = Row(
         psnr=float(decibels.mean()),
         psnr_min=float(decibels.min()),
@@ -125,12 +124,16 @@ def play_attack(
         evaluations=facts.get("evaluations"),
         seconds=seconds,
         stopped=facts.get("stopped", ""),
-        outcome=" ".join(outcome.split()),
+        outcome=Outcome("exact" if found.exact else "not exact", _in_one_line(found.reason)),
         **known,
     )
     if watch.points:
         watch.add(facts["evaluations"], seconds, facts["loss"], float(decibels.mean()))
     return Played(row, watch.points, (pixels, decibels))
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 # --- All attacks on one update, in a worker -----------------------------------------------------------------------

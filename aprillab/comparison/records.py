@@ -21,9 +21,46 @@ from torch import Tensor
 from .cases import Case, CompareError, cell
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack said of its picture, or why it made none.
+
+    Attributes
+    ----------
+    state : {"exact", "not exact", "refused"}
+    reason : str
+        The attack's, in one line.
+
+    Examples
+    --------
+    >>> str(Outcome("refused", "rank 15 of 16"))
+    'refused: rank 15 of 16'
+    """
+
+    state: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.reason}"
+
+    @classmethod
+    def of_cell(cls, text: str) -> Outcome:
+        """From a CSV's cell, which has state and reason in one.
+
+        Raises
+        ------
+        ValueError
+            If it has no state in front.
+        """
+        state, colon, reason = text.partition(": ")
+        if not colon or state not in ("exact", "not exact", "refused"):
+            raise ValueError(f"an outcome is 'exact: …', 'not exact: …' or 'refused: …', not {state!r:.40}")
+        return cls(state, reason)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What became of a case. A refused attack has no scores and says why in ``outcome``.
+    """What became of a case. A refused attack has no scores, and why in ``outcome``.
 
     Attributes
     ----------
@@ -38,8 +75,7 @@ class Row:
         Of the attack, less what scoring it on its way took.
     gradient_seconds : float
         Of the client's forward and backward pass, after a forward pass to warm up.
-    outcome : str
-        ``"exact: …"``, ``"not exact: …"`` or ``"refused: …"``, with the attack's reason.
+    outcome : Outcome
     max_evaluations, max_seconds
         The budget of a search.
     weights_sha256 : str
@@ -60,7 +96,7 @@ class Row:
     seconds: float
     gradient_seconds: float
     stopped: str = ""
-    outcome: str
+    outcome: Outcome
     max_evaluations: int
     max_seconds: float | None
     weights_sha256: str
@@ -183,7 +219,7 @@ def cells(record: Row | Point) -> dict[str, str]:
 
 _KINDS: dict[str, Callable[[str], Any]] = {
     "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__,
-    "tuple[str, ...]": lambda text: tuple(text.split("+")),
+    "tuple[str, ...]": lambda text: tuple(text.split("+")), "Outcome": Outcome.of_cell,
 }  # fmt: skip
 
 

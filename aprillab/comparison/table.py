@@ -61,7 +61,7 @@ def _refusals(refused: Sequence[Row]) -> list[str]:
         return []
     reasons: dict[str, list[str]] = {}
     for row in refused:
-        reasons.setdefault(row.case.attack, []).append(row.outcome.removeprefix("refused: "))
+        reasons.setdefault(row.case.attack, []).append(row.outcome.reason)
     lines = [
         f"- {attack} ({given.count(reason)}): {reason}"
         for attack, given in reasons.items()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..update import ClientUpdate, UpdateError, update_from_states
 from ..update.client import check_round, loss_of
+from ..update.record import checked_facts
 from ..update.states import State
 
 #: The key of each field in a round's configuration; ``betas`` are two.
@@ -99,10 +100,8 @@ class LocalTraining:
         for name in ("optimizer", "learning_rate", "momentum", "weight_decay"):
             if getattr(self, name) is None:
                 raise UpdateError(f"{name!r} must be given, not None")
-        try:
-            facts = ClientUpdate({}, **self._facts())  # which checks them
-        except UpdateError as error:
-            raise UpdateError(str(error).replace("'local_steps'", "'steps'")) from None
+        # Each by itself, then together, as an update has them.
+        facts = ClientUpdate({}, **checked_facts(self._facts(), called={"local_steps": "steps"}))
         for name in ("learning_rate", "batch_size", "momentum", "weight_decay", "betas", "eps"):
             object.__setattr__(self, name, getattr(facts, name))
         object.__setattr__(self, "steps", facts.local_steps)

@@ -126,7 +126,7 @@ def status(outcome: Outcome) -> str:
     >>> status(play(State())).partition(": ")[2]
     'This update gives the private picture away, exactly: patch-embedding system.'
     """
-    said = outcome.refused if outcome.found is None else outcome.found.verdict.partition(". ")[0].rstrip(".") + "."
+    said = outcome.refused if outcome.found is None else outcome.found.headline
     return f"Done in {outcome.seconds:.1f} s: {said}"
 
 
@@ -198,7 +198,7 @@ def evidence_html(outcome: Outcome) -> str:
 
 
 def _condition_row(condition: Condition) -> tuple[str, str]:
-    return condition.name, f"{STATES[condition.state]}: {condition.text.removeprefix('not checked: ')}"
+    return condition.name, f"{STATES[condition.state]}: {condition.clause}"
 
 
 def _attack_rows(outcome: Outcome, found: Audit) -> list[tuple[str, str]]:
@@ -220,7 +220,7 @@ def _applies(finding: Finding) -> str:
     if finding.result is None:
         return f"does not apply. {finding.reason[:1].upper()}{finding.reason[1:]}."
     others = [c for c in finding.result.conditions if c.state != "shown"]
-    unmet = "; ".join(f"{c.name} {STATES[c.state]} ({c.text.removeprefix('not checked: ')})" for c in others)
+    unmet = "; ".join(f"{c.name} {STATES[c.state]} ({c.clause})" for c in others)
     brief = BELOW_PICTURE.get(finding.trust, finding.trust)
     return f"applies: {brief}. Predicted PSNR {predicted_words(finding)}; {unmet or 'all its conditions hold'}."
 

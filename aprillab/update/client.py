@@ -122,13 +122,22 @@ def _read(model: nn.Module, images: Tensor) -> Tensor:
     except UpdateError:
         raise
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        if "alloc" in str(error):  # a lack of memory says nothing of the pictures
+        if lacks_memory(error):  # which says nothing of the pictures
             raise
         weight = next(iter(model.parameters()))
         raise UpdateError(
             f"{type(model).__name__} cannot read images of shape {tuple(images.shape)}, {images.dtype} on "
             f"{images.device} (its weights: {weight.dtype} on {weight.device}): {_first_line(error)}"
         ) from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether that is what an error is about; torch has no type for it on the CPU.
+
+    >>> lacks_memory(MemoryError()), lacks_memory(RuntimeError("can't allocate memory")), lacks_memory(ValueError())
+    (True, True, False)
+    """
+    return isinstance(error, MemoryError) or "alloc" in str(error)
 
 
 def _loss_value(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, images: int) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ class ClientUpdate:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gradients", _named_gradients(self.gradients))
-        for name, checked in _FACTS.items():
-            object.__setattr__(self, name, checked(name, getattr(self, name)))
+        for name, value in checked_facts({name: getattr(self, name) for name in _FACTS}).items():
+            object.__setattr__(self, name, value)
         if both := [name for name in self.withheld if name in self.gradients]:
             raise UpdateError(f"{both[0]!r} is in the update and among the withheld: strike it out of one of the two")
         if self.nesterov and not self.momentum:
@@ -166,6 +167,29 @@ class ClientUpdate:
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _FACTS}
         return {**values, "withheld": list(self.withheld), "betas": None if self.betas is None else list(self.betas)}
+
+
+def checked_facts(facts: Mapping[str, Any], called: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """What a client states, each fact in its own type.
+
+    Parameters
+    ----------
+    facts : mapping
+        By the names of :class:`ClientUpdate`'s fields.
+    called : mapping of str to str
+        What a refusal is to call them where they have another name elsewhere.
+
+    Raises
+    ------
+    UpdateError
+        If one is of the wrong type or out of range.
+
+    Examples
+    --------
+    >>> checked_facts({"learning_rate": 1, "momentum": None})
+    {'learning_rate': 1.0, 'momentum': None}
+    """
+    return {name: check(called.get(name, name), facts[name]) for name, check in _FACTS.items() if name in facts}
 
 
 def as_set(names: Collection[str]) -> set[str]:

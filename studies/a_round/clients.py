@@ -63,9 +63,10 @@ class Case(NamedTuple):
 class Row:
     """What one attack made of it. PSNR in dB, of a batch that of the picture which comes nearest.
 
-    ``linear`` is the PSNR of the patch-embedding system as it stands, where a step of Adam was undone
-    for the other; ``trust`` the audit's word, measured for the first victim and seed of each cell. The
-    losses are the client's, before and after its last round; ``grey`` the PSNR of a grey picture.
+    ``linear`` is the PSNR of the patch-embedding system as it stands, where a step of Adam was
+    undone for the other; ``trust`` the audit's word, measured for the first victim and seed of
+    each cell. The losses are the client's, before and after its last round; ``grey`` the PSNR
+    of a grey picture.
     """
 
     part: str
@@ -115,7 +116,9 @@ def ready(name: str, seed: int) -> nn.Module:
 
 
 def pictures(first: str, count: int, size: int) -> Tensor:
-    """``count`` photographs, (count, C, H, W): the victims from ``first`` on, then a quarter of each."""
+    """``count`` photographs, (count, C, H, W): the victims from ``first`` on, then a quarter of
+    each.
+    """
     names = al.victims()
     names = [*names[names.index(first) :], *names[: names.index(first)]]
     whole = [al.load_victim(name, size) for name in names[:count]]
@@ -232,7 +235,9 @@ def _nearest(picture: Tensor, truth: Tensor) -> float:
 
 
 def as_it_stands(before: Any, after: Any, case: Case, anatomy: al.Anatomy) -> Tensor:
-    """The picture, (C, H, W), of the patch-embedding system where a step of Adam is taken for a gradient."""
+    """The picture, (C, H, W), of the patch-embedding system where a step of Adam is
+    taken for a gradient.
+    """
     plain = al.update_from_states(before, after, learning_rate=case.learning_rate, local_steps=case.steps)
     dW = plain.gradients[anatomy.patch_weight].double().flatten(1)
     G = plain.gradients[anatomy.position or ""].double().flatten(0, -2)[anatomy.position_prefix :]

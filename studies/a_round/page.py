@@ -24,7 +24,9 @@ FILE = "a_round.csv"
 def table(
     rows: pd.DataFrame, names: Sequence[str], *, stands: bool = False, grey: bool = False, loss: bool = False
 ) -> str:
-    """A line for each cell: PSNR and prediction over its runs, how many are exact, the audit's word."""
+    """A line for each cell: PSNR and prediction over its runs, how many are exact, the audit's
+    word.
+    """
 
     def line(group: pd.DataFrame) -> dict[str, str]:
         done = group[group.psnr.notna()]

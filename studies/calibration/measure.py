@@ -152,7 +152,9 @@ def near(add: Add, setting: Setting, count: int, evaluations: tuple[int, ...] = 
 
 @functools.lru_cache(maxsize=32)
 def guesses(one: Victim, evaluations: tuple[int, ...]) -> list[Tensor]:
-    """The patches (p, B·n) that a search has come to after so many evaluations, if it takes as many."""
+    """The patches (p, B·n) that a search has come to after so many evaluations, if it takes as
+    many.
+    """
     seen: list[Tensor] = []
 
     def look(entry: Mapping[str, Any], images: Tensor) -> None:
@@ -277,7 +279,9 @@ def _normal(like: Tensor) -> Tensor:
 
 
 def _steps_of_truth(reduced: ReducedLattice, centres: Tensor, truth: Tensor) -> Tensor:
-    """How many whole numbers each coordinate (p, n) of the truth is off what its row asks for, (8.6)."""
+    """How many whole numbers each coordinate (p, n) of the truth is off what its row asks for,
+    (8.6).
+    """
     target = reduced.rotation.T @ (reduced.root @ centres)
     z = torch.linalg.solve(reduced.basis, truth.T).round()
     middle = z + (target - reduced.triangle @ z) / reduced.triangle.diagonal()[:, None]

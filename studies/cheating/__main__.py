@@ -1,9 +1,10 @@
 """What a server that cheats gets, and what a client sees of it: `python -m studies.cheating`.
 
-Writes cheating.csv, cheating_looks.csv and cheating_secure.csv, and from them cheating.md and cheating.png. Float32;
-solved in float64; no server and no client but functions of this process. Random weights of a ViT of 32×32 (patch 8,
-width 192, two blocks, 100 classes), the same trained on MNIST-5k's digits or on pieces of photographs, and ViT-B/16
-at 224, random weights. The secure sums are by Flower's SecAgg+ (the extra "federation"); without it, those that were
+Writes cheating.csv, cheating_looks.csv and cheating_secure.csv, and from them cheating.md and
+cheating.png. Float32; solved in float64; no server and no client but functions of this process.
+Random weights of a ViT of 32×32 (patch 8, width 192, two blocks, 100 classes), the same trained
+on MNIST-5k's digits or on pieces of photographs, and ViT-B/16 at 224, random weights. The
+secure sums are by Flower's SecAgg+ (the extra "federation"); without it, those that were
 measured are described.
 
     python -m studies.cheating            # an hour and a half of one thread, half of it ViT-B/16's sum

@@ -26,7 +26,9 @@ PUBLIC = 8  # of the victims are the client's, the others are what a server has 
 
 @functools.lru_cache(maxsize=2)
 def model_of(name: str) -> nn.Module:
-    """``random``: 32×32, 100 classes. ``digits``, ``pieces``: the same, trained. Otherwise the zoo's, at 224."""
+    """``random``: 32×32, 100 classes. ``digits``, ``pieces``: the same, trained. Otherwise
+    the zoo's, at 224.
+    """
     if name == "random":
         return al.VisionTransformer(**SMALL, classes=100, seed=0).eval()
     if name in ("digits", "pieces"):
@@ -62,7 +64,9 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 def pieces(size: int, seed: int, *, public: bool = False) -> Iterator[Tensor]:
-    """Square pieces (3, size, size) of the project's photographs in [0, 1], without end: the client's, or public."""
+    """Square pieces (3, size, size) of the project's photographs in [0, 1], without end: the
+    client's, or public.
+    """
     names = al.victims()
     photographs, _ = al.load_victims(names[PUBLIC:] if public else names[:PUBLIC])
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +86,8 @@ def crops(count: int, size: int, seed: int, *, public: bool = False) -> Tensor:
 def batch_of(name: str, count: int, seed: int, kind: str, wanted: int, client: int = 0) -> tuple[Tensor, Tensor, int]:
     """Images in model-input space, labels, and the class that image ``wanted`` alone has.
 
-    ``kind``: ``distinct`` labels, or ``repeated``: the others share four classes. Each client has others.
+    ``kind``: ``distinct`` labels, or ``repeated``: the others share four classes. Each
+    client has others.
     """
     if name == "digits":
         images, labels = digits("test")
@@ -111,10 +116,11 @@ def update_of(model: nn.Module, images: Tensor, labels: Tensor) -> al.ClientUpda
 
 
 class Others:
-    """The summed gradient of pictures whose class is not wanted, taken one by one, float32 like the model.
+    """The summed gradient of pictures whose class is not wanted, taken one by one,
+    float32 like the model.
 
-    Gradients add: with this, another victim among the same others is one backward pass. The first pictures of a
-    large batch are a small batch's, so sums are asked for from the smallest up.
+    Gradients add: with this, another victim among the same others is one backward pass. The first
+    pictures of a large batch are a small batch's, so sums are asked for from the smallest up.
 
     Examples
     --------
@@ -131,7 +137,9 @@ class Others:
         self._pictures, self._total = pictures, dict[str, Tensor]()
 
     def of(self, count: int) -> dict[str, Tensor]:
-        """The sum over the first ``count`` pictures; a ValueError if it has gone further, or there are fewer."""
+        """The sum over the first ``count`` pictures; a ValueError if it has gone further,
+        or there are fewer.
+        """
         if count < self.count:
             raise ValueError(f"the sum is of {self.count} pictures already, and {count} were asked for")
         for image, label in itertools.islice(self._pictures, count - self.count):
@@ -143,7 +151,9 @@ class Others:
         return self._total
 
     def joined_by(self, images: Tensor, labels: Tensor, count: int, *, clients: int = 1) -> al.ClientUpdate:
-        """The update of these others and some victims: one client's mean, or the sum of many clients' means."""
+        """The update of these others and some victims: one client's mean, or the sum of
+        many clients' means.
+        """
         total, (each, left) = dict(self.of(count)), divmod(count + len(images), clients)
         if left or not each:
             raise ValueError(f"{count + len(images)} pictures are not {clients} clients' equal shares")
@@ -175,7 +185,9 @@ def read(sent: nn.Module, update: al.ClientUpdate, **options: object) -> al.Reco
 
 
 def changed(update: al.ClientUpdate, setting: str, seed: int) -> tuple[al.ClientUpdate, dict[str, Any]]:
-    """The client clips, adds noise to what it clipped to 1, or rounds; and what the server knows of it."""
+    """The client clips, adds noise to what it clipped to 1, or rounds; and what the
+    server knows of it.
+    """
     if setting == "clip" or setting in NOISE:
         update = al.defenses.clip(update, 1.0)
     if setting in NOISE:
@@ -200,7 +212,9 @@ def of_one(model: Any, update: al.ClientUpdate, image: Tensor, **options: Any) -
 
 
 def of_two(case: Case, model: nn.Module, update: al.ClientUpdate, pair: Tensor) -> Iterator[Row]:
-    """The system's one picture beside each of the two of the class, and beside these what their mean has."""
+    """The system's one picture beside each of the two of the class, and beside these
+    what their mean has.
+    """
     found = sorted((of_one(model, update, image) for image in pair), key=lambda one: -one["psnr"])
     for setting, one in zip((TWO, OTHER), found, strict=True):
         yield Row(*case._replace(setting=setting), **one)

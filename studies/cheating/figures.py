@@ -1,4 +1,6 @@
-"""The page's figure: decibels over L, the race, and one picture out of a batch and out of a hundred clients."""
+"""The page's figure: decibels over L, the race, and one picture out of a batch and out of
+a hundred clients.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,8 @@ def figure(rows: pd.DataFrame, seen: pd.DataFrame, shown: list[Shown]) -> Figure
 
 
 def over_strength(ax: Axes, rows: pd.DataFrame, setting: str) -> None:
-    """Medians, least and most of the victims; what a picture has that is alone; and the slope of e^−L, through the
-    last median of a small batch that is clearly below it.
+    """Medians, least and most of the victims; what a picture has that is alone; and the slope of
+    e^−L, through the last median of a small batch that is clearly below it.
     """
     fished_ones = rows[(rows.part == "class") & (rows.setting == setting)]
     for batch, (colour, marker) in BATCHES.items():
@@ -85,7 +87,9 @@ def over_strength(ax: Axes, rows: pd.DataFrame, setting: str) -> None:
 
 
 def the_race(ax: Axes, race: pd.DataFrame) -> None:
-    """The best picture of a batch beside the score of the look at it; hollow where the weights give it away."""
+    """The best picture of a batch beside the score of the look at it; hollow where the
+    weights give it away.
+    """
     for change, (colour, marker, _) in CHANGES.items():
         rows = race[race.change == change]
         for by_weights, of in rows.groupby(rows.by_weights.eq(True)):
@@ -124,7 +128,9 @@ class Shown(NamedTuple):
 
 
 def strip(clients: int = CLIENTS) -> Iterator[Shown]:
-    """The wanted picture, its batch's mean, what comes of the batch at each L, and of a sum over clients."""
+    """The wanted picture, its batch's mean, what comes of the batch at each L, and of
+    a sum over clients.
+    """
     case = Case("class", "random", "distinct", _STRENGTHS[-1], _BATCH, _VICTIM)
     _, images, _ = fished(case, _BATCH)
     pixels = al.HALF.to_pixels(images)

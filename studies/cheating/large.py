@@ -1,7 +1,8 @@
-"""ViT-B/16 at 224: batches and sums whose other pictures are the same for all victims, and what decibels hang on.
+"""ViT-B/16 at 224: batches and sums whose other pictures are the same for all victims, and
+what decibels hang on.
 
-The others of a setting are summed once: the first 7 of them are those of a batch of 8, and so on up to the 799
-of a hundred clients. Only the victim's own gradient is exchanged.
+The others of a setting are summed once: the first 7 of them are those of a batch of 8, and so on up
+to the 799 of a hundred clients. Only the victim's own gradient is exchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .records import CHANGES, CLIENTS, OF_EACH, SUM, TWO, Case, Row
 MODEL, WANTED, SIZE, PATCH = "vit_b_16", 7, 224, 16
 AGAIN = "distinct, others anew"
 CHANGES_HERE = tuple(change for change in CHANGES if change != "noise 1e-3")  # nothing is left at 1e-4
-#: In a batch of one, one thing changes: the arithmetic, the weights, the head's row, or the picture.
+#: In a batch of one, one thing changes: the arithmetic, the weights, the head's row,
+#: or the picture.
 ONE_THING = (
     "float64", "float64, rounded", "other weights", "other class", "position embedding × 10", "patches shuffled",
     "half contrast", "texture 0.02", "texture 0.1",
@@ -99,7 +101,9 @@ def measured(case: Case) -> Iterator[Row]:
 
 
 def of_batch(case: Case) -> dict[str, Any]:
-    """The victim among the others of its setting, or alone; a sum's server gets what a hundred means add up to."""
+    """The victim among the others of its setting, or alone; a sum's server gets what a
+    hundred means add up to.
+    """
     clients = CLIENTS if case.part == "sum" else 1
     image = _input(victim(case.victim))[None]
     others = others_of(kind_of(case), case.strength)

@@ -1,4 +1,6 @@
-"""What a client sees: scores of honest models and of sent ones, and the attacker who knows the check."""
+"""What a client sees: scores of honest models and of sent ones, and the attacker who knows the
+check.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one inspection; ``seen`` names the suspicious ones. ``psnr`` of the wanted picture in a race."""
+    """Scores of one inspection; ``seen`` names the suspicious ones. ``psnr`` of the wanted
+    picture in a race.
+    """
 
     kind: str
     model: str
@@ -157,7 +161,8 @@ def sent(case: Case, model: nn.Module) -> nn.Module:
 
 
 def planted(model: nn.Module, label: int, change: str, offset: float) -> nn.Module:
-    """A head that looks trained, since it is: all rows by one factor, and one class less probable than it was.
+    """A head that looks trained, since it is: all rows by one factor, and one class less
+    probable than it was.
 
     What other images pass is 1 − p of classes that the model is sure of, the surer by the factor.
     """
@@ -209,11 +214,12 @@ def raced(case: Case) -> Row:
 
 
 def asked_twice(case: Case) -> Row:
-    """The best that a difference of two rounds gives, of those rounds that every other look lets pass.
+    """The best that a difference of two rounds gives, of those rounds that every other look lets
+    pass.
 
-    The first round's head is the trained one by a factor, an honest epoch after the trained one. The second's has one
-    class less or more probable by ``OFFSET`` nats, and each layer of its body moved by a relative ``strength``, at
-    random. The server tries each class both ways.
+    The first round's head is the trained one by a factor, an honest epoch after the trained one.
+    The second's has one class less or more probable by ``OFFSET`` nats, and each layer of its body
+    moved by a relative ``strength``, at random. The server tries each class both ways.
     """
     model = model_of("digits")
     images, labels = batch_for(model, case)

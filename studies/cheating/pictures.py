@@ -1,4 +1,6 @@
-"""What comes back: class fishing of batches and sums, under noise; features, imprint, LoRA, silenced clients."""
+"""What comes back: class fishing of batches and sums, under noise; features, imprint,
+LoRA, silenced clients.
+"""
 
 from __future__ import annotations
 

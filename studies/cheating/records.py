@@ -25,7 +25,9 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """``psnr`` of the wanted picture, or the median of those with 30 dB; ``there`` and ``sharp`` count a batch's."""
+    """``psnr`` of the wanted picture, or the median of those with 30 dB; ``there`` and
+    ``sharp`` count a batch's.
+    """
 
     part: str
     model: str

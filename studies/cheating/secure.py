@@ -1,9 +1,11 @@
-"""Silenced clients and class fishing through Flower's own SecAgg+: `python -m studies.cheating.secure`.
+"""Silenced clients and class fishing through Flower's own SecAgg+: `python -m
+studies.cheating.secure`.
 
-Three clients, one round, played three ways: by an honest server, by one that silences all but the first client, and
-by one that fishes for a class. Prints what each client saw and what the server got, and writes silenced.png. The
-protocol is Flower's (pip install "aprillab[federation]"), the photographs the project's, server and clients functions
-of this process: nothing is sent anywhere. It takes less than a minute.
+Three clients, one round, played three ways: by an honest server, by one that silences all but the
+first client, and by one that fishes for a class. Prints what each client saw and what the server
+got, and writes silenced.png. The protocol is Flower's (pip install "aprillab[federation]"), the
+photographs the project's, server and clients functions of this process: nothing is sent anywhere.
+It takes less than a minute.
 
     python -m studies.cheating.secure --out runs/silenced
 """
@@ -60,9 +62,9 @@ class Case(NamedTuple):
 class Row:
     """``psnr`` of the first client's first picture, of an honest round the best of all pictures.
 
-    ``unrounded`` is the same from the plain average of the replies; ``floor`` the r.m.s. error of the average's
-    weights below the head, ``foretold`` what follows from the quantization; ``others`` how much the other two moved
-    below the head, relative to the first.
+    ``unrounded`` is the same from the plain average of the replies; ``floor`` the r.m.s. error of
+    the average's weights below the head, ``foretold`` what follows from the quantization;
+    ``others`` how much the other two moved below the head, relative to the first.
     """
 
     way: str
@@ -102,7 +104,9 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def owners(case: Case) -> tuple[list[Owner], int]:
-    """The clients, of whom the first has the wanted picture, and its class, which no other picture has."""
+    """The clients, of whom the first has the wanted picture, and its class, which no
+    other picture has.
+    """
     from .secure_sum import CLIENTS, Owner
 
     images, labels, wanted = batch_of(case.model, 8, case.victim, "repeated", case.victim)

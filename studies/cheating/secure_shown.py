@@ -1,4 +1,6 @@
-"""The command's three rounds: what each client saw, what the server got of whom, and the picture. Needs Flower."""
+"""The command's three rounds: what each client saw, what the server got of whom, and the
+picture. Needs Flower.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,12 @@ LINE = "{:<9} {:<21} {:>8}  {:<11} {:<8} {:>5.1f}  {}"
 
 @dataclass(frozen=True)
 class Seen:
-    """A client in a round: what it saw of the model before it answered, and what the server got of its photograph.
+    """A client in a round: what it saw of the model before it answered, and what the server got
+    of its photograph.
 
-    ``same`` is whether its fingerprint of the model is the one that most clients have, ``looks`` what is suspicious
-    to :func:`aprillab.inspect_model` with the round before and its own pictures; ``psnr`` in dB.
+    ``same`` is whether its fingerprint of the model is the one that most clients have, ``looks``
+    what is suspicious to :func:`aprillab.inspect_model` with the round before and its own
+    pictures; ``psnr`` in dB.
     """
 
     way: str

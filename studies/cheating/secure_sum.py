@@ -1,9 +1,11 @@
-"""One round of Flower's own SecAgg+ with a server that cheats, and what is in the sum. Needs Flower.
+"""One round of Flower's own SecAgg+ with a server that cheats, and what is in the sum. Needs
+Flower.
 
-Protocol, masks, quantization and FedAvg are Flower's. The server follows the protocol, and cheats by one method of
-its strategy: ``configure_fit`` gives each node a model of its own. Node k is sent θ_k and sends back, masked,
-n_k (θ_k − η u_k). The server gets the average A alone, and knows each θ_k, and n_k, which goes beside in plain text.
-So it has Σ n_k θ_k − N A = η Σ n_k u_k; and where all but one u_k are zero, one client's update.
+Protocol, masks, quantization and FedAvg are Flower's. The server follows the protocol, and cheats
+by one method of its strategy: ``configure_fit`` gives each node a model of its own. Node k is sent
+θ_k and sends back, masked, n_k (θ_k − η u_k). The server gets the average A alone, and knows each
+θ_k, and n_k, which goes beside in plain text. So it has Σ n_k θ_k − N A = η Σ n_k u_k; and where
+all but one u_k are zero, one client's update.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ State = Mapping[str, Tensor]
 class Precision:
     """What the server tells the clients of the quantization; Flower's defaults.
 
-    A client multiplies its weights by n / ``max_weight``, cuts them off at ± ``clipping_range``, and rounds them at
-    random to one of 2²² levels.
+    A client multiplies its weights by n / ``max_weight``, cuts them off at ± ``clipping_range``,
+    and rounds them at random to one of 2²² levels.
     """
 
     max_weight: float = 1000.0
@@ -105,9 +107,11 @@ def _parameters(state: State) -> Parameters:
 
 @dataclass(frozen=True)
 class Round:
-    """What the server has after a round: what it sent to whom and asked for, and what the protocol gave it.
+    """What the server has after a round: what it sent to whom and asked for, and what
+    the protocol gave it.
 
-    ``average`` (float64) is empty where the protocol was halted; ``pictures`` are of those who are in the sum.
+    ``average`` (float64) is empty where the protocol was halted; ``pictures`` are of those
+    who are in the sum.
     """
 
     sent: Sequence[State]
@@ -125,7 +129,9 @@ def play(
     model: nn.Module, sent: Sequence[State], everyone: Sequence[Owner], how: LocalTraining, *,
     precision: Precision | None = None, seed: int = 0, lost: Callable[[Message], bool] | None = None,
 ) -> Round:  # fmt: skip
-    """One round; ``seed`` is of the stochastic rounding, for the masks are drawn from the system's randomness."""
+    """One round; ``seed`` is of the stochastic rounding, for the masks are drawn from the
+    system's randomness.
+    """
     strategy, told = Cheating(sent, how), precision or Precision()
     coarse = {"max_weight": float(told.max_weight), "clipping_range": float(told.clipping_range)}  # no int is taken
     protocol = SecAggPlusWorkflow(CLIENTS, THRESHOLD, quantization_range=LEVELS, **coarse)
@@ -137,7 +143,9 @@ def play(
 
 
 def app_of(owner: Owner, model: nn.Module) -> ClientApp:
-    """The client, behind Flower's mod, in the older interface that SecAgg+ needs: weights without names."""
+    """The client, behind Flower's mod, in the older interface that SecAgg+ needs:
+    weights without names.
+    """
     names = list(model.state_dict())
 
     class Trains(NumPyClient):
@@ -153,7 +161,8 @@ def app_of(owner: Owner, model: nn.Module) -> ClientApp:
 
 
 def update_of(model: nn.Module, played: Round, node: int = FIRST) -> al.ClientUpdate:
-    """The update of the clients in the sum, as if ``node`` had sent it: in units of its mean gradient.
+    """The update of the clients in the sum, as if ``node`` had sent it: in units of
+    its mean gradient.
 
     Raises
     ------
@@ -177,7 +186,9 @@ def update_of(model: nn.Module, played: Round, node: int = FIRST) -> al.ClientUp
 
 
 def foretold(played: Round) -> float:
-    """The rms error of the average's weights: of each reply a step of the quantization, rounded at random."""
+    """The rms error of the average's weights: of each reply a step of the quantization,
+    rounded at random.
+    """
     return played.precision.step * math.sqrt(len(played.pictures) / 6) / sum(played.weights().values())
 
 

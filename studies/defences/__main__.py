@@ -1,9 +1,10 @@
 """Defences that hold, and what they cost: `python -m studies.defences`.
 
-Noise from 1e-8 to 10 times the clipping norm, clipping, pruning, few bits, dithered pixels, batches, secure
-sums, Adam: each before the attacker who knows it, who reconstructs, and who only names one of a hundred
-pictures; and what the theorems say of noise. Writes defences_grid.csv, defences_information.csv and
-defences_matching.csv, and from them and from defences_accuracy.csv the page defences.md and its figures.
+Noise from 1e-8 to 10 times the clipping norm, clipping, pruning, few bits, dithered pixels,
+batches, secure sums, Adam: each before the attacker who knows it, who reconstructs, and who only
+names one of a hundred pictures; and what the theorems say of noise. Writes defences_grid.csv,
+defences_information.csv and defences_matching.csv, and from them and from defences_accuracy.csv the
+page defences.md and its figures.
 
     python -m studies.defences              # some twenty minutes of one thread
     python -m studies.defences --large      # and a few defences on ViT-B/16 at 224: half an hour more

@@ -1,20 +1,22 @@
-"""What each defence costs in accuracy: `python -m studies.defences.accuracy` writes defences_accuracy.csv.
+"""What each defence costs in accuracy: `python -m studies.defences.accuracy` writes
+defences_accuracy.csv.
 
-The small pre-norm ViT of `studies.accuracy`, its data and its split; accuracy of the last epoch, five seeds.
-Seconds are of a machine that was shared: they mean something only as ratios.
+The small pre-norm ViT of `studies.accuracy`, its data and its split; accuracy of the last epoch,
+five seeds. Seconds are of a machine that was shared: they mean something only as ratios.
 
-DP-SGD is `aprillab.privacy.train_privately`: each image's gradient clipped, noise on the sum, ε of the trained
-weights for one image more or less. Its batch and rate were chosen on seeds 100 and 101, which are not among
-those reported: other splits of the same 5000 images. That is *not* counted in ε. A hospital that tunes on its
-patients has to count it, or to tune on public pictures. ε = ∞ clips and adds nothing, with the batch, rate and
-epochs of the runs without a defence.
+DP-SGD is `aprillab.privacy.train_privately`: each image's gradient clipped, noise on the sum, ε of
+the trained weights for one image more or less. Its batch and rate were chosen on seeds 100 and 101,
+which are not among those reported: other splits of the same 5000 images. That is *not* counted in
+ε. A hospital that tunes on its patients has to count it, or to tune on public pictures. ε = ∞ clips
+and adds nothing, with the batch, rate and epochs of the runs without a defence.
 
-The cheap defences are what each client does to its gradient in federated SGD, fifty clients of one image a
-round, whose average takes one step: see `accuracy_federated`. Noise is σ·C in every entry of every update,
-clipped to C, the median norm of the images' gradients before training (which costs privacy, too, and is not
-counted; at σ = 0.1 on seed 100, C = 1 gave two points more). ε is then *local*: of all updates that a client sends,
-one an epoch, to a server that reads each. The column of the sums is for a server that sees only what fifty
-clients sent together, as by secure aggregation.
+The cheap defences are what each client does to its gradient in federated SGD, fifty clients of
+one image a round, whose average takes one step: see `accuracy_federated`. Noise is σ·C in every
+entry of every update, clipped to C, the median norm of the images' gradients before training
+(which costs privacy, too, and is not counted; at σ = 0.1 on seed 100, C = 1 gave two points
+more). ε is then *local*: of all updates that a client sends, one an epoch, to a server that reads
+each. The column of the sums is for a server that sees only what fifty clients sent together, as
+by secure aggregation.
 
     python -m studies.defences.accuracy                               # MNIST-5k, forty minutes of one core
     python -m studies.defences.accuracy --data cifar10 --root DIR     # CIFAR-10 is there: days, without a GPU
@@ -57,7 +59,8 @@ from .accuracy_federated import (
 )
 
 DELTA, CLIENTS = 1e-5, 50
-#: Of DP-SGD by ε: found on seeds 100 and 101 for 3 and 8. Without noise it is the budget of the other runs.
+#: Of DP-SGD by ε: found on seeds 100 and 101 for 3 and 8. Without noise it is the budget of
+#: the other runs.
 PRIVATE: dict[float, dict[str, Any]] = {
     1.0: {"batch_size": 1000, "epochs": 20, "lr": 0.012},
     3.0: {"batch_size": 1000, "epochs": 20, "lr": 0.012},
@@ -68,7 +71,9 @@ CLIP = 1.0
 
 
 class Case(NamedTuple):
-    """One run. The strength is DP-SGD's ε, noise's σ, the share kept by pruning, bits, or images a client."""
+    """One run. The strength is DP-SGD's ε, noise's σ, the share kept by pruning, bits,
+    or images a client.
+    """
 
     seed: int
     defence: str
@@ -92,9 +97,10 @@ CELLS: tuple[tuple[str, float], ...] = (
 class Row:
     """One run.
 
-    ``epsilon`` is DP-SGD's, of the weights, or that of all updates a client sends under noise;
-    ``epsilon_round`` of one of them; ``epsilon_sum`` of the rounds' sums alone, for a server that cannot see
-    what is in them. All at δ = 1e-5, for one image more or less. ``batch`` is images a step.
+    ``epsilon`` is DP-SGD's, of the weights, or that of all updates a client sends under
+    noise; ``epsilon_round`` of one of them; ``epsilon_sum`` of the rounds' sums alone, for a
+    server that cannot see what is in them. All at δ = 1e-5, for one image more or less.
+    ``batch`` is images a step.
     """
 
     data: str
@@ -223,7 +229,9 @@ def named(defence: str, strength: float) -> str:
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """A line for each defence and strength: mean accuracy, its 95 % interval (of several seeds), ε, seconds."""
+    """A line for each defence and strength: mean accuracy, its 95 % interval (of several
+    seeds), ε, seconds.
+    """
 
     def line(runs: pd.DataFrame) -> dict[str, Any]:
         first = runs.iloc[0]

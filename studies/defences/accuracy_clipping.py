@@ -1,10 +1,12 @@
-"""Clipping an update of several images bounds none of them: by how much one image moves what is shared.
+"""Clipping an update of several images bounds none of them: by how much one image
+moves what is shared.
 
-The mean gradient of eight images, and one of the eight replaced by another image of the pool with any label:
-the label is the client's, too. Clipped image by image the mean moves by at most 2C/8. Clipped as a whole it
-may move by up to 2C, whatever the number of images; noise that was measured by C/8 is then eight times too
-small. Before training, and after the plain training of `accuracy_federated`, where a batch that the model
-knows well has a small gradient and one image may be all of it.
+The mean gradient of eight images, and one of the eight replaced by another image of the pool
+with any label: the label is the client's, too. Clipped image by image the mean moves by at
+most 2C/8. Clipped as a whole it may move by up to 2C, whatever the number of images; noise
+that was measured by C/8 is then eight times too small. Before training, and after the plain
+training of `accuracy_federated`, where a batch that the model knows well has a small gradient
+and one image may be all of it.
 
 C is the median norm of the images' own gradients, for both.
 
@@ -46,7 +48,8 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One batch: the largest changes of what is shared, in units of C, over all replacements of one image.
+    """One batch: the largest changes of what is shared, in units of C, over all
+    replacements of one image.
 
     ``bound`` is 2/batch, which per-image clipping keeps; ``norm`` of the batch's mean gradient.
     """
@@ -100,8 +103,8 @@ def gram_of(rows: Tensor) -> Tensor:
 def changes(gram: Tensor, size: int, clip: float) -> tuple[float, float]:
     """The largest change of the mean of ``size`` gradients when one of them is replaced by another.
 
-    ``gram`` holds the inner products of all gradients: first those of the batch, then those that may come in.
-    Returns the change clipped image by image, and clipped as a whole.
+    ``gram`` holds the inner products of all gradients: first those of the batch, then those that
+    may come in. Returns the change clipped image by image, and clipped as a whole.
     """
     lengths = gram.diagonal().sqrt()
     factors = (clip / lengths).clamp(max=1)
@@ -130,7 +133,9 @@ def measure_clipping(folder: Path, options: argparse.Namespace) -> None:
 
 
 def clipping_summary(rows: pd.DataFrame) -> str:
-    """A line before and one after training; changes in units of C, least noise multipliers that are wrong."""
+    """A line before and one after training; changes in units of C, least noise
+    multipliers that are wrong.
+    """
 
     def line(runs: pd.DataFrame) -> dict[str, str]:
         return {

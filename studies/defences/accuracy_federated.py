@@ -1,13 +1,14 @@
-"""Training in which every client defends its own gradient, and the defences for many clients at once.
+"""Training in which every client defends its own gradient, and the defences for many clients at
+once.
 
-A round is one step of federated SGD: each client sends the defended gradient of its images, the server
-averages what it is sent and takes a step of AdamW, with the rates of :func:`aprillab.training.train`.
-Without a defence this *is* that training, up to rounding.
+A round is one step of federated SGD: each client sends the defended gradient of its images, the
+server averages what it is sent and takes a step of AdamW, with the rates of
+:func:`aprillab.training.train`. Without a defence this *is* that training, up to rounding.
 
-The clients' gradients are computed together, tensor by tensor with a row for each client. So are the
-defences, and each client's result is what `aprillab.defenses` makes of its update alone, up to float32's
-rounding. Noise is the one exception: what the server averages holds the mean of n independent draws, which
-is distributed as one draw of 1/√n the deviation, and that is drawn.
+The clients' gradients are computed together, tensor by tensor with a row for each client. So are
+the defences, and each client's result is what `aprillab.defenses` makes of its update alone, up to
+float32's rounding. Noise is the one exception: what the server averages holds the mean of n
+independent draws, which is distributed as one draw of 1/√n the deviation, and that is drawn.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def clipped(gradients: Gradients, clip: float) -> Gradients:
 
 
 def pruned(gradients: Gradients, keep: float) -> Gradients:
-    """As :func:`aprillab.defenses.prune`; where several entries tie for the last place all of them stay."""
+    """As :func:`aprillab.defenses.prune`; where several entries tie for the last place all of them
+    stay.
+    """
     magnitudes = torch.cat([g.abs().flatten(1) for g in gradients.values()], 1)
     place = magnitudes.shape[1] - max(1, round(keep * magnitudes.shape[1]))
     # NumPy's partition takes a fifth of the time of PyTorch's topk.
@@ -86,7 +89,9 @@ def quantized(gradients: Gradients, bits: int) -> Gradients:
 
 
 def signs(gradients: Gradients) -> Gradients:
-    """One bit an entry: whether it is positive, and nothing of its size (signSGD with averaged votes)."""
+    """One bit an entry: whether it is positive, and nothing of its size (signSGD with averaged
+    votes).
+    """
     return {name: g.sign() for name, g in gradients.items()}
 
 
@@ -115,7 +120,8 @@ def train_federated(
     deviation: float = 0.0,
     test: tuple[Tensor, Tensor],
 ) -> float:
-    """Train in place on clients of one image each; the accuracy on the test images after the last epoch.
+    """Train in place on clients of one image each; the accuracy on the test images
+    after the last epoch.
 
     Parameters
     ----------
@@ -148,7 +154,9 @@ def train_federated(
 def _adamw(
     model: nn.Module, rising: int, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with decay on matrices alone; its rate rises in a line, then falls along half a cosine to zero."""
+    """AdamW with decay on matrices alone; its rate rises in a line, then falls along
+    half a cosine to zero.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed: Sequence[nn.Parameter] = [p for p in trained if p.ndim >= 2]
     rest = [p for p in trained if p.ndim < 2]

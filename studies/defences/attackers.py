@@ -1,9 +1,11 @@
-"""What an attacker makes of an update whose defence it knows, and how it chooses among its own attempts.
+"""What an attacker makes of an update whose defence it knows, and how it chooses among its own
+attempts.
 
-It tries each system that applies, and plays the client with each picture that came out, under the same
-defence: a replay. If one explains half of the update's energy or more, noise apart, it keeps the one that
-explains most; otherwise no replay tells them apart, and it trusts the attack that knows the defence. It never
-sees the picture. The best of all, by the picture, is kept beside it as the oracle's.
+It tries each system that applies, and plays the client with each picture that came out, under
+the same defence: a replay. If one explains half of the update's energy or more, noise apart, it
+keeps the one that explains most; otherwise no replay tells them apart, and it trusts the attack
+that knows the defence. It never sees the picture. The best of all, by the picture, is kept
+beside it as the oracle's.
 """
 
 from __future__ import annotations

@@ -23,11 +23,13 @@ _WHOLE = 2  # digits, of which the whole of Fisher's information is computed, wi
 
 @dataclass(frozen=True)
 class Information:
-    """One victim's, with σ = 1 and C its gradient's norm; errors in pixels of [0, 1], squared, grow with σ².
+    """One victim's, with σ = 1 and C its gradient's norm; errors in pixels of [0, 1],
+    squared, grow with σ².
 
     ``chosen`` is the error of the attacker without a prior who chose the model
-    (``al.privacy.chosen_model_mse``), ``mean_bound`` Guo et al.'s for this model from the mean information of a
-    pixel, ``cramer_rao`` that of the whole information matrix, where it was computed.
+    (``al.privacy.chosen_model_mse``), ``mean_bound`` Guo et al.'s for this model from the
+    mean information of a pixel, ``cramer_rao`` that of the whole information matrix,
+    where it was computed.
     """
 
     world: str
@@ -42,9 +44,11 @@ class Information:
 
 @dataclass(frozen=True)
 class Matching:
-    """How often the best attacker names the right one of the gallery, all gradients clipped to one norm.
+    """How often the best attacker names the right one of the gallery, all gradients
+    clipped to one norm.
 
-    ``rate`` is simulated, ``least`` and ``most`` of single pictures; ``bound`` is the theorem's, for any model.
+    ``rate`` is simulated, ``least`` and ``most`` of single pictures; ``bound`` is the
+    theorem's, for any model.
     """
 
     world: str

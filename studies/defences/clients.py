@@ -1,4 +1,6 @@
-"""The defences: what a client does to its picture or its update, and what the attacker is told of it."""
+"""The defences: what a client does to its picture or its update, and what the attacker is told of
+it.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ class Shared:
     norm : float
         Of the victim's own gradient before anything is done to it.
     clip : float or None
-        C, where there is one: the victim's own norm, so that its gradient is as long as a clipped one may be.
+        C, where there is one: the victim's own norm, so that its gradient is as long as a
+        clipped one may be.
     deviation : float
         Of the noise in an entry, σC.
     told : mapping
@@ -139,7 +142,9 @@ def shared_by(stage: Scene, cell: Cell, victim: int, seed: int) -> Shared:
 def defended(
     update: al.ClientUpdate, cell: Cell, generator: torch.Generator | None, *, clip: float | None = None
 ) -> al.ClientUpdate:
-    """The update of one picture under a defence that works on updates; without a generator no noise is added."""
+    """The update of one picture under a defence that works on updates; without a generator
+    no noise is added.
+    """
     if clip is not None:
         update = al.defenses.clip(update, clip)
         if cell.multiplier and generator is not None:
@@ -158,7 +163,9 @@ def defended(
 
 
 def told_of(cell: Cell) -> dict[str, Any]:
-    """What ``al.told_errors`` is told of the defence; nothing where there are no errors to be told of."""
+    """What ``al.told_errors`` is told of the defence; nothing where there are no
+    errors to be told of.
+    """
     if cell.defence == PRUNING:
         return {"pruned": True}
     if cell.defence in (BITS, STOCHASTIC, SIGN):

@@ -48,7 +48,9 @@ _GRID = {
 
 @dataclass(frozen=True)
 class Point:
-    """A defence in the figure: shares in %, decibels; ``promised`` is the theorem's for the whole training."""
+    """A defence in the figure: shares in %, decibels; ``promised`` is the theorem's for
+    the whole training.
+    """
 
     defence: str
     strength: float
@@ -83,9 +85,11 @@ def _cell_rows(rows: pd.DataFrame, defence: str, strength: float) -> pd.DataFram
 
 
 def _private(epsilon: float, share: float, run: pd.Series, rows: pd.DataFrame, matching: pd.DataFrame) -> Point:
-    """DP-SGD before the attacker whom ε is promised against: it knows all other pictures of the step.
+    """DP-SGD before the attacker whom ε is promised against: it knows all other
+    pictures of the step.
 
-    Between the grid's σ straight lines are drawn, over their logarithms; the share named is the simulated one.
+    Between the grid's σ straight lines are drawn, over their logarithms; the share named is
+    the simulated one.
     """
     sigma = float(run.noise_multiplier)
     words = "ε = ∞" if math.isinf(epsilon) else f"ε = {epsilon:g}"
@@ -167,7 +171,8 @@ def _look(defence: str) -> dict[str, Any]:
 
 
 def _place(ax: Axes, marks: Sequence[tuple[Point, float, float]]) -> None:
-    """Write each point's words beside it and within the axes, where no other words, point or line lie.
+    """Write each point's words beside it and within the axes, where no other words,
+    point or line lie.
 
     A mark is a point, where it lies, and where its line ends.
     """

@@ -43,11 +43,12 @@ class Case(NamedTuple):
 class Row:
     """One victim's update, attacked.
 
-    ``epsilon`` is that of one round at δ = 1e-5, one picture more or less; ``norm`` the gradient's before
-    anything is done to it. ``psnr``, ``ssim`` and ``predicted`` are of the picture that the attacker kept, by a
-    replay that explains the share ``explained`` of the update, or as the one that knows. ``oracle`` is the best
-    PSNR of all that it tried. ``nearest`` is the PSNR against that picture of a batch which comes nearest, ``blind``
-    that of the mean of the gallery's other pictures. The ranks are the victim's among the gallery, from 1.
+    ``epsilon`` is that of one round at δ = 1e-5, one picture more or less; ``norm`` the gradient's
+    before anything is done to it. ``psnr``, ``ssim`` and ``predicted`` are of the picture that the
+    attacker kept, by a replay that explains the share ``explained`` of the update, or as the one
+    that knows. ``oracle`` is the best PSNR of all that it tried. ``nearest`` is the PSNR against
+    that picture of a batch which comes nearest, ``blind`` that of the mean of the gallery's other
+    pictures. The ranks are the victim's among the gallery, from 1.
     """
 
     world: str

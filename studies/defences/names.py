@@ -1,4 +1,5 @@
-"""Who was it? Three ways to name one of a gallery: by the picture, by the features, by the gradients.
+"""Who was it? Three ways to name one of a gallery: by the picture, by the features, by the
+gradients.
 
 Each gives the rank of the right one, from 1; half of those that are level with it count before it.
 """
@@ -29,7 +30,8 @@ def rank_of(scores: Tensor, right: int) -> float:
 
 
 def by_picture(pixels: Tensor, gallery: Tensor, right: int) -> float:
-    """By the smallest distance of the picture (C, H, W) after the best gain, not negative, and offset.
+    """By the smallest distance of the picture (C, H, W) after the best gain, not
+    negative, and offset.
 
     That is the greatest correlation.
     """
@@ -40,10 +42,11 @@ def by_picture(pixels: Tensor, gallery: Tensor, right: int) -> float:
 
 
 def by_features(update: al.ClientUpdate, stage: Scene, features: Tensor, right: int) -> float:
-    """By the cosine between what the head's gradient says that it read, and each picture's features (M, d).
+    """By the cosine between what the head's gradient says that it read, and each
+    picture's features (M, d).
 
-    ∂W = δ hᵀ and ∂b = δ for one picture: h is the first right singular vector of both side by side. δ is
-    negative at the label, which is known, and there alone. Of signs give the features' signs.
+    ∂W = δ hᵀ and ∂b = δ for one picture: h is the first right singular vector of both side by side.
+    δ is negative at the label, which is known, and there alone. Of signs give the features' signs.
     """
     weight = update.gradients[stage.anatomy.head_weight or ""].double()
     bias = update.gradients[stage.anatomy.head_bias or ""].double()
@@ -57,7 +60,9 @@ def by_features(update: al.ClientUpdate, stage: Scene, features: Tensor, right: 
 
 @functools.lru_cache(maxsize=1)
 def gradients_of(stage: Scene) -> tuple[Tensor, Tensor]:
-    """The gradient of each picture of the gallery with its own label (M, N), and their products (M, M)."""
+    """The gradient of each picture of the gallery with its own label (M, N), and their products (M,
+    M).
+    """
     rows = al.privacy.clipped_gradients(stage.model, stage.input_of(stage.pixels), stage.labels, 1e30)
     return rows, (rows @ rows.T).double()
 
@@ -70,9 +75,9 @@ def names_of(stage: Scene) -> list[str]:
 def by_gradients(stage: Scene, cell: Cell, shared: Sequence[Shared]) -> list[float]:
     """Ranks of the victims by what the gallery's pictures would have sent.
 
-    A defence without randomness is played, and the least distance taken. Of noise the nearest clipped
-    gradient is the most probable; of stochastic rounding the nearest, each tensor in its own steps; of
-    several pictures in one update whom it takes for one of them: :func:`_by_share`.
+    A defence without randomness is played, and the least distance taken. Of noise the nearest
+    clipped gradient is the most probable; of stochastic rounding the nearest, each tensor in its
+    own steps; of several pictures in one update whom it takes for one of them: :func:`_by_share`.
     """
     if cell.defence in TOGETHER:
         return [_by_share(stage, one, cell.images, k) for k, one in enumerate(shared)]
@@ -132,10 +137,11 @@ def _played(stage: Scene, cell: Cell):  # type: ignore[no-untyped-def]
 
 
 def _by_share(stage: Scene, one: Shared, number: int, right: int) -> float:
-    """By the likelihood of each candidate's having its share 1/B in the update, against having none.
+    """By the likelihood of each candidate's having its share 1/B in the update,
+    against having none.
 
-    The other B − 1 pictures are unknown, and their gradients are taken for normal with the second moments of
-    the gallery's; what lies outside its span is of that size in every direction.
+    The other B − 1 pictures are unknown, and their gradients are taken for normal with the second
+    moments of the gallery's; what lies outside its span is of that size in every direction.
     """
     rows, products = gradients_of(stage)
     seen = flat(one.update, names_of(stage))

@@ -33,7 +33,9 @@ def grid_rows(folder: Path) -> pd.DataFrame:
 
 
 def with_blind_guesses(rows: pd.DataFrame) -> pd.DataFrame:
-    """An update of which no attack made a picture counts as the blind guess, and names nobody by it."""
+    """An update of which no attack made a picture counts as the blind guess, and names nobody by
+    it.
+    """
     rows, nothing = rows.copy(), rows.psnr.isna()
     rows["shown"] = rows.psnr.where(~nothing, rows.blind)
     rows["rank_picture"] = rows.rank_picture.where(~nothing, 50.5)
@@ -70,7 +72,9 @@ def decibels(mse: float) -> float:
 
 
 def by_defence(rows: pd.DataFrame, defences: Sequence[str]) -> str:
-    """A line for each strength: PSNR median and greatest, SSIM, and the three shares, in each world."""
+    """A line for each strength: PSNR median and greatest, SSIM, and the three shares, in each
+    world.
+    """
     lines = []
     for defence in defences:
         for strength in STRENGTHS[defence]:
@@ -101,7 +105,9 @@ def _short(value: float) -> str:
 
 
 def beyond_pictures(rows: pd.DataFrame) -> str:
-    """For each defence and world the least strength that leaves no name in the picture, and what is left then."""
+    """For each defence and world the least strength that leaves no name in the picture, and
+    what is left then.
+    """
     return markdown(pd.DataFrame(list(_ends(rows))))
 
 

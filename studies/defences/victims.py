@@ -80,7 +80,9 @@ class Scene:
 
 @functools.lru_cache(maxsize=1)
 def scene(world: World, checkpoints: Path | None = None, gallery: int = GALLERY, epochs: int = EPOCHS) -> Scene:
-    """The world's model and pictures; a trained one is trained, or read from the folder of checkpoints."""
+    """The world's model and pictures; a trained one is trained, or read from the
+    folder of checkpoints.
+    """
     if world.world == LARGE:
         model = al.build_model("vit_b_16", seed=world.seed)
         pixels, names = photographs(224, LARGE_VICTIMS)

@@ -1,10 +1,10 @@
 """Ten thousand random small worlds: what is called exact, what crashes, what is refused. Run
 `python -m studies.fuzz`; it writes fuzz.csv and fuzz.md.
 
-A seed makes a model, a client and its update: shapes, widths below and above every count, precision,
-batches, pictures, withheld tensors, and what may happen to an update between client and server. Every
-closed form and `invert` attack it. Nothing may be called exact that is not, nothing may crash, and
-what is determined in float64 may not be refused.
+A seed makes a model, a client and its update: shapes, widths below and above every count,
+precision, batches, pictures, withheld tensors, and what may happen to an update between client and
+server. Every closed form and `invert` attack it. Nothing may be called exact that is not, nothing
+may crash, and what is determined in float64 may not be refused.
 
     python -m studies.fuzz                                # 10 000 configurations
     python -m studies.fuzz --configurations 100 --seed 5  # seeds 5 to 104

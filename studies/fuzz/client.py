@@ -132,7 +132,9 @@ def group(name: str) -> str:
 
 
 def pictures(world: World) -> Tensor:
-    """The private pixels (B, C, H, W), in the world's precision as the client has them, then float64."""
+    """The private pixels (B, C, H, W), in the world's precision as the client has
+    them, then float64.
+    """
     generator = stream(world, PICTURES)
     one = partial(_picture, world.model, generator)
     batch = [one(kind) for kind in (world.pictures[:1] if world.same_pictures else world.pictures)]
@@ -250,7 +252,9 @@ def _factors(world: World, weights: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _degraded(world: World, update: al.ClientUpdate) -> al.ClientUpdate:
-    """Noise, pruning, quantization, a cast, a tensor of zeros, an entry that is not finite, in this order."""
+    """Noise, pruning, quantization, a cast, a tensor of zeros, an entry that is not
+    finite, in this order.
+    """
     done, generator = world.tampering, stream(world, NOISE)
 
     def noisy(g: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ def _row(
 
 
 def oracle(world: World) -> float | None:
-    """The PSNR in dB of the best closed form on the same world, in float64 and with nothing done to the
-    update; None if all refuse.
+    """The PSNR in dB of the best closed form on the same world, in float64 and with nothing done to
+    the update; None if all refuse.
     """
     try:
         shared = play(world.ideal())
@@ -119,7 +119,9 @@ def oracle(world: World) -> float | None:
 
 
 def vanishes(world: World, shared: Shared) -> bool:
-    """Whether a gradient that closed forms read rounds to zero: all zeros in the update, and not in float64."""
+    """Whether a gradient that closed forms read rounds to zero: all zeros in the update,
+    and not in float64.
+    """
     anatomy, update = al.dissect(shared.model), shared.update
     reads = {field for attack in CLOSED_FORMS.values() for field in attack.needs}
     names = {getattr(where, "name", where) for where in (getattr(anatomy, field) for field in reads)}

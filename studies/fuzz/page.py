@@ -99,7 +99,9 @@ def by_attack(group: pd.DataFrame) -> dict[str, Any]:
 
 
 def honesty(group: pd.DataFrame) -> dict[str, Any]:
-    """Quantiles of predicted − true in dB; a picture that is perfect to float64 has no error to predict."""
+    """Quantiles of predicted − true in dB; a picture that is perfect to float64 has no error to
+    predict.
+    """
     off = (group.predicted - group.psnr)[np.isfinite(group.predicted) & np.isfinite(group.psnr)]
     found = {f"{q:.0%}": f"{off.quantile(q):+.1f}" if len(off) else None for q in QUANTILES}
     return {"pictures": len(off), **found, "most": f"{off.max():+.1f}" if len(off) else None}

@@ -115,7 +115,9 @@ class World:
         return ", ".join(filter(None, (dropout, self.tampering.kinds())))
 
     def ideal(self) -> World:
-        """The same client with the same tensors shared, in float64, and nothing else done to the update."""
+        """The same client with the same tensors shared, in float64, and nothing else
+        done to the update.
+        """
         model = replace(self.model, dropout=0.0)
         return replace(self, model=model, dtype="float64", says_batch=False, tampering=Tampering())
 

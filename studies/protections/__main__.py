@@ -1,9 +1,9 @@
 """Flower's own protections, tried: `python -m studies.protections`.
 
 LocalDpMod, fixed and adaptive clipping on either side, SecAgg+ with three clients: what the server
-sees, what the closed forms get from it, and what it costs. Flower's own code, in one process without
-a network (needs the extra "federation"). Writes protections_*.csv, and from them protections.md and
-protections.png.
+sees, what the closed forms get from it, and what it costs. Flower's own code, in one process
+without a network (needs the extra "federation"). Writes protections_*.csv, and from them
+protections.md and protections.png.
 
     python -m studies.protections              # some ten minutes of one thread
     python -m studies.protections --quick      # the smallest study that has every part

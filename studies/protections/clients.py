@@ -1,4 +1,6 @@
-"""The study's clients: one picture each, one step of SGD, in Flower's two interfaces; and how a reply is attacked."""
+"""The study's clients: one picture each, one step of SGD, in Flower's two interfaces; and how a
+reply is attacked.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def client_app(owner: Owner, mods: Sequence[Mod] = ()) -> ClientApp:
 
 
 def older_client(owner: Owner, *, idle: bool = False) -> Client:
-    """In the older interface, which secure aggregation still needs: weights in lists, without names.
+    """In the older interface, which secure aggregation still needs: weights in lists, without
+    names.
 
     An idle one sends back what it was sent.
     """

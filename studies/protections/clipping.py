@@ -64,7 +64,8 @@ class Case(NamedTuple):
 class Row:
     """One attack: on the victim's reply, or on the next round's weights, as everybody gets them.
 
-    ``norm`` is that of the weights' change, ``deviation`` of what the strategy added to the average in each weight.
+    ``norm`` is that of the weights' change, ``deviation`` of what the strategy added to the
+    average in each weight.
     """
 
     protection: str
@@ -124,7 +125,9 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def played(case: Case) -> tuple[State, list[State], State]:
-    """The weights sent, the three replies with the victim's first, and the weights of the next round."""
+    """The weights sent, the three replies with the victim's first, and the weights of the next
+    round.
+    """
     make, mods = PROTECTIONS[case.protection]
     before = model_of(case.seed).state_dict()
     wire = Wire([client_app(owner, mods) for owner in owners(case.victim)])

@@ -1,4 +1,6 @@
-"""LocalDpMod: what its noise leaves of one picture, over ε and over rounds, and what its ε is worth."""
+"""LocalDpMod: what its noise leaves of one picture, over ε and over rounds, and what its ε is
+worth.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +64,12 @@ class Case(NamedTuple):
 class Row:
     """One reply attacked.
 
-    ``deviation`` is of the noise in each weight, ``sigma`` the same over the clipping norm; ``norm`` the change's
-    before it is clipped. ``exact_epsilon`` is the noise's by the exact condition at δ = 1e-5, for a client more or
-    less, ``replaced`` for one update in the place of another. ``ours`` is the PSNR where the same noise is put on
-    the clipped gradient by :func:`aprillab.defenses.gaussian_noise`; ``seeded`` that of a server that knows the
-    seed of the client's numpy.
+    ``deviation`` is of the noise in each weight, ``sigma`` the same over the clipping norm;
+    ``norm`` the change's before it is clipped. ``exact_epsilon`` is the noise's by the exact
+    condition at δ = 1e-5, for a client more or less, ``replaced`` for one update in the place of
+    another. ``ours`` is the PSNR where the same noise is put on the clipped gradient by
+    :func:`aprillab.defenses.gaussian_noise`; ``seeded`` that of a server that knows the seed of
+    the client's numpy.
     """
 
     epsilon: float
@@ -88,7 +91,9 @@ class Row:
 
 
 class Repeated(NamedTuple):
-    """One client whose picture stays, and whose change is clipped to ``clip``, which is the sensitivity too."""
+    """One client whose picture stays, and whose change is clipped to ``clip``, which is
+    the sensitivity too.
+    """
 
     clip: float
     epsilon: float
@@ -121,7 +126,9 @@ def repeated(quick: bool) -> Iterator[Repeated]:
 
 
 def deviation_of(epsilon: float) -> float:
-    """LocalDpMod's at sensitivity 1, by its own formula: the classical Gaussian mechanism, proved for ε below 1."""
+    """LocalDpMod's at sensitivity 1, by its own formula: the classical Gaussian mechanism,
+    proved for ε below 1.
+    """
     return math.sqrt(2 * math.log(1.25 / DELTA)) / epsilon
 
 
@@ -167,7 +174,9 @@ def measured(case: Case) -> Iterator[Row]:
 
 
 def without_noise(after: State, case: Case) -> State:
-    """The reply less the noise that numpy's global generator gives from the client's seed, in the mod's order."""
+    """The reply less the noise that numpy's global generator gives from the client's seed,
+    in the mod's order.
+    """
     source, deviation = np.random.RandomState(_NOISE_SEED + case.seed), CLIP * deviation_of(case.epsilon)
     return {
         name: value.double() - torch.from_numpy(source.normal(0, deviation, tuple(value.shape))).to(value.dtype)
@@ -181,7 +190,9 @@ def worth(claimed: float, *, replaced: bool = False) -> float:
 
 
 def honest_up_to() -> float:
-    """The ε from which on LocalDpMod claims less than the exact mechanism has (one client more or less)."""
+    """The ε from which on LocalDpMod claims less than the exact mechanism has (one
+    client more or less).
+    """
     return float(brentq(lambda claimed: worth(claimed) - claimed, 1.0, 100.0))
 
 
@@ -189,7 +200,9 @@ def honest_up_to() -> float:
 
 
 def rounds_of(case: Repeated, number: int) -> list[al.Round]:
-    """The victim's replies to Flower's FedAvg; two other clients, with the mod too, move the weights in between."""
+    """The victim's replies to Flower's FedAvg; two other clients, with the mod too, move the
+    weights in between.
+    """
     model = model_of(0)
     kept, everyone = al.dissect(model).tensor_names(), owners(case.victim)
 
@@ -222,7 +235,9 @@ def over_rounds(case: Repeated) -> Iterator[RoundsRow]:
 
 
 def together(model: torch.nn.Module, rounds: Sequence[al.Round], owner: Owner) -> Attacked:
-    """The patch-embedding system over all rounds; without a replay, since most tensors are not kept."""
+    """The patch-embedding system over all rounds; without a replay, since most tensors are not
+    kept.
+    """
     result = al.embedding_closed_form(model, list(rounds), verify=False, strict=False)
     psnr = float(al.psnr(result.pixels[0], owner.pixels()[0].double()))
     return Attacked(psnr, result.predicted_psnr, result.exact)

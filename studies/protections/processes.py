@@ -1,4 +1,6 @@
-"""The same round by real processes on this machine: how long each exchange of messages takes, and what takes it."""
+"""The same round by real processes on this machine: how long each exchange of messages takes,
+and what takes it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One exchange: ``seconds`` from the first message to the last answer; ``number`` counts from 1."""
+    """One exchange: ``seconds`` from the first message to the last answer; ``number`` counts from
+    1.
+    """
 
     protocol: str
     number: int

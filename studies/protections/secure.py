@@ -58,10 +58,11 @@ class Case(NamedTuple):
 class Row:
     """One attack on what the strategy was given.
 
-    ``floor`` is the rms error of the average's weights, ``foretold`` what follows from the quantization, ``change``
-    the rms of the victim's change. Of the sum alone: ``labels``, how many of the clients' labels its head gives;
-    ``own``, how many patches of the patch-embedding system's picture are one client's own; and ``chance``, the same
-    for three pictures that are not in the sum.
+    ``floor`` is the rms error of the average's weights, ``foretold`` what follows from the
+    quantization, ``change`` the rms of the victim's change. Of the sum alone: ``labels``, how
+    many of the clients' labels its head gives; ``own``, how many patches of the
+    patch-embedding system's picture are one client's own; and ``chance``, the same for three
+    pictures that are not in the sum.
     """
 
     max_weight: float
@@ -91,8 +92,9 @@ class CostCase(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """``summed`` is how many clients are in one piece of what the strategy gets, 0 where the protocol was halted;
-    ``psnr`` the first client's picture from it, ``known`` where the others' updates are known.
+    """``summed`` is how many clients are in one piece of what the strategy gets, 0 where the
+    protocol was halted; ``psnr`` the first client's picture from it, ``known`` where the others'
+    updates are known.
     """
 
     protocol: str
@@ -187,7 +189,9 @@ def gone(who: str) -> Callable[[Message], bool]:
 
 
 def foretold(max_weight: float) -> float:
-    """The rms error of the average's weights of clients with one picture each: steps rounded at random."""
+    """The rms error of the average's weights of clients with one picture each: steps
+    rounded at random.
+    """
     step = 2 * CLIPPING_RANGE / QUANTIZATION_RANGE
     return step * math.sqrt(CLIENTS / 6) * max_weight / CLIENTS
 
@@ -224,7 +228,9 @@ def of_sum(model: al.VisionTransformer, update: al.ClientUpdate, everyone: list[
 
 
 def own_patches(picture: Tensor, everyone: list[Owner]) -> int:
-    """How many patches of the picture correlate with one owner's, in the same place, by more than 0.9."""
+    """How many patches of the picture correlate with one owner's, in the same place, by more than
+    0.9.
+    """
     patches = centred_patches(picture)
     likeness = torch.stack([(patches * centred_patches(owner.pixels()[0])).sum(1) for owner in everyone])
     return int((likeness.max(0).values > OWN).sum())

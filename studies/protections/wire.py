@@ -1,7 +1,7 @@
 """Flower's ServerApp side and ClientApps in one process, and all that passes between them.
 
-The messages are Flower's, the mods and strategies too; only the network is missing. What a server has
-of its clients is what :class:`Wire` keeps.
+The messages are Flower's, the mods and strategies too; only the network is missing. What a server
+has of its clients is what :class:`Wire` keeps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def both(asked: Message, answered: Message) -> Any:
 
 @dataclass
 class Wire:
-    """Clients, and what passes between them and the server. The nodes are 1, 2, …, the victim's the first.
+    """Clients, and what passes between them and the server. The nodes are 1, 2, …, the
+    victim's the first.
 
     Attributes
     ----------
@@ -86,7 +87,8 @@ def bytes_of(message: Message) -> int:
     if not message.has_content():
         return 0
     records = message.content
-    # ConfigRecord.count_bytes does not take an empty list, which SecAgg+ sends where nobody is gone.
+    # ConfigRecord.count_bytes does not take an empty list, which SecAgg+ sends where nobody is
+    # gone.
     small = [*records.config_records.values(), *records.metric_records.values()]
     arrays = sum(record.count_bytes() for record in records.array_records.values())
     return arrays + sum(len(record.deflate()) for record in small)
@@ -94,8 +96,8 @@ def bytes_of(message: Message) -> int:
 
 @contextmanager
 def quiet(seed: int) -> Iterator[None]:
-    """Flower's log off, and the global generators at ``seed``: it draws noise and rounding from numpy's, and the
-    clients' order from Python's.
+    """Flower's log off, and the global generators at ``seed``: it draws noise and rounding from
+    numpy's, and the clients' order from Python's.
     """
     logger, before, order = logging.getLogger("flwr"), np.random.get_state(), random.getstate()  # noqa: NPY002
     level = logger.level

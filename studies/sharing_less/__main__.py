@@ -1,8 +1,9 @@
-"""What is left to an attacker where less is shared, and what rounds add: `python -m studies.sharing_less`.
+"""What is left to an attacker where less is shared, and what rounds add: `python -m
+studies.sharing_less`.
 
-Writes sharing_less_frozen.csv, sharing_less_rounds.csv, sharing_less_lora.csv, leak_map.csv, features.csv,
-and from them sharing_less.md, sharing_less.png and leak_map.png. Random weights, a head that is not
-zero, a batch of one.
+Writes sharing_less_frozen.csv, sharing_less_rounds.csv, sharing_less_lora.csv, leak_map.csv,
+features.csv, and from them sharing_less.md, sharing_less.png and leak_map.png. Random weights, a
+head that is not zero, a batch of one.
 
     python -m studies.sharing_less            # about two hours of one thread
     python -m studies.sharing_less --quick    # the smallest study that has every part

@@ -1,4 +1,6 @@
-"""Clients of the study: a picture that stays, other clients averaged in, rounds as a server keeps them."""
+"""Clients of the study: a picture that stays, other clients averaged in, rounds as a
+server keeps them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def played(
     kept: Collection[str] | None = None,
     states: bool = True,
 ) -> Iterator[al.Round]:
-    """The rounds of a client with one picture; ``model`` is trained in between, on the mean of all updates.
+    """The rounds of a client with one picture; ``model`` is trained in between, on the
+    mean of all updates.
 
     Parameters
     ----------
@@ -76,10 +79,11 @@ def played(
 def play(
     model: nn.Module, images: Tensor, labels: Tensor, rounds: int, others: tuple[Tensor, Tensor], *, rate: float = 0.1
 ) -> list[al.Round]:
-    """So many rounds of one client; between them the server steps by the mean gradient of all clients.
+    """So many rounds of one client; between them the server steps by the mean gradient of all
+    clients.
 
-    As :func:`played`, and cheaper: the other clients, whose images and labels are ``others``, one each,
-    share one gradient with it. The model stays as it is.
+    As :func:`played`, and cheaper: the other clients, whose images and labels are ``others``, one
+    each, share one gradient with it. The model stays as it is.
     """
     model, found = copy.deepcopy(model), []
     for _ in range(rounds):

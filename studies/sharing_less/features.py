@@ -1,9 +1,9 @@
 """Head only, last block only: what leaks where no closed form applies.
 
 The head's gradient is r fᵀ, its bias's is r: so f = ∂W_c / r_c, the features that the head reads,
-exactly. Whoever has candidates, sixteen photographs here, and the model computes theirs and takes the
-nearest. The last block's attention says more: its ∂W_Q, ∂W_K, ∂W_V span what it reads of the tokens. A
-candidate's tokens are held against that span, for none of them is affine in the pixels.
+exactly. Whoever has candidates, sixteen photographs here, and the model computes theirs and takes
+the nearest. The last block's attention says more: its ∂W_Q, ∂W_K, ∂W_V span what it reads of the
+tokens. A candidate's tokens are held against that span, for none of them is affine in the pixels.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _BLUR, _SIGMA = 5, 1.0  # of the candidate that is only like the victim
 class Found:
     """One victim's update; what its head and its last block give away.
 
-    ``relative`` and ``cosine`` compare the features read off the head with the true ones; ``nearest``
-    and ``of_span`` say whether the right one of the candidates was taken; ``margin`` is the distance of
-    the second best over that of the best; ``inside`` and ``outside`` are the parts of the tokens' length
-    outside the span, of the victim and of the best other candidate; ``directions`` of ``tokens`` is the
-    span's rank.
+    ``relative`` and ``cosine`` compare the features read off the head with the true ones;
+    ``nearest`` and ``of_span`` say whether the right one of the candidates was taken; ``margin`` is
+    the distance of the second best over that of the best; ``inside`` and ``outside`` are the parts
+    of the tokens' length outside the span, of the victim and of the best other candidate;
+    ``directions`` of ``tokens`` is the span's rank.
     """
 
     model: str
@@ -94,7 +94,8 @@ def span_of_last(update: al.ClientUpdate, names: tuple[str, ...]) -> Tensor:
 
 
 def outside_of(tokens: Tensor, span: Tensor) -> Tensor:
-    """How much of the span (d, k) lies outside the tokens (N, t, d) of each candidate, (N,) relative.
+    """How much of the span (d, k) lies outside the tokens (N, t, d) of each candidate, (N,)
+    relative.
 
     The span's directions are sums of the tokens: those of the right picture contain them.
     """

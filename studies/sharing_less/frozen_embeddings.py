@@ -23,7 +23,8 @@ from .._tables import grouped, markdown
 from .clients import pixels_of, update_of
 
 FILE = "sharing_less_frozen.csv"
-#: Patch size, width and heads of models at 224, by torchvision's names for their shapes; two blocks each.
+#: Patch size, width and heads of models at 224, by torchvision's names for their shapes;
+#: two blocks each.
 LARGE = {
     "ViT-L/16": (16, 1024, 16),
     "ViT-L/14": (14, 1024, 16),
@@ -47,7 +48,9 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """``first_look`` is the PSNR in dB from the attention's rows alone, ``gain`` what the second look foresaw."""
+    """``first_look`` is the PSNR in dB from the attention's rows alone, ``gain`` what the
+    second look foresaw.
+    """
 
     model: str
     precision: str

@@ -35,7 +35,9 @@ _ONE, _MORE, _DOUBLE, _NONE = "orange", "yellow", "sky", "white"
 
 
 def cells_of(folder: Path) -> pd.DataFrame:
-    """One row a cell: the counts' verdict, the best run in each precision, and whether any bears it out."""
+    """One row a cell: the counts' verdict, the best run in each precision, and whether any bears it
+    out.
+    """
     rows = read(folder / "leak_map.csv", Cell)
     return grouped(rows, ["model", "size", "shared"], _cell)
 

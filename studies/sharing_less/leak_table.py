@@ -1,9 +1,9 @@
 """The leak map of standard models, each cell decided by the counts and confirmed by running it.
 
 One photograph, FedSGD, random weights, a head that is not zero. Depth is in no count, so the models
-have two blocks. Where the counts say one round, the attack runs on the tensors of that cell alone; where
-they say several, the rounds are played and their systems stacked; where they say "no closed form", all
-closed forms must refuse, and the span attack is asked for its best picture all the same.
+have two blocks. Where the counts say one round, the attack runs on the tensors of that cell alone;
+where they say several, the rounds are played and their systems stacked; where they say "no closed
+form", all closed forms must refuse, and the span attack is asked for its best picture all the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from .models import BLOCKS, CLASSES, Standard, build, standard_models
 
 RANK, VICTIM, LABEL = 8, "astronaut", 3
 OTHERS = (("coffee", 17), ("chelsea", 42))  # the other clients, where rounds are played
-#: Two factors A, as transformers' models have them. timm's qkv takes one of twice the rank: as many rows.
+#: Two factors A, as transformers' models have them. timm's qkv takes one of twice the
+#: rank: as many rows.
 LORA = f"LoRA of rank {RANK} on q, v"
 #: Rows of the leak map that the table has, under the short names of its columns.
 SHARED = {
@@ -38,8 +39,8 @@ SHARED = {
 }  # fmt: skip
 MOST_ROUNDS = 4  # played at the real geometry; more than that at a tiny one with the same rounds
 SHOWN = 40.0  # dB: below it float64 tells whether precision or the count is to blame
-#: dB: what is at least reached for a count to be confirmed, in one round and by the round that was missing;
-#: and what is not, where none holds.
+#: dB: what is at least reached for a count to be confirmed, in one round and by the round that was
+#: missing; and what is not, where none holds.
 _THERE = {"float32": 15.0, "float64": 60.0}
 _THERE_IN_ROUNDS, _GAIN = 40.0, 10.0
 _NOT_THERE = 22.0
@@ -51,8 +52,8 @@ QUICK = (Standard("tiny/4", 32, 4, 192, 3), Standard("narrow/4", 32, 4, 96, 3), 
 class Cell:
     """One cell of the table, and one run for it; PSNR in dB.
 
-    ``attack`` to ``silent`` are the counts' verdict, before anything ran. ``psnr_less`` is that with a
-    round less than the count asks for. ``agrees`` is empty where nothing could be run yet.
+    ``attack`` to ``silent`` are the counts' verdict, before anything ran. ``psnr_less`` is that
+    with a round less than the count asks for. ``agrees`` is empty where nothing could be run yet.
     """
 
     model: str
@@ -92,7 +93,9 @@ def line_of(line: Standard) -> Iterator[Cell]:
 
 
 def rank_of(anatomy: al.Anatomy) -> tuple[int, list[str]]:
-    """The adapters' rank, and the layers that peft puts them into: q and v, or a qkv with twice the rank."""
+    """The adapters' rank, and the layers that peft puts them into: q and v, or a qkv
+    with twice the rank.
+    """
     layers = sorted({rows.name.split(".")[-2] for rows in (anatomy.query, anatomy.value) if rows is not None})
     return RANK * (3 - len(layers)), layers
 
@@ -240,8 +243,8 @@ def tiny_like(cell: Cell) -> tuple[Standard, nn.Module]:
 
 
 def adapters_confirmed(decided: Cell, line: Standard) -> Iterator[Cell]:
-    """The LoRA cell's runs: two rounds where the attack must refuse; else float32, and float64 where that
-    leaves the reason open.
+    """The LoRA cell's runs: two rounds where the attack must refuse; else float32, and float64
+    where that leaves the reason open.
     """
     if not decided.rounds:
         yield confirm_adapters(line, more=0, dtype=torch.float32)
@@ -260,11 +263,13 @@ def adapters_confirmed(decided: Cell, line: Standard) -> Iterator[Cell]:
 
 
 def confirm_adapters(line: Standard, more: int = 8, dtype: torch.dtype = torch.float64) -> Cell:
-    """The LoRA cell of one line: peft's adapters on q and v, rounds played, the span attack on all of them.
+    """The LoRA cell of one line: peft's adapters on q and v, rounds played, the span
+    attack on all of them.
 
-    Runs so many rounds as the count says, the first that shows nothing, and ``more``: a span is seen
-    where rows are more than tokens. Where no closed form applies, so many rounds that there is a row for
-    each token, and that only the width is at fault; two where these are more than a few dozen.
+    Runs so many rounds as the count says, the first that shows nothing, and ``more``: a span
+    is seen where rows are more than tokens. Where no closed form applies, so many rounds that
+    there is a row for each token, and that only the width is at fault; two where these are
+    more than a few dozen.
     """
     import peft
 

@@ -1,4 +1,6 @@
-"""LoRA: the factors A of the first attention's queries and values, read over rounds, while all else is frozen."""
+"""LoRA: the factors A of the first attention's queries and values, read over rounds, while
+all else is frozen.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def cases(quick: bool) -> Iterator[Case]:
 
 @functools.lru_cache(maxsize=1)
 def adapted(setting: Setting, precision: str) -> nn.Module:
-    """A frozen model of random weights with LoRA on queries and values of every block, its head trained."""
+    """A frozen model of random weights with LoRA on queries and values of every block, its head
+    trained.
+    """
     import peft
 
     size, patch, width, heads, depth, rank, alpha = setting

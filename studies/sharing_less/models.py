@@ -34,7 +34,8 @@ _NAMED = (
     ("SigLIP So400m/14", "vit_so400m_patch14_siglip_224", 224),
     ("SigLIP So400m/14", "vit_so400m_patch14_siglip_378", 378),
 )
-#: DINOv2 as it is mostly used: trained at 518, given pictures of 224, positions interpolated. transformers'.
+#: DINOv2 as it is mostly used: trained at 518, given pictures of 224, positions
+#: interpolated. transformers'.
 _INTERPOLATED = {"DINOv2 S/14": (384, 6), "DINOv2 B/14": (768, 12), "DINOv2 L/14": (1024, 16)}
 
 
@@ -108,7 +109,9 @@ def _built(line: Standard) -> nn.Module:
 
 @torch.no_grad()
 def _wake_norms(model: nn.Module) -> None:
-    """γ and β as trained models have them: neither one nor zero. A β between two norms counts (CLIP)."""
+    """γ and β as trained models have them: neither one nor zero. A β between two norms counts
+    (CLIP).
+    """
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and module.bias is not None:
             module.weight.normal_(1.0, 0.1)

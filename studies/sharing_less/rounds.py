@@ -1,4 +1,6 @@
-"""Several updates of one picture: a narrow model inverted from two rounds, and what rounds gain against noise."""
+"""Several updates of one picture: a narrow model inverted from two rounds, and what rounds
+gain against noise.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,8 @@ def attacked(case: Case) -> Iterator[Row]:
     """The first rounds of one client, attacked together, for several numbers of rounds."""
     model, sent = (al.VisionTransformer(**_SHAPES[case.model], seed=0) for _ in range(2))
     anatomy, noisy = al.dissect(model), case.sigma > 0
-    # What the patch-embedding system reads, and the head for the label: the rest would fill the memory.
+    # What the patch-embedding system reads, and the head for the label: the rest would
+    # fill the memory.
     kept = {*anatomy.tensor_names()} if noisy else None
     sigma, numbers, rate = (case.sigma, AVERAGED, NOISY_RATE) if noisy else (None, ROUNDS, RATE)
     found: list[al.Round] = []
@@ -113,7 +116,8 @@ def _psnr(result: al.Reconstruction, victim: str, anatomy: al.Anatomy) -> float:
 def epsilon_of(sigma: float, rounds: int, delta: float = DELTA) -> float:
     """ε of so many Gaussian mechanisms of sensitivity 1 and deviation σ, together: one with σ/√T.
 
-    By the exact condition of Balle and Wang (ICML 2018, Theorem 8); in logarithms, for ε may be 10⁵.
+    By the exact condition of Balle and Wang (ICML 2018, Theorem 8); in logarithms, for ε may be
+    10⁵.
 
     >>> round(epsilon_of(1.0, 1), 2), round(epsilon_of(0.1, 1)), round(epsilon_of(2.0, 4), 2)
     (4.38, 92, 4.38)

@@ -1,4 +1,6 @@
-"""peft's adapters: which factors read the first attention's input, and which copies the forward pass uses."""
+"""peft's adapters: which factors read the first attention's input, and which copies the
+forward pass uses.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,8 @@ def test_rows_of_the_named_factors_lie_in_the_span_of_the_first_inputs(family: s
     for name in anatomy.adapters:
         assert update.gradients[name].any(), name
         assert outside(update.gradients[name], u) < 1e-11, name
-    # The bare model has the same parts under the same paths, and is the anatomy of the model without adapters.
+    # The bare model has the same parts under the same paths, and is the anatomy of the model
+    # without adapters.
     plain = dissect(build())
     assert (anatomy.heads, anatomy.first_block, anatomy.image_size) == (
         plain.heads, plain.first_block, plain.image_size,

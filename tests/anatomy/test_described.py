@@ -15,7 +15,9 @@ PATCH, SIZE, WIDTH = (4, 6), (12, 18), 96
 
 
 class Mine(nn.Module):
-    """A ViT whose patch embedding is a linear layer of patches that are flattened by row, column, channel."""
+    """A ViT whose patch embedding is a linear layer of patches that are flattened by
+    row, column, channel.
+    """
 
     def __init__(self, *before: nn.Module, behind: tuple[nn.Module, ...] = (), order: str = "h w c") -> None:
         super().__init__()
@@ -156,7 +158,9 @@ class Block(nn.Module):
 
 
 class DinoLike(nn.Module):
-    """The names of DINOv2's own code: registers without a position, an embedding that is always interpolated."""
+    """The names of DINOv2's own code: registers without a position, an embedding that is
+    always interpolated.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,7 +47,8 @@ def of_transformers(**options: object) -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
-# Model, expected first block, rows of the position embedding before the patches, tokens before the patches.
+# Model, expected first block, rows of the position embedding before the patches, tokens
+# before the patches.
 CASES: dict[str, tuple[Callable[[], nn.Module], str, int, tuple[str, ...]]] = {
     "own prenorm": (tiny_vit, "prenorm", 1, ("class_token",)),
     "own april": (lambda: tiny_vit(block="april"), "april", 1, ("class_token",)),
@@ -190,7 +191,8 @@ def test_queries_keys_and_values_are_what_they_are_called(case: tuple[nn.Module,
         assert g.norm() > 0
         assert (g - g @ U @ U.T).norm() < 1e-9 * g.norm()
         assert (g - g @ U[:, 1:] @ U[:, 1:].T).norm() > 1e-4 * g.norm(), "the span test cannot fail"
-    # Softmax forgets a shift of all scores of a query, so the key bias gets no gradient, and only that one.
+    # Softmax forgets a shift of all scores of a query, so the key bias gets no gradient,
+    # and only that one.
     if anatomy.key_bias is not None:
         q, k, v = (r.of(gradients).norm() for r in (anatomy.query_bias, anatomy.key_bias, anatomy.value_bias))
         assert k < 1e-9 * min(q, v)

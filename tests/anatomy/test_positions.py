@@ -74,7 +74,9 @@ def test_in_the_clients_precision_it_is_exact_and_played_back_playable(which: st
 
 
 def test_case_18() -> None:
-    """A picture of 24 pixels to a model of 32, in float32: as it was, the size guessed from the rank, named."""
+    """A picture of 24 pixels to a model of 32, in float32: as it was, the size guessed
+    from the rank, named.
+    """
     model = made(lambda: of_timm(VIT, img_size=32, patch_size=8, embed_dim=192, dynamic_img_size=True), torch.float32)
     anatomy = dissect(model, image_size=24)
     images = anatomy.preprocessing.to_input(al.load_victim("astronaut", 24)[None])

@@ -1,4 +1,5 @@
-"""What every attack of the catalogue must do, whatever its mathematics: a new row is tested by being there.
+"""What every attack of the catalogue must do, whatever its mathematics: a new row is
+tested by being there.
 
 Searches get a budget of a few evaluations: enough to go wrong, not to succeed.
 """
@@ -23,9 +24,11 @@ from aprillab.update import ClientUpdate, UpdateError, client_update
 
 #: Where an attack needs another model than the tiny ViT of architecture B: here its options.
 MODELS: dict[str, dict[str, Any]] = {"april": {"block": "april"}}
-#: Evaluations: two rounds of GradInversion's three restarts, and some for the first line search of L-BFGS.
+#: Evaluations: two rounds of GradInversion's three restarts, and some for the first line
+#: search of L-BFGS.
 BUDGET = 6
-#: A client's labels for a batch of two: the same, so that no sign in the head's bias gives the batch away.
+#: A client's labels for a batch of two: the same, so that no sign in the head's bias gives
+#: the batch away.
 ALIKE = torch.tensor([3, 3])
 
 

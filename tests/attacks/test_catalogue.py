@@ -9,12 +9,15 @@ import pytest
 from aprillab.anatomy import Anatomy
 from aprillab.attacks.catalogue import ATTACKS, CLOSED_FORMS, Attack, Family
 
-#: Options of every attack, which ``invert`` hands on, and of every search, which the command line does.
+#: Options of every attack, which ``invert`` hands on, and of every search, which the
+#: command line does.
 COMMON, BUDGET = {"anatomy", "preprocessing", "labels", "device"}, {"seed", "max_evaluations", "callback", "progress"}
 
 
 def parameters_of(attack: Attack) -> dict[str, inspect.Parameter]:
-    """Options by name, those of ``match_gradients`` included where an attack hands the rest on to it."""
+    """Options by name, those of ``match_gradients`` included where an attack hands the rest on to
+    it.
+    """
     found = dict(inspect.signature(attack.function).parameters)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values()):
         found = {**inspect.signature(ATTACKS["match:april"].function).parameters, **found}

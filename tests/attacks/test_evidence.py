@@ -40,7 +40,9 @@ def test_no_gradient_misses_nothing():
 
 
 def test_the_evidence_says_what_it_rests_on():
-    """Each way to know of a batch, in the order in which they are looked for, and one that knows nothing."""
+    """Each way to know of a batch, in the order in which they are looked for, and one
+    that knows nothing.
+    """
     model = make("prenorm")
     anatomy = al.dissect(model)
     images = al.HALF.to_input(private(model, 2))
@@ -58,7 +60,10 @@ def test_the_evidence_says_what_it_rests_on():
     headless = al.ClientUpdate({k: g for k, g in two.gradients.items() if not k.startswith("head")})
     nothing = one_image(anatomy, headless)
     assert nothing.state == "not checked"
+    assert not nothing.measured
     assert "not shared" in nothing.text
+    named_nothing = replace(anatomy, family="described by the caller", head_weight=None, head_bias=None)
+    assert "the head is not named" in one_image(named_nothing, headless).text
     for update, condition in ((two, said), (alike, one_image(anatomy, alike))):
         assert is_batch(anatomy, update) == (True, condition.text)
     assert is_batch(anatomy, headless) == (False, nothing.text)
@@ -78,7 +83,9 @@ def test_what_the_weights_rounding_leaves_in_the_head_is_no_second_image(labels)
 
 
 def test_two_classes_prove_nothing():
-    """With two classes r is always a multiple of (1, −1): the head's gradient has rank one for any batch."""
+    """With two classes r is always a multiple of (1, −1): the head's gradient has rank
+    one for any batch.
+    """
     model = make("prenorm", classes=2)
     update = al.client_update(model, al.HALF.to_input(private(model, 3)), torch.tensor([0, 1, 1]))
     said = one_image(al.dissect(model), al.ClientUpdate(update.gradients))

@@ -1,4 +1,5 @@
-"""Three hundred random small worlds: nothing is called exact that is not, crashes, or is refused without need.
+"""Three hundred random small worlds: nothing is called exact that is not, crashes, or is
+refused without need.
 
 The generator and ten thousand more are in studies/fuzz. A failure names its seed, and
 `python -m studies.fuzz --show SEED` prints what that world is and what becomes of it.

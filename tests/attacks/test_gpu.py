@@ -20,10 +20,12 @@ from aprillab.update import ClientUpdate, client_update
 pytestmark = pytest.mark.gpu
 
 MODELS: dict[str, dict[str, Any]] = {"april": {"block": "april"}}
-#: Evaluations of a search. Rounding that differs grows with each; after so few it has not grown far.
+#: Evaluations of a search. Rounding that differs grows with each; after so few it has not grown
+#: far.
 BUDGET = 6
-#: Largest difference of a pixel in [0, 1], and relative difference of a loss. Both devices solve in float64 from the
-#: same update, and order their sums differently, 1e-16 at a time; the most that this model amplifies is 1e8.
+#: Largest difference of a pixel in [0, 1], and relative difference of a loss. Both devices solve in
+#: float64 from the same update, and order their sums differently, 1e-16 at a time; the most that
+#: this model amplifies is 1e8.
 TOLERANCE = 1e-6
 #: Below this a loss is rounding: the span's picture, where span_then_match begins, is exact here.
 NO_LOSS = 1e-12

@@ -52,7 +52,9 @@ def test_noise_is_measured_whatever_the_batch(block, level):
 
 
 def test_the_noise_of_the_positions_rows_is_that_of_their_own_entries():
-    """A class token's row can be a thousand times the patches': noise relative to the tensor drowns these."""
+    """A class token's row can be a thousand times the patches': noise relative to the
+    tensor drowns these.
+    """
     model = make()
     update = shared(model)
     G = update.gradients["position_embedding"]

@@ -21,6 +21,7 @@ from aprillab.preprocessing import HALF, IMAGENET
 HOLDS = Condition("rank(G) = n", "shown", {"rank": 16, "n": 16}, "rank {rank} of {n}")
 FAILS = Condition("one image", "contradicted", {"negative": 2}, "{negative} entries are negative")
 OPEN = Condition("one image", "not checked", {}, "no head")
+UNMEASURED = replace(OPEN, measured=False)
 REPLAYED = Condition("replay", "contradicted", {}, "misses")
 
 
@@ -44,6 +45,12 @@ def test_exact_needs_every_condition_and_the_precision():
     assert not exact
     assert "precision limits the picture" in reason
     assert not verdict([HOLDS], math.nan)[0]
+
+
+def test_a_condition_says_by_itself_where_nothing_was_measured():
+    assert (OPEN.clause, OPEN.text) == ("no head", "no head")
+    assert (UNMEASURED.clause, UNMEASURED.text) == ("no head", "not checked: no head")
+    assert "not checked: no head" in verdict([UNMEASURED], 80.0)[1]
 
 
 def test_a_report_has_what_was_measured():

@@ -1,4 +1,6 @@
-"""Several rounds of one client: stacked, checked to be of one picture, refused where they do not belong together."""
+"""Several rounds of one client: stacked, checked to be of one picture, refused where they do
+not belong together.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What an attacker who knows the defence is told of each entry: true of an update; wrong claims are refused."""
+"""What an attacker who knows the defence is told of each entry: true of an update; wrong
+claims are refused.
+"""
 
 import math
 

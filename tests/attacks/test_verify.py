@@ -198,7 +198,9 @@ def test_several_local_steps_are_played_one_after_another(options):
 
 @pytest.mark.parametrize("attack", ["embedding", "span"])
 def test_an_epoch_of_single_pictures_promises_none_of_them(attack):
-    """Nobody says the momentum, so that the replay contradicts nothing; what it misses is foreseen all the same."""
+    """Nobody says the momentum, so that the replay contradicts nothing; what it misses is
+    foreseen all the same.
+    """
     model, labels = make(width=192), torch.tensor([3, 5])
     pixels, client = private(model, batch=2), copy.deepcopy(model)
     optimizer = torch.optim.SGD(client.parameters(), lr=0.05)

@@ -1,6 +1,8 @@
-"""Updates as people really have them: what the audit's first sentence says of each, and whether it is true.
+"""Updates as people really have them: what the audit's first sentence says of each, and
+whether it is true.
 
-One photograph, one small model, and what lies between a client's gradient and the file that its server keeps.
+One photograph, one small model, and what lies between a client's gradient and the file
+that its server keeps.
 """
 
 from __future__ import annotations

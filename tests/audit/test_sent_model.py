@@ -1,4 +1,6 @@
-"""A fished update: the audit says that the model deserves a look, and does not say so of honest ones."""
+"""A fished update: the audit says that the model deserves a look, and does not say so of honest
+ones.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What the command line reads before PyTorch is there: names that agree, sizes, losses, normalizations."""
+"""What the command line reads before PyTorch is there: names that agree, sizes,
+losses, normalizations.
+"""
 
 from __future__ import annotations
 

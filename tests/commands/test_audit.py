@@ -80,7 +80,8 @@ class Place:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run(function="build", update="update.safetensors", out="found", *more)``: exit code, stdout, stderr.
+    """``run(function="build", update="update.safetensors", out="found", *more)``: exit
+    code, stdout, stderr.
 
     In a folder with the module ``federated`` and a good update of its ``build()``.
     """

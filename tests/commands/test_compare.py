@@ -44,7 +44,8 @@ def test_command_writes_everything_and_names_itself(
     assert str(tmp_path) not in page
     rows = read_rows(folder / "tiny.csv")
     again = re.search(r"Made by `aprillab compare (.*?)`", page)[1].split()
-    # Where rows are computed is no part of the command in the page; and where none is missing, nobody is asked.
+    # Where rows are computed is no part of the command in the page; and where none is missing,
+    # nobody is asked.
     assert command(*again, "--dask", "tcp://127.0.0.1:1") == 0
     assert (folder / "tiny.md").read_text() == page
     assert len(calls) == 8  # the command in the page means the same rows

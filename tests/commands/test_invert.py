@@ -1,4 +1,6 @@
-"""``aprillab invert``: numbers and pictures, pictures of every kind, models and places that cannot be."""
+"""``aprillab invert``: numbers and pictures, pictures of every kind, models and places that cannot
+be.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from command_line import SMALL, Run, is_one_error
 from PIL import Image
 
 from aprillab.attacks import invert
+from aprillab.attacks.searches.problem import Problem
 from aprillab.commands import invert as command
 from aprillab.commands import round as round_
 from aprillab.data import load_victim
@@ -163,6 +166,21 @@ def test_interruption_of_a_search_keeps_the_best(
     assert "the search was interrupted; this is the best it saw" in err
     assert "wrote    invert.png" in out
     assert (tmp_path / "invert.png").exists()
+
+
+def test_interruption_before_the_first_picture_is_told_from_a_search_that_found_none(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ["coffee", *SMALL, "--attack", "match", "--evaluations", "2"]
+    monkeypatch.setattr(Problem, "evaluate", interrupt)
+    assert run("invert", *options)[0] == 130
+    monkeypatch.setattr("aprillab.attacks.searches.match.run", lambda *_: "diverged")
+    code, _, err = run("invert", *options)
+    assert code == 1
+    is_one_error(err, "no picture with a finite loss", "ended by: diverged")
 
 
 def test_a_search_without_a_terminal_says_now_and_then_that_it_lives(

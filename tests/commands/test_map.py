@@ -27,7 +27,9 @@ class Stranger(nn.Module):
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run("clients_model:build", *more)``: exit code, stdout, stderr, in a folder with that module."""
+    """``run("clients_model:build", *more)``: exit code, stdout, stderr, in a folder with that
+    module.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clients_model.py").write_text(MODULE)
 

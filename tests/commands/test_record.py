@@ -1,4 +1,6 @@
-"""``aprillab record``: what checks answered, read from notebooks or from a run, as a page and as JSON."""
+"""``aprillab record``: what checks answered, read from notebooks or from a run, as a page and as
+JSON.
+"""
 
 from __future__ import annotations
 

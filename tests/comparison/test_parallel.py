@@ -72,7 +72,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 200.0) -> None:
 def test_two_jobs_write_one_process_s_files_and_go_on_with_a_half(path: Path, alone: Path) -> None:
     run(CASES, path=path, workers=TWO, **QUICK)
     is_the_same(path, alone)
-    # What a broken run may leave: later cases before earlier ones, another comparison's row, half a line.
+    # What a broken run may leave: later cases before earlier ones, another comparison's
+    # row, half a line.
     half = path.with_name("half.csv")
     (other,) = cross(victims=["rocket"], attacks=["span"], **TINY)
     for cases in (CASES[5:6], [other], CASES[2:3]):
@@ -124,7 +125,9 @@ def test_a_case_that_kills_its_job_alone_is_given_up(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done_and_leaves_no_process(path: Path, alone: Path) -> None:
-    """A real one, to the whole group of processes, while the second job is at a search without an end."""
+    """A real one, to the whole group of processes, while the second job is at a search without an
+    end.
+    """
     spans = [case for case in CASES if case.attack == "span"]
     endless = replace(CASES[1], image_size=64, width=192, depth=4)
     script = (

@@ -16,7 +16,7 @@ from aprillab.attacks import Reconstruction, embedding_closed_form, match_gradie
 from aprillab.attacks.catalogue import ATTACKS, Attack
 from aprillab.comparison import play
 from aprillab.comparison.cases import CompareError, cross, private_pictures
-from aprillab.comparison.records import read_curves, read_pictures
+from aprillab.comparison.records import Outcome, read_curves, read_pictures
 from aprillab.comparison.run import run
 from aprillab.comparison.table import table
 from aprillab.data import load_victim, mnist5k
@@ -48,7 +48,7 @@ def test_rows_agree_with_direct_calls(path: Path) -> None:
     direct = embedding_closed_form(model, update)
     assert closed.psnr == pytest.approx(psnr(direct.pixels[0], pixels[0]), abs=1e-3)
     assert closed.predicted_psnr == pytest.approx(direct.predicted_psnr, rel=1e-5)
-    assert (closed.exact, closed.outcome) == (True, f"exact: {direct.reason}")
+    assert (closed.exact, closed.outcome) == (True, Outcome("exact", direct.reason))
     assert (closed.evaluations, closed.loss, closed.stopped) == (None, None, "")
     searched = match_gradients(
         model, update, recipe="april", labels=torch.tensor([label]), seed=4, max_evaluations=12, progress=False
@@ -58,7 +58,7 @@ def test_rows_agree_with_direct_calls(path: Path) -> None:
     assert matched.loss == pytest.approx(searched.diagnostics["loss"], rel=1e-4)
     assert matched.residual == pytest.approx(searched.diagnostics["residual"], rel=1e-4)
     assert (matched.evaluations, matched.stopped, matched.exact) == (12, "evaluations", False)
-    assert matched.outcome.startswith("not exact: gradients agree")
+    assert str(matched.outcome).startswith("not exact: gradients agree")
     assert closed.gradient_seconds == matched.gradient_seconds > 0
     assert matched.threads == torch.get_num_threads()
     assert matched.torch == torch.__version__
@@ -81,14 +81,14 @@ def test_refusals_are_rows(path: Path) -> None:
     rows = {(row.case.attack, row.case.position): row for row in run(cases, path=path, **QUICK)}
     refused = rows["embedding", "frozen"]
     assert (refused.psnr, refused.ssim, refused.exact, refused.loss) == (None, None, None, None)
-    assert refused.outcome == (
+    assert str(refused.outcome) == (
         "refused: no position embedding gradient is shared: position_embedding is fixed or withheld"
     )
     assert (rows["span", "frozen"].psnr or 0) > 60
-    assert rows["span", "none"].outcome.startswith("refused: without a position embedding")
+    assert str(rows["span", "none"].outcome).startswith("refused: without a position embedding")
     assert read_pictures(path, refused.case) is None
     shown = table(list(rows.values()))
-    assert f"- embedding (1): {refused.outcome.removeprefix('refused: ')}" in shown
+    assert f"- embedding (1): {refused.outcome.reason}" in shown
     assert "| frozen | embedding | 1 | – | – | – | 1 | – |" in shown
 
 
@@ -119,8 +119,8 @@ def test_batches_are_scored_in_the_order_of_their_victims(path: Path, monkeypatc
 def test_mixtures_are_scored_against_every_victim(path: Path) -> None:
     cases = cross(victims=["coffee", "clock"], attacks=["embedding", "match:april"], batch_sizes=[2], **TINY)
     mixture, matched = run(cases, path=path, **QUICK)
-    assert mixture.outcome.startswith("not exact: ")
-    assert "one image" in mixture.outcome
+    assert mixture.outcome.state == "not exact"
+    assert "one image" in mixture.outcome.reason
     kept = read_pictures(path, mixture.case)
     assert kept is not None
     assert torch.equal(kept[1][0], kept[1][1])

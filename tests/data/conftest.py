@@ -1,4 +1,6 @@
-"""Warnings are errors for all tests of pictures: a decoder that complains would be heard by the user."""
+"""Warnings are errors for all tests of pictures: a decoder that complains would be
+heard by the user.
+"""
 
 import warnings
 from collections.abc import Iterator

@@ -92,7 +92,8 @@ def test_torchvision_s_mnist(tmp_path: Path) -> None:
 def test_torchvision_s_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
-    # five images in CIFAR-10's own file format, whose checksums are of course not those of the real one
+    # five images in CIFAR-10's own file format, whose checksums are of course not
+    # those of the real one
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
     monkeypatch.setattr(CIFAR10, "test_list", [])
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})

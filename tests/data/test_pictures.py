@@ -15,7 +15,9 @@ from aprillab.data import PictureError, PictureWarning, decode_picture, read_pic
 
 
 def corners(size: int = 40) -> Image.Image:
-    """A square with four colours, so that a flip, a turn or a swapped axis shows: red green / blue white."""
+    """A square with four colours, so that a flip, a turn or a swapped axis shows: red
+    green / blue white.
+    """
     image = Image.new("RGB", (size, size), (255, 0, 0))
     half = size // 2
     image.paste((0, 255, 0), (half, 0, size, half))

@@ -83,7 +83,8 @@ def test_the_readme_lists_every_victim_with_its_rights() -> None:
 
 
 def test_other_sizes_are_antialiased() -> None:
-    # Nearest or plain bilinear sampling keeps the gravel's full contrast at 1/7 of the size; averaging does not.
+    # Nearest or plain bilinear sampling keeps the gravel's full contrast at 1/7 of the size;
+    # averaging does not.
     full, small = load_victim("gravel", channels=1), load_victim("gravel", 32, channels=1)
     area = torch.nn.functional.interpolate(full[None], size=32, mode="area")[0]
     assert small.shape == (1, 32, 32)

@@ -1,4 +1,6 @@
-"""Thresholds on a feature: what passes one, what lies between two, and a batch taken apart over rounds."""
+"""Thresholds on a feature: what passes one, what lies between two, and a batch taken
+apart over rounds.
+"""
 
 import copy
 

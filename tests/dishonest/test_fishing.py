@@ -1,4 +1,6 @@
-"""Fished and silenced models: what comes back of a batch, a sum, a model without a bias; what is refused."""
+"""Fished and silenced models: what comes back of a batch, a sum, a model without a
+bias; what is refused.
+"""
 
 import copy
 
@@ -44,7 +46,9 @@ def test_the_image_of_the_class_comes_back_alone(changes):
 
 
 def test_others_pass_e_to_the_minus_L():
-    """The passed gradient over the honest-looking one is what the softmax leaves: e^−L in each step of L."""
+    """The passed gradient over the honest-looking one is what the softmax leaves: e^−L
+    in each step of L.
+    """
     pixels = pictures(2)
     miss = [
         -al.psnr(fished(vit(torch.float64), pixels, [3, 5], 3, strength), pixels[0]) / 20 for strength in (6.0, 8.0)

@@ -1,4 +1,6 @@
-"""An imprint in a ViT as it is: what comes back of a batch, what is told alone, and what cannot be imprinted."""
+"""An imprint in a ViT as it is: what comes back of a batch, what is told alone, and what
+cannot be imprinted.
+"""
 
 import copy
 
@@ -58,7 +60,8 @@ def test_pictures_alone_in_a_bin_come_back(name):
     found, _ = imprinted(model, pixels)
     alone = [one for one in found if one.alone]
     assert len(alone) >= 5
-    # Width 192 holds 187 of 768 numbers of timm's patches: noise of each patch is mostly lost, its mean is not.
+    # Width 192 holds 187 of 768 numbers of timm's patches: noise of each patch is mostly lost,
+    # its mean is not.
     least = 12 if name == "timm" else 45
     best = [max(al.psnr(one.pixels, p) for p in pixels) for one in alone]
     assert min(best) > least

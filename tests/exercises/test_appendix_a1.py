@@ -1,4 +1,6 @@
-"""Appendix A1's checks against its notebook's own stubs and solutions, and against the mistakes people make."""
+"""Appendix A1's checks against its notebook's own stubs and solutions, and against the
+mistakes people make.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Chapter 00's check against the notebook's own stub and solution, and against the mistakes people make."""
+"""Chapter 00's check against the notebook's own stub and solution, and against the
+mistakes people make.
+"""
 
 from exercise_tests import exercise_tests
 

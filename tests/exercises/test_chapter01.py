@@ -1,4 +1,6 @@
-"""Checks of chapter 01 against the notebook's own stubs and solutions, and common mistakes; widgets."""
+"""Checks of chapter 01 against the notebook's own stubs and solutions, and common
+mistakes; widgets.
+"""
 
 import pytest
 import torch
@@ -151,7 +153,9 @@ TestExercises = exercise_tests(chapter01, MUTANTS, RIGHT)
 
 @pytest.fixture(scope="module")
 def batch() -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-    """Three small pictures, the gradients of a linear layer for one to three of them, and the δ behind these."""
+    """Three small pictures, the gradients of a linear layer for one to three of them, and
+    the δ behind these.
+    """
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(3, 3, 8, 8, generator=generator, dtype=torch.float64)
     delta = torch.randn(3, 5, generator=generator, dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Chapter 03's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+"""Chapter 03's checks against the notebook's own stubs and solutions, and against the
+mistakes people make.
+"""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,6 @@
-"""Chapter 04's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+"""Chapter 04's checks against the notebook's own stubs and solutions, and against the
+mistakes people make.
+"""
 
 from exercise_tests import exercise_tests
 

@@ -1,4 +1,6 @@
-"""Chapter 05's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+"""Chapter 05's checks against the notebook's own stubs and solutions, and against the
+mistakes people make.
+"""
 
 import csv
 
@@ -129,7 +131,8 @@ def test_recorded_pictures_are_those_of_their_rows() -> None:
             data = torch.tensor(list(strip.crop((32 * k, 0, 32 * k + 32, 32)).tobytes()), dtype=torch.float64)
             picture = data.reshape(32, 32, 3).permute(2, 0, 1) / 255
             quality, noted = float(al.psnr(picture, private)), float(marked[k]["psnr"])
-            # Rounding does not show in a bad picture, and makes a very good one better: the victim has 8 bits itself.
+            # Rounding does not show in a bad picture, and makes a very good one better: the victim
+            # has 8 bits itself.
             assert quality >= noted - 0.5
             assert quality <= noted + 0.5 or noted > 40
 

@@ -1,4 +1,6 @@
-"""Chapter 08's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+"""Chapter 08's checks against the notebook's own stubs and solutions, and against the
+mistakes people make.
+"""
 
 import notebook_tools as tools
 import pytest

@@ -1,4 +1,6 @@
-"""Chapter 10's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+"""Chapter 10's checks against the notebook's own stubs and solutions, and against the
+mistakes people make.
+"""
 
 import notebook_tools as tools
 import pytest
@@ -104,7 +106,9 @@ def test_rounds_for_the_span_are_those_of_the_leak_map(width: int) -> None:
 
 
 def test_the_five_sets_are_decided_by_attacks() -> None:
-    """The text of the exercise says p + n + 2 = 114 ≤ 120; one narrower than the count, and B is gone."""
+    """The text of the exercise says p + n + 2 = 114 ≤ 120; one narrower than the
+    count, and B is gone.
+    """
     model, sets = chapter10.five_sets()
     assert model.width == 120
     assert set(sets) == set("ABCDE")

@@ -1,4 +1,6 @@
-"""Chapter 12's checks against the notebook's own stubs and solutions, and against the mistakes people make."""
+"""Chapter 12's checks against the notebook's own stubs and solutions, and against the
+mistakes people make.
+"""
 
 import math
 

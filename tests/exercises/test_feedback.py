@@ -1,4 +1,6 @@
-"""What the checks are made of: comparing an answer with the right one, and saying what it is instead."""
+"""What the checks are made of: comparing an answer with the right one, and saying what it is
+instead.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,9 @@ from aprillab.exercises import expect_close, expect_tensor, run, stop
 
 
 def said(answer: torch.Tensor | float, wanted: torch.Tensor | float, **options: object) -> str:
-    """What ``expect_close`` says of an answer; empty if it is right. Numbers become float64 tensors."""
+    """What ``expect_close`` says of an answer; empty if it is right. Numbers become float64
+    tensors.
+    """
     answer, wanted = (torch.as_tensor(value, dtype=torch.float64) for value in (answer, wanted))
 
     def check() -> str:

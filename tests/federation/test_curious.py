@@ -34,7 +34,9 @@ def quiet(**options: Any) -> FedAvg:
 
 
 class OwnStart(FedAvg):
-    """As apps have it that write checkpoints: a start of its own, and a setting made after the strategy."""
+    """As apps have it that write checkpoints: a start of its own, and a setting made
+    after the strategy.
+    """
 
     checkpoints = 0
 

@@ -1,4 +1,6 @@
-"""The client's round, the audit and the truth beside it; and the answers of the notebook's questions."""
+"""The client's round, the audit and the truth beside it; and the answers of the
+notebook's questions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""ε: against the exact Gaussian mechanism and integrals of our own, back and forth, and what is refused."""
+"""ε: against the exact Gaussian mechanism and integrals of our own, back and forth,
+and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ ONE_ROUND = {0.01: 5426, 0.1: 91.82, 0.3: 19.13, 0.5: 9.997, 1: 4.377, 2: 1.993,
 
 
 def delta_by_integral(sigma: float, q: float, eps: float, *, with_image: bool = True) -> float:
-    """∫ max(0, p − e^ε p'), with p the density with the image and p' without, or the other way round."""
+    """∫ max(0, p − e^ε p'), with p the density with the image and p' without, or the other way
+    round.
+    """
 
     def both(y: float) -> tuple[float, float]:
         without = norm.pdf(y, scale=sigma)

@@ -1,4 +1,6 @@
-"""Bounds on reconstruction: above the best attackers we can simulate, and tight where they should be."""
+"""Bounds on reconstruction: above the best attackers we can simulate, and tight where they should
+be.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ SIGMAS = (0.2, 0.5, 1.0, 2.0, 10.0)
 
 
 def test_two_opposite_gradients_reach_the_bound() -> None:
-    """The attacker who names a sign is right with probability Φ(μ), and that is the bound for κ = 1/2."""
+    """The attacker who names a sign is right with probability Φ(μ), and that is the
+    bound for κ = 1/2.
+    """
     y = 1 + 1.5 * np.random.default_rng(0).standard_normal(400_000)
     assert (y > 0).mean() == pytest.approx(success_bound(0.5, 1.5), abs=0.003)
 
@@ -47,7 +51,9 @@ def test_the_best_attacker_on_orthogonal_gradients_stays_below_every_bound(sigma
 
 
 def test_sampled_rounds_against_the_best_attacker() -> None:
-    """Two opposite gradients, each round with probability q: the attacker sums log-likelihood ratios."""
+    """Two opposite gradients, each round with probability q: the attacker sums
+    log-likelihood ratios.
+    """
     sigma, q, rounds, runs = 0.7, 0.3, 6, 200_000
     generator = np.random.default_rng(1)
     score = np.zeros(runs)
@@ -68,7 +74,8 @@ def test_sampled_rounds_against_the_best_attacker() -> None:
 def test_simulated_rounds_agree_with_the_formulas_at_their_ends(kappa: float) -> None:
     nearly_all = success_bound(kappa, 1.5, rounds=4, sample_rate=1 - 1e-9)
     assert nearly_all == pytest.approx(success_bound(kappa, 1.5, rounds=4), abs=0.006)
-    # One sampled round, computed, and simulated as a first of two of which the second all but never happens.
+    # One sampled round, computed, and simulated as a first of two of which the second all
+    # but never happens.
     from aprillab.privacy.bounds import _privacy_losses
 
     losses = np.sort(_privacy_losses(0.8, 0.4, 1, 200_000, seed=2))[::-1]

@@ -1,4 +1,6 @@
-"""DP-SGD: each step is clipped, noisy and counted as it says, it learns, and models are left or refused."""
+"""DP-SGD: each step is clipped, noisy and counted as it says, it learns, and models
+are left or refused.
+"""
 
 from __future__ import annotations
 

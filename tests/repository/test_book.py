@@ -1,7 +1,9 @@
-"""The book: its source leads somewhere everywhere, its check finds what it is for, and a browser can read the site.
+"""The book: its source leads somewhere everywhere, its check finds what it is for, and a browser
+can read the site.
 
-The slow tests build the whole site once, and need what ``pip install -e ".[book]"`` brings; those with a browser need
-Chromium besides (tests/chromium.py). Nothing here uses the network, and the site is opened from its folder.
+The slow tests build the whole site once, and need what ``pip install -e ".[book]"`` brings; those
+with a browser need Chromium besides (tests/chromium.py). Nothing here uses the network, and the
+site is opened from its folder.
 """
 
 from __future__ import annotations
@@ -303,8 +305,8 @@ LOOKED_AT = [
     "data/results/defences.html",
     *(f"notebooks/{name}.html" for name in CHAPTERS),
 ]
-#: What reaches beyond the window, other than inside a part that scrolls by itself. The theme clips it, so that the
-#: page's own width does not tell.
+#: What reaches beyond the window, other than inside a part that scrolls by itself. The theme clips
+#: it, so that the page's own width does not tell.
 BEYOND = """() => [...document.querySelectorAll('article *')].filter(element => {
   if (element.closest('mjx-assistive-mml, svg')) return false
   const box = element.getBoundingClientRect()
@@ -326,7 +328,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page that notes in ``page.trouble`` what it asked of the network, and what its scripts complained of."""
+    """A page that notes in ``page.trouble`` what it asked of the network, and what its
+    scripts complained of.
+    """
     opened = browser.new_page()
     opened.trouble = []
     opened.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else opened.trouble.append(r.url))

@@ -1,7 +1,9 @@
-"""End to end: JupyterLab in a headless Chromium runs a chapter, a slider moves, the picture changes.
+"""End to end: JupyterLab in a headless Chromium runs a chapter, a slider moves, the picture
+changes.
 
-Skipped, with the reason, where there is no Chromium or no playwright (``pip install playwright``; the browser itself
-is the system's, ``apt install chromium``, or named in the variable APRILLAB_CHROMIUM).
+Skipped, with the reason, where there is no Chromium or no playwright (``pip install playwright``;
+the browser itself is the system's, ``apt install chromium``, or named in the variable
+APRILLAB_CHROMIUM).
 """
 
 from __future__ import annotations

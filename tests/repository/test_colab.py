@@ -1,4 +1,6 @@
-"""The course on Colab: one chapter is installed and run as there; the script's parts say what would go wrong."""
+"""The course on Colab: one chapter is installed and run as there; the script's parts say
+what would go wrong.
+"""
 
 import importlib.util
 import os

@@ -1,13 +1,15 @@
 """How the package is built: which room may import which, and how long files and functions are.
 
-A room is a folder of the package or a file beside them. Its floor is one more than the highest floor it imports, so
-that the rooms which import none are on the first. The package's face (``__init__``) and ``__main__`` count as rooms
-like the others: nothing imports them, and both have to fit under the roof. A folder's own ``__init__`` is part of its
-room. Imports are read from the source, those inside functions too, absolute or relative, and
-``import_module`` where it is told a name.
+A room is a folder of the package or a file beside them. Its floor is one more than the highest
+floor it imports, so that the rooms which import none are on the first. The package's face
+(``__init__``) and ``__main__`` count as rooms like the others: nothing imports them, and both
+have to fit under the roof. A folder's own ``__init__`` is part of its room. Imports are read
+from the source, those inside functions too, absolute or relative, and ``import_module`` where
+it is told a name.
 
-A function's body counts from its first statement after the docstring to its end, with comments and blank lines; its
-local variables are the names it binds itself, without parameters, names of comprehensions and of functions within.
+A function's body counts from its first statement after the docstring to its end, with comments and
+blank lines; its local variables are the names it binds itself, without parameters, names of
+comprehensions and of functions within.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "aprillab"
 
-#: From the ground up. A room may import from lower floors alone; rooms on one floor know nothing of each other.
+#: From the ground up. A room may import from lower floors alone; rooms on one floor know
+#: nothing of each other.
 FLOORS = (
     {"version", "models", "preprocessing", "data", "metrics", "viz", "update"},
     {"anatomy", "training", "widgets"},
@@ -33,7 +36,8 @@ FLOORS = (
     {"commands", "playground"},
     {"__main__"},
 )
-#: The same within attacks/. The files of the first floor may import each other, if there is no circle.
+#: The same within attacks/. The files of the first floor may import each other, if
+#: there is no circle.
 ATTACK_FLOORS = (
     {"result", "pixels", "reading", "rounds", "evidence", "labels", "replay", "client", "compare", "known_entries"}
     | {"verify", "told_errors"},
@@ -74,13 +78,17 @@ LONG_FUNCTIONS = {
 
 
 def module_name(package: Path, path: Path) -> str:
-    """``attacks.searches.match``; a folder's ``__init__`` has the folder's name, and the package's own ``""``."""
+    """``attacks.searches.match``; a folder's ``__init__`` has the folder's name, and the
+    package's own ``""``.
+    """
     parts = path.relative_to(package).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def read_imports(package: Path) -> dict[str, list[tuple[str, bool]]]:
-    """For each module the modules of the same package that it imports, and whether by the package's own name."""
+    """For each module the modules of the same package that it imports, and whether by the
+    package's own name.
+    """
     modules = {module_name(package, path): path for path in package.rglob("*.py")}
     return {name: list(_imports_of(name, path, package.name, modules)) for name, path in modules.items()}
 
@@ -114,7 +122,9 @@ def _imports_of(name: str, path: Path, package: str, modules: Mapping[str, Path]
 
 
 def rooms(imports: Mapping[str, Sequence[tuple[str, bool]]], folder: str = "") -> dict[str, set[str]]:
-    """Which room of a folder imports which others of it. The folder's own ``__init__`` is the room ``__init__``."""
+    """Which room of a folder imports which others of it. The folder's own ``__init__`` is the
+    room ``__init__``.
+    """
     inside = f"{folder}." if folder else ""
 
     def room(module: str) -> str | None:
@@ -178,7 +188,9 @@ def long_files(package: Path, most: int = MOST_FILE_LINES) -> set[str]:
 
 
 def long_functions(package: Path) -> set[str]:
-    """``file:function`` of those with too many lines or local variables, with the names they are nested in."""
+    """``file:function`` of those with too many lines or local variables, with the names
+    they are nested in.
+    """
     found = set()
     for path in package.rglob("*.py"):
         for name, node in _functions(ast.parse(path.read_text(encoding="utf-8"))):
@@ -220,7 +232,9 @@ def local_variables(function: ast.FunctionDef) -> set[str]:
 
 
 def capital_letters(path: Path) -> set[str]:
-    """Variables and arguments of one capital letter, such as ``G``, or of one with an addition: ``W_e``, ``dW``."""
+    """Variables and arguments of one capital letter, such as ``G``, or of one with an
+    addition: ``W_e``, ``dW``.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -292,7 +306,9 @@ def test_the_notation_has_every_capital_letter() -> None:
 
 @pytest.fixture
 def build(tmp_path: Path):  # type: ignore[no-untyped-def]
-    """``build({"a.py": "…"})``: a package ``house`` with these files, and an empty ``__init__.py`` in each folder."""
+    """``build({"a.py": "…"})``: a package ``house`` with these files, and an empty
+    ``__init__.py`` in each folder.
+    """
 
     def make(files: Mapping[str, str]) -> Path:
         for name, text in {"__init__.py": "", **files}.items():

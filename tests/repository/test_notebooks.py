@@ -1,4 +1,6 @@
-"""The notebooks as a reader gets them, and what a class gets of them. That they run is tested by nbval."""
+"""The notebooks as a reader gets them, and what a class gets of them. That they run is tested by
+nbval.
+"""
 
 import importlib.util
 import itertools

@@ -1,4 +1,6 @@
-"""The package as it is installed: one list of dependencies, bounds that Colab meets, a wheel with its pictures."""
+"""The package as it is installed: one list of dependencies, bounds that Colab meets, a wheel
+with its pictures.
+"""
 
 import ast
 import json
@@ -93,7 +95,9 @@ def test_extras_that_documents_name_exist(name: str) -> None:
 
 
 def imported(folder: str) -> Iterator[tuple[Path, int, bool, str]]:
-    """File, line, whether at the file's top level, and distribution, of all that is imported from elsewhere."""
+    """File, line, whether at the file's top level, and distribution, of all that is
+    imported from elsewhere.
+    """
     for path in sorted((ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
@@ -108,7 +112,8 @@ def imported(folder: str) -> Iterator[tuple[Path, int, bool, str]]:
                     yield path.relative_to(ROOT), node.lineno, node in tree.body, DISTRIBUTION_OF.get(module, module)
 
 
-#: The files that need Flower, each of which says so; `aprillab.federation` imports them when they are asked for.
+#: The files that need Flower, each of which says so; `aprillab.federation` imports them when
+#: they are asked for.
 WITH_FLOWER = {f"aprillab/federation/{name}.py" for name in ("client", "curious", "nearby", "server")}
 
 
@@ -116,7 +121,8 @@ def test_the_package_imports_only_what_it_declares() -> None:
     base, course, federation = set(requirements()), set(requirements("course")), set(requirements("federation"))
     cluster, lab = set(requirements("cluster")), set(requirements("lab"))
     for path, line, top, distribution in imported("aprillab"):
-        # Widgets need the course's packages as soon as they are imported, files of the federation may need Flower.
+        # Widgets need the course's packages as soon as they are imported, files of the federation
+        # may need Flower.
         eager = top and path.name != "widgets.py"
         brought = (base if eager else course) | (federation if path.parts[1] == "federation" else set())
         brought |= cluster if path.name == "parallel.py" and not eager else set()

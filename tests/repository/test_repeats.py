@@ -1,9 +1,10 @@
 """No ten lines of the package stand twice: what two places do alike, one function does for both.
 
-Lines of code are compared that follow each other: blank lines, comments, lone brackets, imports, docstrings and the
-heads of functions, whose arguments are the package's face, are left out. Ten lines stand twice if they are the same
-to the letter, or, in functions, the same but for names, strings and numbers. A list in a function is like any other
-but for these, so there half of the ten must differ from each other.
+Lines of code are compared that follow each other: blank lines, comments, lone brackets, imports,
+docstrings and the heads of functions, whose arguments are the package's face, are left out. Ten
+lines stand twice if they are the same to the letter, or, in functions, the same but for names,
+strings and numbers. A list in a function is like any other but for these, so there half of the ten
+must differ from each other.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def code_lines(path: Path) -> list[Line]:
 
 
 def _sort(node: ast.AST, passed: set[int], within: set[int]) -> None:
-    """Adds the lines of imports, of texts that stand alone and of functions' heads to the first, of functions to the
-    second.
+    """Adds the lines of imports, of texts that stand alone and of functions' heads to the first, of
+    functions to the second.
     """
     for inner in ast.iter_child_nodes(node):
         if isinstance(inner, ast.Import | ast.ImportFrom) or (
@@ -72,7 +73,9 @@ def by_letter(line: Line) -> str:
 
 
 def by_shape(line: Line) -> str:
-    """With one name for all names, one string for all strings and one number for all numbers, within a function."""
+    """With one name for all names, one string for all strings and one number for all numbers,
+    within a function.
+    """
     if not line.in_function:
         return line.text
     text = _STRING.sub("''", line.text)
@@ -81,13 +84,17 @@ def by_shape(line: Line) -> str:
 
 
 def repeats(package: Path, run: int = RUN) -> list[str]:
-    """``a.py:3-14 = b.py:20-31``, for each run of lines that stands again elsewhere: where its first lines do."""
+    """``a.py:3-14 = b.py:20-31``, for each run of lines that stands again elsewhere: where
+    its first lines do.
+    """
     files = {path.relative_to(package).as_posix(): code_lines(path) for path in sorted(package.rglob("*.py"))}
     return list(dict.fromkeys([*_again(files, run, by_letter, 1), *_again(files, run, by_shape, run // 2)]))
 
 
 def _again(files: Mapping[str, list[Line]], run: int, alike: Callable[[Line], str], different: int) -> Iterator[str]:
-    """Runs that stand again, by what ``alike`` leaves of a line, of which so many lines are different."""
+    """Runs that stand again, by what ``alike`` leaves of a line, of which so many
+    lines are different.
+    """
     places: dict[tuple[str, ...], list[tuple[str, int]]] = {}
     for file, lines in files.items():
         texts = [alike(line) for line in lines]

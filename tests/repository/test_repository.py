@@ -1,4 +1,6 @@
-"""What stands around the package: the README and its commands, the Makefile, continuous integration, the citation."""
+"""What stands around the package: the README and its commands, the Makefile, continuous
+integration, the citation.
+"""
 
 import json
 import os
@@ -208,7 +210,8 @@ def test_python_that_is_too_old_or_missing_is_said_in_words(checkout: Path, kind
     shutil.rmtree(checkout / ".venv")
     python = checkout / "python-of-old"
     if kind == "old":
-        # It fails the version check as Python 3.10 would, and would leave a trace if asked for an environment.
+        # It fails the version check as Python 3.10 would, and would leave a trace if asked
+        # for an environment.
         python.write_text(
             '#!/bin/sh\ncase "$1" in -c) exit 1;; --version) echo Python 3.10.1;; *) mkdir .venv;; esac\n'
         )

@@ -1,4 +1,6 @@
-"""The half day's slides: made of the text and the chapters' figures, one file, and nothing runs out of a slide."""
+"""The half day's slides: made of the text and the chapters' figures, one file, and nothing
+runs out of a slide.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,8 @@ def test_what_is_wrong_is_said_with_its_slide(folder: Path, capsys: pytest.Captu
         assert not (folder / "deck.html").exists()
 
 
-#: Parts of the shown slide that reach beyond it, pictures that are missing, and pictures too small to be read.
+#: Parts of the shown slide that reach beyond it, pictures that are missing, and pictures too
+#: small to be read.
 BEYOND = """() => {
   const slide = document.querySelector('.slide.shown'), edge = slide.getBoundingClientRect()
   const beyond = [...slide.querySelectorAll('*')].filter(part => {

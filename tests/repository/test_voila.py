@@ -1,6 +1,8 @@
-"""End to end: Voilà shows the playground in a headless Chromium, a control moves, picture and evidence follow.
+"""End to end: Voilà shows the playground in a headless Chromium, a control moves, picture
+and evidence follow.
 
-Skipped, with the reason, where there is no Voilà (``pip install -e ".[workshop]"``), no playwright or no Chromium.
+Skipped, with the reason, where there is no Voilà (``pip install -e ".[workshop]"``), no
+playwright or no Chromium.
 """
 
 from __future__ import annotations

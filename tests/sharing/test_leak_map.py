@@ -1,4 +1,6 @@
-"""The leak map: its groups, its counts at their bounds, and each cell against the attacks themselves."""
+"""The leak map: its groups, its counts at their bounds, and each cell against the
+attacks themselves.
+"""
 
 from __future__ import annotations
 

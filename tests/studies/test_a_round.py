@@ -1,4 +1,6 @@
-"""What a round really is: the study's clients, its attacks, and that each claim of its page can fail."""
+"""What a round really is: the study's clients, its attacks, and that each claim of its page can
+fail.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The study of the constants: what it counts, on cases that are known, and the command on a tiny model."""
+"""The study of the constants: what it counts, on cases that are known, and the command on a tiny
+model.
+"""
 
 from __future__ import annotations
 

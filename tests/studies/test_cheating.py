@@ -1,4 +1,6 @@
-"""The study of a cheating server: its batches and sums, its planted heads, and a page that its CSV files bear out."""
+"""The study of a cheating server: its batches and sums, its planted heads, and a page that its
+CSV files bear out.
+"""
 
 from __future__ import annotations
 

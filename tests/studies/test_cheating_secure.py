@@ -1,4 +1,6 @@
-"""A cheating server behind Flower's own SecAgg+: what is in the sum, who is gone, and the command that plays it."""
+"""A cheating server behind Flower's own SecAgg+: what is in the sum, who is gone, and the
+command that plays it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Defences that hold: the study's clients, attackers and names, and that each claim of its page can fail."""
+"""Defences that hold: the study's clients, attackers and names, and that each claim of
+its page can fail.
+"""
 
 from __future__ import annotations
 

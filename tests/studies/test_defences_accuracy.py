@@ -1,4 +1,6 @@
-"""The costs of defences: each client is defended as `aprillab.defenses` would, runs are counted and resumed."""
+"""The costs of defences: each client is defended as `aprillab.defenses` would, runs are
+counted and resumed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The study of fair comparisons: its cases and recipes by hand, its smallest run, and the committed table."""
+"""The study of fair comparisons: its cases and recipes by hand, its smallest run, and
+the committed table.
+"""
 
 from __future__ import annotations
 

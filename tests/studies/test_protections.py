@@ -27,7 +27,9 @@ QUICK = argparse.Namespace(quick=True)
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of half the width: neither is in what is tested (one block makes G badly conditioned)."""
+    """Two blocks of half the width: neither is in what is tested (one block makes G
+    badly conditioned).
+    """
     monkeypatch.setitem(clients.SHAPE, "depth", 2)
     monkeypatch.setitem(clients.SHAPE, "width", 96)
 

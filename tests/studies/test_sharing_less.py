@@ -32,7 +32,9 @@ def tiny() -> tuple[al.VisionTransformer, al.Anatomy]:
 
 
 def test_rounds_are_those_of_a_federation() -> None:
-    """The first update is the model's own; the second that of the model after the mean of all clients' updates."""
+    """The first update is the model's own; the second that of the model after the mean of
+    all clients' updates.
+    """
     model, anatomy = tiny()
     expected, _ = tiny()
     first, second = played(model, anatomy, "coffee", 2, rate=0.1)

@@ -37,7 +37,9 @@ def test_what_is_saved_is_what_is_loaded(update: ClientUpdate, tmp_path: Path, d
 
 
 def test_gradients_that_share_memory_can_be_saved(update: ClientUpdate, tmp_path: Path) -> None:
-    """With one image the class token's gradient is the first row of the position embedding's, in place."""
+    """With one image the class token's gradient is the first row of the position
+    embedding's, in place.
+    """
     pointers = [update.gradients[n].untyped_storage().data_ptr() for n in ("class_token", "position_embedding")]
     assert pointers[0] == pointers[1], "not what this test is about any more"
     transposed = changed(update, "head.weight", lambda g: g.T.contiguous().T)

@@ -64,7 +64,9 @@ def test_the_gradient_comes_back(name: str, optimizer: Optimizer, options: dict[
 def test_the_errors_are_those_of_the_rounding(
     name: str, optimizer: Optimizer, options: dict[str, Any], lr: float
 ) -> None:
-    """Over all entries of float32 states: as large as told, or a little smaller, and never far beyond."""
+    """Over all entries of float32 states: as large as told, or a little smaller, and never far
+    beyond.
+    """
     model = tiny_vit(torch.float32, width=48)
     after, first = played(model, optimizer, lr=lr, **options)
     said = {"weight_decay": options.get("weight_decay", 0.0), "optimizer": name, "learning_rate": lr}

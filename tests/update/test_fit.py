@@ -246,7 +246,9 @@ def test_weights_are_recognized(model: nn.Module, lr: float, zero: tuple[str, ..
 
 
 def test_gradients_are_never_taken_for_weights(model: nn.Module, update: ClientUpdate) -> None:
-    """Scaled to the weights' own size, alone or mixed with weight decay; some tensors may even be weights."""
+    """Scaled to the weights' own size, alone or mixed with weight decay; some tensors
+    may even be weights.
+    """
     weights = weights_of(model).gradients
     for factor in (-1.0, 1.0):
         sized = {n: factor * g * weights[n].norm() / g.norm().clamp_min(1e-30) for n, g in update.gradients.items()}

@@ -1,4 +1,6 @@
-"""What a server holds of one client: gradients by name, from tensors or arrays, and facts that agree."""
+"""What a server holds of one client: gradients by name, from tensors or arrays, and facts that
+agree.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def tokens_as_read(
     if public:
         expected = torch.cat([public_tokens(anatomy, weights).to(expected), expected])
     if seen is None or seen.shape[-1] != expected.shape[-1] or seen.numel() < expected.numel():
-        return Condition(_NAME, "not checked", {}, f"not checked: {why}")
+        return Condition(_NAME, "not checked", {}, why, measured=False)
     tokens = seen.double().reshape(-1, seen.shape[-1])[-len(expected) :]
     miss = float((tokens - expected).norm() / expected.norm())
     words = "those of a picture of noise miss W_e x + b_e + E by {miss:.1e} before the first attention"
@@ -82,14 +82,15 @@ def adapters_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, T
         seen = _passed(model, anatomy, picture, owners, norm)
     # The model is the user's, and so is whatever its forward pass raises.
     except Exception as error:
-        return Condition(name, "not checked", {}, f"not checked: the model could not be run ({type(error).__name__})")
+        words = f"the model could not be run ({type(error).__name__})"
+        return Condition(name, "not checked", {}, words, measured=False)
     u = seen.pop(norm, None)
     given = list(seen.values())
     if u is None and given:
         u = given.pop(0)
     if u is None:
-        words = "not checked: neither the factors nor a norm before the attention are modules that are run"
-        return Condition(name, "not checked", {}, words)
+        words = "neither the factors nor a norm before the attention are modules that are run"
+        return Condition(name, "not checked", {}, words, measured=False)
     if given:
         miss = max(float((x - u).norm() / u.norm()) if x.shape == u.shape else math.inf for x in given)
         words = "what they are given misses it by {miss:.1e}"

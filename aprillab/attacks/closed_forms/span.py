@@ -190,8 +190,8 @@ def _later_steps(kept: Sequence[RoundRead]) -> tuple[Condition, ...]:
     steps = max(one.reading.update.local_steps for one in kept)
     if steps == 1:
         return ()
-    words = "not checked: of {steps} local steps all but the first read other weights: the error may be larger"
-    return (Condition(SENT_WEIGHTS, "not checked", {"steps": steps}, words),)
+    words = "of {steps} local steps all but the first read other weights: the error may be larger"
+    return (Condition(SENT_WEIGHTS, "not checked", {"steps": steps}, words, measured=False),)
 
 
 def _one_image(solution: SpanSolution, reading: Reading, anatomy: Anatomy) -> Condition:

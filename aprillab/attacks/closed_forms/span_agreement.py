@@ -69,9 +69,7 @@ def agreed_rounds(
     limit = _limit_by_the_best(read, left, several) if len(read) > 1 else None
     if limit is None and several and (most := max(left(read).residuals)) >= _rounding(read, several):
         # What ill-conditioned systems leave of one picture, others leave of two.
-        return not_checked(
-            read, f"not checked: the rounds' systems together leave {most:.1e}, and no fewer do better"
-        )
+        return not_checked(read, f"the rounds' systems together leave {most:.1e}, and no fewer do better")
     if limit is None:
         return agreeing(NAME, read, left if not several else lambda some: _whatever_they_miss(left(some), some))
 

@@ -32,6 +32,10 @@ from .starts import Start, checked_start, is_search
 _ENDS = {"interrupted": "was interrupted", "diverged": "diverged again and again"}
 
 
+class BudgetError(ValueError):
+    """``max_evaluations`` is no budget: none where one is needed, or too few."""
+
+
 def match_gradients(
     model: nn.Module,
     update: ClientUpdate,
@@ -116,9 +120,10 @@ def match_gradients(
     ------
     ValueError
         If an option is unknown or makes no sense, or the search to go on from has used up the
-        budget.
+        budget; a ``BudgetError`` where ``max_evaluations`` is none.
     AttackNotApplicable
-        If the image shape cannot be known, or the search yields no finite loss.
+        If the image shape cannot be known, or the search yields no finite loss: then its numbers
+        have ``stopped``.
     UpdateError
         If the update does not belong to the model.
 
@@ -177,12 +182,12 @@ def _check_budget(recipe: Recipe, max_evaluations: int | None, max_seconds: floa
     scheduled = isinstance(recipe.optimizer, Adam) and recipe.optimizer.schedule
     if max_evaluations is None:
         if max_seconds is None or scheduled:
-            raise ValueError("max_evaluations: a limit is needed, by the schedule or since max_seconds gives none")
+            raise BudgetError("max_evaluations: a limit is needed, by the schedule or since max_seconds gives none")
         return
     # With patience a later restart begins only if the ones before leave it something.
     least = 1 if recipe.impatient else recipe.restarts
     if max_evaluations < least:
-        raise ValueError(
+        raise BudgetError(
             f"max_evaluations={max_evaluations} is less than one for each of {recipe.restarts} restarts"
             if least > 1
             else f"max_evaluations={max_evaluations} must be at least 1"
@@ -196,6 +201,7 @@ def _report(attack: str, update: ClientUpdate, search: Search, stopped: str) -> 
         raise AttackNotApplicable(
             "match_gradients",
             f"no picture with a finite loss was found ({spent.divergences} divergences, ended by: {stopped})",
+            stopped=stopped,
         )
     images, residual = best.images[best.chosen].double(), float(best.residuals[best.chosen])
     labels = problem.labels

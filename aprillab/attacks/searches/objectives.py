@@ -43,11 +43,13 @@ def relative_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, eps: 
 
 
 def balanced_l2(gradients: Sequence[Tensor], targets: Sequence[Tensor], *, eps: float | None = None) -> Tensor:
-    """The mean over tensors of ‖g' − g‖² / ½(‖g'‖² + ‖g‖²): relative L2 that does not favour weak gradients.
+    """The mean over tensors of ‖g' − g‖² / ½(‖g'‖² + ‖g‖²): relative L2 that does not
+    favour weak gradients.
 
-    A wrong gradient, orthogonal to g and r times as long, costs 1 + r² in :func:`relative_l2`: a search
-    that is still wrong everywhere does best to make all gradients weak, and stays there. Here it costs 2,
-    whatever r. Near g the two agree to first order. Rounding noise is left out as there.
+    A wrong gradient, orthogonal to g and r times as long, costs 1 + r² in :func:`relative_l2`:
+    a search that is still wrong everywhere does best to make all gradients weak, and stays
+    there. Here it costs 2, whatever r. Near g the two agree to first order. Rounding noise is
+    left out as there.
 
     Examples
     --------
@@ -127,8 +129,9 @@ def total_variation(images: Tensor) -> Tensor:
 def patch_seams(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Mean square step across the seams of patches (height, width), in images (B, C, H, W).
 
-    After GradViT's prior on patches (Hatamizadeh et al., CVPR 2022), which sums norms of these steps: where
-    a picture goes on smoothly, patches in the wrong places show at their borders. 0 where there is no seam.
+    After GradViT's prior on patches (Hatamizadeh et al., CVPR 2022), which sums norms of these
+    steps: where a picture goes on smoothly, patches in the wrong places show at their borders. 0
+    where there is no seam.
 
     >>> patch_seams(torch.tensor([[[[0.0, 1.0, 3.0, 3.0]]]]), (1, 2))
     tensor(4.)

@@ -36,7 +36,9 @@ class Descent(Protocol):
 
 
 def minimize(search: Descent, variables: Variables, learning_rate: float) -> None:
-    """Descend from ``variables`` (R, …) by the recipe's optimizer, with this step size in place of its own."""
+    """Descend from ``variables`` (R, …) by the recipe's optimizer, with this step size
+    in place of its own.
+    """
     settings = search.problem.recipe.optimizer
     leaves = [variable.requires_grad_() for variable in variables if variable is not None]
     if isinstance(settings, LBFGS):
@@ -48,7 +50,9 @@ def minimize(search: Descent, variables: Variables, learning_rate: float) -> Non
 def _lbfgs(
     search: Descent, variables: Variables, leaves: list[Tensor], settings: LBFGS, learning_rate: float
 ) -> None:
-    """L-BFGS with a strong-Wolfe line search. Its memory is cleared when it stalls, as long as that helps."""
+    """L-BFGS with a strong-Wolfe line search. Its memory is cleared when it stalls, as
+    long as that helps.
+    """
     while True:
         before = search.lowest
         optimizer = torch.optim.LBFGS(
@@ -67,7 +71,9 @@ def _lbfgs(
 
 
 def _adam(search: Descent, variables: Variables, leaves: list[Tensor], settings: Adam, learning_rate: float) -> None:
-    """Adam, on the slope or on its sign, with the step schedule of Inverting Gradients and a projection."""
+    """Adam, on the slope or on its sign, with the step schedule of Inverting Gradients and a
+    projection.
+    """
     to_input, like = search.problem.preprocessing.to_input, leaves[0].detach()
     # Where pixels of 0 and 1 lie in model-input space, (C, 1, 1)
     dark, bright = (to_input(like.new_full((like.shape[-3], 1, 1), level)) for level in (0.0, 1.0))

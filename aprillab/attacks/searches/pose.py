@@ -1,4 +1,6 @@
-"""Model, update and recipe as a problem: what is known, what is looked for, and in which coordinates."""
+"""Model, update and recipe as a problem: what is known, what is looked for, and in
+which coordinates.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def pose(
     asked = recipe.labels if labels is None else labels
     known, labels_how = _labels(model, update, anatomy, asked, batch_size)
     names = list(update.gradients)
-    # The rows of an embedding that was interpolated are no patches: it is matched like any other tensor.
+    # The rows of an embedding that was interpolated are no patches: it is matched like
+    # any other tensor.
     k = names.index(anatomy.position) if anatomy.position in names and anatomy.resampling is None else None
     like = torch.zeros((), device=device or update.gradients[names[0]].device, dtype=dtype)
     targets = [update.gradients[name].detach().to(like) for name in names]
@@ -84,7 +87,9 @@ def pose(
 
 
 def recordable(problem: Problem) -> bool:
-    """Whether evaluations may be recorded: on CUDA, where the model draws nothing at random, as dropout does."""
+    """Whether evaluations may be recorded: on CUDA, where the model draws nothing at
+    random, as dropout does.
+    """
     return problem.device.type == "cuda" and not problem.draws
 
 
@@ -96,7 +101,9 @@ def _draws(model: nn.Module, images: Tensor) -> bool:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """The caller's random state is kept, and attention has a second derivative (chapter 05, step 2)."""
+    """The caller's random state is kept, and attention has a second derivative
+    (chapter 05, step 2).
+    """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield
@@ -113,7 +120,8 @@ class _PatchLinear(nn.Conv2d):
 
 
 def _with_linear_patches(model: nn.Module, anatomy: Anatomy) -> nn.Module:
-    """A ViT's patch embedding as a linear layer, in place: a convolution's second derivative is slow.
+    """A ViT's patch embedding as a linear layer, in place: a convolution's second
+    derivative is slow.
 
     In float32 on one thread it takes a twentieth of an evaluation of a small ViT.
     """
@@ -134,7 +142,9 @@ def _row_space(update: ClientUpdate, anatomy: Anatomy, batch_size: int, recipe: 
 
 
 def _anatomy_of(model: nn.Module, image_shape: tuple[int, int, int] | None) -> Anatomy:
-    """The ViT's anatomy, or of another classifier what the label recovery reads: its last linear layer."""
+    """The ViT's anatomy, or of another classifier what the label recovery reads: its
+    last linear layer.
+    """
     try:
         return dissect(model)
     except UnknownModelError:
@@ -157,7 +167,9 @@ def _anatomy_of(model: nn.Module, image_shape: tuple[int, int, int] | None) -> A
 def _labels(
     model: nn.Module, update: ClientUpdate, anatomy: Anatomy, labels: Tensor | str, batch_size: int
 ) -> tuple[Tensor | None, str]:
-    """Labels to match with, None where they are to be optimized, and a word on where they come from."""
+    """Labels to match with, None where they are to be optimized, and a word on where they come
+    from.
+    """
     if isinstance(labels, Tensor):
         if labels.shape != (batch_size,) or labels.is_floating_point():
             raise ValueError(

@@ -41,7 +41,8 @@ class Evaluation:
     distances, residuals : Tensor of shape (R,)
         D, and the relative residual ‖g' − g‖ / ‖g‖, of each restart.
     token_gradients : Tensor of shape (R, …, tokens, d) or None
-        ∂l/∂E'_pos of each restart; None where the position embedding's gradient is not shared or not looked at.
+        ∂l/∂E'_pos of each restart; None where the position embedding's gradient is not
+        shared or not looked at.
     """
 
     images: Tensor
@@ -55,7 +56,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Restart:
-    """One restart's distance, residual and position term, scalars, and the slopes of its pictures and logits.
+    """One restart's distance, residual and position term, scalars, and the slopes of its
+    pictures and logits.
 
     Where there is a position term, ``token_gradients`` is the position embedding's gradient.
     """
@@ -154,8 +156,8 @@ class Problem:
     def rearrange(self) -> int | None:
         """Evaluations without progress until patches are moved; None where they never are.
 
-        They are not in a batch, where the position embedding's gradient is a sum over images, and not among
-        restarts that run together.
+        They are not in a batch, where the position embedding's gradient is a sum over images, and
+        not among restarts that run together.
         """
         if self.position is None or self.shape[0] > 1 or self.recipe.together:
             return None
@@ -178,7 +180,8 @@ class Problem:
         return self.coordinates.coefficients_of(images) + self.coordinates.coefficients_of_noise(noise)
 
     def in_their_places(self, images: Tensor, token_gradients: Tensor) -> Tensor | None:
-        """The picture (1, C, H, W) with its patches where their tokens' gradients fit the shared ones.
+        """The picture (1, C, H, W) with its patches where their tokens' gradients fit the shared
+        ones.
 
         None where they fit best as they stand.
         """

@@ -1,10 +1,11 @@
 """Patches in the wrong place: found by their tokens' gradients, moved by assignment.
 
-Where a patch stands changes the gradient of the loss by little, and no small step leads from one order of patches
-to another: searches that know every patch end in an order that is wrong. But the position embedding's gradient
-has a row for each place, the gradient of the token that stands there, and that row follows the patch. So match
-the rows of the pictures on trial with the shared ones and put each patch where its row fits. data/results/digits.md
-measures what that is worth. We know of no publication of this move.
+Where a patch stands changes the gradient of the loss by little, and no small step leads from one
+order of patches to another: searches that know every patch end in an order that is wrong. But the
+position embedding's gradient has a row for each place, the gradient of the token that stands there,
+and that row follows the patch. So match the rows of the pictures on trial with the shared ones and
+put each patch where its row fits. data/results/digits.md measures what that is worth. We know of no
+publication of this move.
 """
 
 from __future__ import annotations

@@ -36,12 +36,12 @@ class PositionTerm:
     weight : float > 0
         α.
     per_token : bool
-        The mean of the tokens' own 1 − cos. False takes one cosine of the whole embedding's gradient,
-        as the paper has it.
+        The mean of the tokens' own 1 − cos. False takes one cosine of the whole embedding's
+        gradient, as the paper has it.
     rearrange : int ≥ 1 or None
-        When the loss has not halved in so many evaluations, put the patches where their tokens' gradients
-        fit (:func:`~aprillab.attacks.searches.rearrange.places_of`), if that lowers the loss. For one
-        image: in a batch the embedding's gradient is a sum over images.
+        When the loss has not halved in so many evaluations, put the patches where their tokens'
+        gradients fit (:func:`~aprillab.attacks.searches.rearrange.places_of`), if that lowers the
+        loss. For one image: in a batch the embedding's gradient is a sum over images.
 
     Raises
     ------
@@ -131,8 +131,9 @@ class Adam:
         Put pixels back into [0, 1] before every evaluation. For unknowns that are pixels: not with
         ``row_space``.
     beta2 : float, 0 ≤ β₂ < 1
-        How slowly Adam forgets squared slopes. At its usual 0.999 it remembers a thousand steps, and where the
-        slopes shrink by orders of magnitude on the way, its steps become too small (data/results/fair_matching.md).
+        How slowly Adam forgets squared slopes. At its usual 0.999 it remembers a thousand steps,
+        and where the slopes shrink by orders of magnitude on the way, its steps become too small
+        (data/results/fair_matching.md).
 
     Raises
     ------
@@ -296,11 +297,12 @@ APRIL = Recipe(
 )
 """Lu et al., "APRIL", CVPR 2022, as we make it strong.
 
-Every tensor's distance is relative to its size and to the size of the gradient on trial. The position term
-is taken token by token (the paper's is ``per_token=False``); where the loss stops falling, it says which
-patches stand in the wrong place. Patches lie in the row space of ∂l/∂W_e; L-BFGS has a line search, and
-another start where moving patches does not help. There is no prior: the minimum is the picture itself.
-What distance and rearranging are worth, and both numbers of evaluations: data/results/digits.md.
+Every tensor's distance is relative to its size and to the size of the gradient on trial. The
+position term is taken token by token (the paper's is ``per_token=False``); where the loss stops
+falling, it says which patches stand in the wrong place. Patches lie in the row space of ∂l/∂W_e;
+L-BFGS has a line search, and another start where moving patches does not help. There is no prior:
+the minimum is the picture itself. What distance and rearranging are worth, and both numbers of
+evaluations: data/results/digits.md.
 """
 
 RECIPES: dict[str, Recipe] = {

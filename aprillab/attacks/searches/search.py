@@ -158,7 +158,9 @@ class Search:
         return ended
 
     def _descend(self, variables: Variables) -> str:
-        """One restart, begun again from its best point where it diverges (with a smaller step) or patches move."""
+        """One restart, begun again from its best point where it diverges (with a smaller
+        step) or patches move.
+        """
         count, step = len(variables[0]), self.problem.recipe.optimizer.learning_rate
         divergences = 0
         while divergences < _DIVERGENCES:
@@ -186,7 +188,9 @@ class Search:
         return self.problem.unknowns_of(best.images), None if best.logits is None else best.logits.clone()
 
     def evaluate(self, unknowns: Tensor, logits: Tensor | None) -> Tensor:
-        """One evaluation: loss and slope (into ``.grad``), counted, recorded and checked against the limits."""
+        """One evaluation: loss and slope (into ``.grad``), counted, recorded and checked
+        against the limits.
+        """
         found = self._measure(unknowns, logits)
         for variable, slope in zip((unknowns, logits), found.slopes, strict=False):
             variable.grad = slope.contiguous()  # type: ignore[union-attr]  # L-BFGS takes views of it
@@ -237,7 +241,8 @@ class Search:
             self._rearrange()
 
     def _rearrange(self) -> None:
-        """Put the patches of the best picture where their tokens' gradients fit, if that lowers the loss.
+        """Put the patches of the best picture where their tokens' gradients fit, if
+        that lowers the loss.
 
         Raises
         ------

@@ -151,8 +151,8 @@ def _cosine(targets: Sequence[Tensor], _: float) -> Matcher:
         norm = square.sqrt()
         distance = 1 - dot / (norm * size)
         relative = (square - 2 * dot + size.square()) / size.square()  # ‖g' − g‖² / ‖g‖²
-        # So near a match half of the digits have cancelled: take the difference itself. On CUDA always, since to
-        # ask is to wait.
+        # So near a match half of the digits have cancelled: take the difference itself. On CUDA
+        # always, since to ask is to wait.
         if size.is_cuda or relative < coarse:
             apart = _size([mine - shared for mine, shared in zip(gradients, targets, strict=True)])
             distance = (apart.square() - (norm - size).square()) / (2 * norm * size)

@@ -38,7 +38,9 @@ KNOWN = 1e-5  # τ, a thousandth of a level: from 1e-7 to 1e-3 the search comes 
 OPEN = 1e-3  # τ, an eighth of a level: only counted, nothing depends on it
 
 FROM_THE_SPAN = replace(APRIL, distance="relative_l2", position_term=PositionTerm(), restarts=1, patience=None)
-"""APRIL's recipe with one start, the span's picture, and with the distance that data/results/hybrid.md measured."""
+"""APRIL's recipe with one start, the span's picture, and with the distance that
+data/results/hybrid.md measured.
+"""
 
 
 def span_then_match(

@@ -72,7 +72,9 @@ def test_april_damping_helps_in_float32():
 
 @pytest.mark.parametrize("victim", ["clock", "rocket", "chelsea"])
 def test_the_plain_solve_knows_how_bad_it_is(victim):
-    """The clock's smallest singular values leave errors beyond 1/12 of the range: they count as large as they are."""
+    """The clock's smallest singular values leave errors beyond 1/12 of the range: they count as
+    large as they are.
+    """
     model = al.VisionTransformer(image_size=64, patch_size=8, width=192, depth=2, heads=6, classes=10, block="april")
     pixels = al.load_victim(victim, 64)[None]
     plain = attack(model, pixels, "april", regularization="none")
@@ -81,7 +83,9 @@ def test_the_plain_solve_knows_how_bad_it_is(victim):
 
 
 def test_april_with_more_pixels_than_width():
-    """p = 192 > d = 96: the second step alone loses 96 directions of a patch, the patch gradient's rows have them."""
+    """p = 192 > d = 96: the second step alone loses 96 directions of a patch, the patch
+    gradient's rows have them.
+    """
     model = make("april", image_size=32, patch_size=8)
     pixels = private(model)
     alone = attack(model, pixels, "april", systems="attention")
@@ -123,7 +127,9 @@ def test_april_unknown_options():
 
 
 def test_a_shallow_model_gives_a_deficient_gradient():
-    """One block read at the class token: the rows of G are spanned by two vectors a head, and one for token 0."""
+    """One block read at the class token: the rows of G are spanned by two vectors a head,
+    and one for token 0.
+    """
     model = make("april", depth=1)
     result = attack(model, private(model), "april")
     assert result.diagnostics["rank"] <= 2 * SHAPE["heads"] + 1
@@ -162,7 +168,9 @@ def test_tokens_of_noisy_equations_are_those_of_least_squares():
 
 
 def test_the_two_steps_expect_the_error_they_make():
-    """(A1.7) with the patches' rows: the class token's, large here, must not stand in for the smallest of them."""
+    """(A1.7) with the patches' rows: the class token's, large here, must not stand in for
+    the smallest of them.
+    """
     (n, d, p), sigma, draws = (6, 30, 10), 1e-4, 60
     system, _, X = system_of(n, d, p)
     basis = torch.linalg.qr(normal(d, n + 1, seed=5)).Q.T  # (n + 1, d)
@@ -198,7 +206,9 @@ def test_the_diagonal_system_is_the_two_step_solve(pixels):
 
 
 def test_the_row_space_brings_back_what_the_embedding_does_not_see():
-    """p = 12 > d = 9: all pixels are too many unknowns, those in the span of the n = 5 patches are not."""
+    """p = 12 > d = 9: all pixels are too many unknowns, those in the span of the n = 5 patches are
+    not.
+    """
     system, _, X = system_of(pixels=12)
     B = system.known(torch.zeros_like(X))
     everywhere = diagonal(system, B, torch.eye(12).double())
@@ -257,7 +267,9 @@ def test_without_noise_nothing_is_damped():
 
 
 def test_the_error_that_remains_is_the_one_that_is_made():
-    """(A1.7) against the mean over 200 draws of noise: within 10 % for every singular value undamped."""
+    """(A1.7) against the mean over 200 draws of noise: within 10 % for every singular value
+    undamped.
+    """
     a, sigma, draws = torch.logspace(0, -3, 12, dtype=torch.float64).reshape(3, 4), 1e-2, 200
     y = normal(3, 4)
     errors = torch.stack([(damped(a, a * y + sigma * normal(3, 4, seed=k), 0.0) - y).square() for k in range(draws)])

@@ -1,4 +1,6 @@
-"""The attacker who is told the noise: the steps, and what the attack gains by them on small photographs."""
+"""The attacker who is told the noise: the steps, and what the attack gains by them on
+small photographs.
+"""
 
 import dataclasses
 import math

@@ -45,7 +45,9 @@ def test_in_a_small_width_the_costs_are_those_of_the_whole_decomposition():
 
 
 def test_in_a_large_width_they_are_so_within_some_percent():
-    """k = 8 + 24 of 120 directions: subspace iteration runs. Tokens' costs, and those of any vector."""
+    """k = 8 + 24 of 120 directions: subspace iteration runs. Tokens' costs, and those of any
+    vector.
+    """
     D = gradient(360, 120, 8)
     for targets in (normal(120, 5, seed=9), D[:5].T.contiguous()):
         found = noisy_span(D, 8, EPS).coefficients(targets).norm(dim=0)
@@ -98,7 +100,9 @@ def test_each_row_is_in_one_mixture_with_a_sign():
 
 @pytest.mark.parametrize("width", [180, 300])
 def test_what_lies_outside_the_tokens_is_each_rows_noise(width):
-    """Mixtures find the directions, and miss them by the noise; at 300 some combinations stand for what is left."""
+    """Mixtures find the directions, and miss them by the noise; at 300 some combinations
+    stand for what is left.
+    """
     levels = torch.tensor([1e-6, 2e-6, 3e-6]).double()
     D = normal(900, 40) @ normal(40, width, seed=1)
     noise = levels.repeat_interleave(300)[:, None] * normal(900, width, seed=2)

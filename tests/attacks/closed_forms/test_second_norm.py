@@ -17,7 +17,9 @@ VICTIM, LABEL = "rocket", torch.tensor([3])  # much sky: its weakest token is at
 
 
 def frozen_model():
-    """ViT-L/16 at 224 but for the number of its blocks, both embeddings frozen: p + n + 2 = 966 of 1024."""
+    """ViT-L/16 at 224 but for the number of its blocks, both embeddings frozen:
+    p + n + 2 = 966 of 1024.
+    """
     torchvision = pytest.importorskip("torchvision")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

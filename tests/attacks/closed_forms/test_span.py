@@ -135,7 +135,9 @@ def normal(*shape, seed=0):
 
 
 def outside_span(vectors, rows):
-    """How much of each vector (w, n) lies outside the span of ``rows`` (m, w), relative to its length."""
+    """How much of each vector (w, n) lies outside the span of ``rows`` (m, w),
+    relative to its length.
+    """
     U, s, _ = torch.linalg.svd(rows.T, full_matrices=False)
     basis = U[:, s > 1e-10 * s[0]]
     return (vectors - basis @ (basis.T @ vectors)).norm(dim=0) / vectors.norm(dim=0)
@@ -169,7 +171,8 @@ def test_tokens_lie_in_the_span(norm):
 
 
 def patch_is_determined(n, p, d, layernorm, seed=0):
-    """Whether random tokens of width d have one solution only: no other x has its token in their span.
+    """Whether random tokens of width d have one solution only: no other x has its
+    token in their span.
 
     The patch is looked for in the span of all patches, as ∂l/∂W_e gives it.
     """
@@ -249,14 +252,17 @@ def test_ill_conditioned_equations_go_to_qr_and_both_ways_agree(least, by_qr, qr
     monkeypatch.setattr(smallest_module, "_MOST_SQUARED", 0.0)
     by_triangle = smallest(*arguments)
     assert qr_calls[-1] == (23, 6)
-    # The condition is 1/least. Without its refinement the squared way is off by 7e-15 / least already at 1e-2.
+    # The condition is 1/least. Without its refinement the squared way is off by 7e-15 / least
+    # already at 1e-2.
     torch.testing.assert_close(found.patches, by_triangle.patches, rtol=0, atol=2e-15 / least)
     assert (found.patches - X).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("withheld", [True, False], ids=["withheld", "zero"])
 def test_the_tokens_alone_fix_the_pixels_of_a_wide_model(withheld):
-    """No patch embedding's gradient: p + n + 2 ≤ d is needed, and nothing else. Or it is there and zero: frozen."""
+    """No patch embedding's gradient: p + n + 2 ≤ d is needed, and nothing else. Or it is
+    there and zero: frozen.
+    """
     model = make("prenorm", "frozen")  # p = 48, n = 16, d = 96
     pixels = private(model)
     update = al.client_update(model, al.HALF.to_input(pixels), torch.tensor([3]))

@@ -1,4 +1,6 @@
-"""The span attack over rounds: adapters' rows that add up, states that add equations, rounds of another picture."""
+"""The span attack over rounds: adapters' rows that add up, states that add equations, rounds
+of another picture.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def wide(dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
 def rounds_of(
     model: nn.Module, pixels: Tensor, number: int, *, lr: float = 0.1, other: tuple[int, ...] = ()
 ) -> list[al.Round]:
-    """A client's rounds, two other clients averaged in between; in those of ``other`` it has another picture."""
+    """A client's rounds, two other clients averaged in between; in those of ``other`` it
+    has another picture.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = []
     for t in range(1, number + 1):
@@ -91,7 +95,8 @@ def test_a_lora_client_is_read_once_there_is_a_row_for_each_token() -> None:
     assert result.diagnostics["groups"] == 1
     assert [note["number"] for note in result.diagnostics["rounds"]] == [2, 3, 4, 5]
     assert "nothing in round 1, where LoRA's B is still zero" in result.reason
-    # The states are not needed to solve, for what the equations read is frozen; the replay needs one.
+    # The states are not needed to solve, for what the equations read is frozen; the
+    # replay needs one.
     bare = al.span_closed_form(model, [one.update for one in rounds])
     torch.testing.assert_close(bare.pixels, result.pixels)
 

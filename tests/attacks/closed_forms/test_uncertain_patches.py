@@ -36,7 +36,9 @@ def test_an_interval_adds_what_moments_of_a_cut_normal_say():
 
 
 def test_columns_tell_of_each_other():
-    """Columns of rank two, three entries of four set to zero: nearer than zero, unbiased, errors as told."""
+    """Columns of rank two, three entries of four set to zero: nearer than zero,
+    unbiased, errors as told.
+    """
     n, d = 12, 400
     G = normal(n, 2) @ normal(2, d, seed=1) + 0.1 * normal(n, d, seed=2)
     threshold = float(G.abs().flatten().kthvalue(int(0.75 * n * d)).values)

@@ -282,7 +282,9 @@ def test_what_nobody_undid_is_refused_with_the_way_to_undo_it():
 
 @pytest.mark.parametrize(("labels", "said", "state"), [((3,), None, "not checked"), ((3, 5), 2, "contradicted")])
 def test_what_later_steps_leave_is_no_proof_of_several_pictures(labels, said, state):
-    """One picture's steps miss the system as a batch does: only the client's own number contradicts one image."""
+    """One picture's steps miss the system as a batch does: only the client's own number
+    contradicts one image.
+    """
     model = victim()
     pixels = torch.stack([al.load_victim(name, 32) for name in PHOTOGRAPHS[: len(labels)]])
     after = client(model, pixels, labels=labels, weight_decay=0.01, steps=5)

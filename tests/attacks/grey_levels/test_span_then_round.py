@@ -116,7 +116,9 @@ def test_invert_takes_it_by_name_and_says_where_it_would_go_on() -> None:
 
 
 def test_2d_sinusoids_fall_with_a_search() -> None:
-    """Their span is ambiguous at any precision, whole levels or not: differences of patches are whole too."""
+    """Their span is ambiguous at any precision, whole levels or not: differences of
+    patches are whole too.
+    """
     model = vit(width=96, seed=3, position_values=sinusoidal_2d((4, 4), 96))
     pixels = photographs("chelsea")
     update = client(model, pixels)
@@ -348,7 +350,9 @@ def test_a_wrong_patch_is_doubted_again() -> None:
 
 
 def test_doubt_ends_where_the_gradient_itself_is_off() -> None:
-    """Noise above rounding: the pictures are right, the replay says no, and doubting them brings them back."""
+    """Noise above rounding: the pictures are right, the replay says no, and doubting
+    them brings them back.
+    """
     model, pixels = vit(image_size=8), photographs("coffee", size=8)
     noisy = gaussian_noise(client(model, pixels), 1e-5, relative=True, seed=0)
     result = quietly(model, noisy, max_evaluations=3000)

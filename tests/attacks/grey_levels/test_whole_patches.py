@@ -77,7 +77,9 @@ def test_without_an_improvement_the_search_stays_stuck_and_the_pictures_stay() -
 
 
 def test_candidates_drawn_at_random_lead_out_of_a_minimum() -> None:
-    """Two patches that must change at once: each change by itself is worse, both together are right."""
+    """Two patches that must change at once: each change by itself is worse, both
+    together are right.
+    """
     start = torch.tensor([[[1.0, 3.0], [2.0, 0.0], [5.0, 5.0]]])
 
     def coupled(patches: Tensor) -> float:

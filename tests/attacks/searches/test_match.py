@@ -25,7 +25,8 @@ def smooth_victim(size: int = 6) -> torch.Tensor:
     return (0.2 + 0.3 * ramp[:, None] + 0.4 * ramp[None, :].square())[None, None]
 
 
-# dB: the lowest of three seeds as measured (in the comment) less about a third, for another machine's rounding.
+# dB: the lowest of three seeds as measured (in the comment) less about a third, for another
+# machine's rounding.
 BARS = {
     "dlg": 40,  # 58.5
     "idlg": 150,  # 256.5
@@ -60,7 +61,8 @@ def test_april_on_a_vit() -> None:
     assert psnr(result.pixels, pixels).item() > 60
     assert result.images.dtype == torch.float64
     torch.testing.assert_close(HALF.to_pixels(result.images), result.pixels)
-    # Four patches of 16 pixels: the search went through 4 coefficients a patch, and the truth lies there.
+    # Four patches of 16 pixels: the search went through 4 coefficients a patch, and the
+    # truth lies there.
     assert result.diagnostics["directions"] == 4
     rows = update.gradients["patch_embedding.weight"].flatten(1)
     for images in (result.images, HALF.to_input(pixels)):
@@ -81,7 +83,9 @@ def test_a_batch_with_known_labels() -> None:
 
 
 def test_dlg_takes_a_batch_in_colour() -> None:
-    """In colour, the pictures' gradient has its channels last in memory, and L-BFGS takes views of it."""
+    """In colour, the pictures' gradient has its channels last in memory, and L-BFGS
+    takes views of it.
+    """
     model = small_vit(channels=3)
     _, update = attacked(model, batch=2, channels=3)
     result = quietly(model, update, recipe="dlg", max_evaluations=8)
@@ -98,7 +102,8 @@ def test_a_float32_update_is_matched_in_float64() -> None:
     assert result.images.dtype == torch.float64
     assert result.diagnostics["precision"] == "float32"
     assert result.diagnostics["dtype"] == "float64"
-    # The client's rounding is a floor; dead tensors, which are rounding alone, do not keep the search from it.
+    # The client's rounding is a floor; dead tensors, which are rounding alone, do not keep
+    # the search from it.
     eps = torch.finfo(torch.float32).eps
     assert eps / 10 < result.diagnostics["residual"] < 100 * eps
     assert psnr(result.pixels, pixels).item() > 70

@@ -46,7 +46,9 @@ def test_distances_by_their_formulas() -> None:
 
 @pytest.mark.parametrize("strength", [1e-6, 0.1, 1.0, 10.0])
 def test_balanced_l2_gains_nothing_by_weak_gradients(strength: float) -> None:
-    """Wrong gradients, orthogonal to the targets, cost 2, weak or strong; relative L2 prefers the weak ones."""
+    """Wrong gradients, orthogonal to the targets, cost 2, weak or strong; relative L2
+    prefers the weak ones.
+    """
     wrong = [g - t * (g * t).sum() / t.square().sum() for g, t in zip(GRADIENTS, TARGETS, strict=True)]
     trial = [strength * w * t.norm() / w.norm() for w, t in zip(wrong, TARGETS, strict=True)]
     assert objectives.balanced_l2(trial, TARGETS).item() == pytest.approx(2)
@@ -94,7 +96,9 @@ def test_tensors_below_the_rounding_of_what_was_shared_are_left_out(eps: float |
 @pytest.mark.parametrize("away", [1.0, 1e-7])
 @pytest.mark.parametrize("strength", [0.0, 1e-3, 1.0])
 def test_the_slope_of_balanced_l2_in_closed_form(away: float, strength: float) -> None:
-    """Far from a match and near it, for weak gradients and for none, with a tensor that is left out."""
+    """Far from a match and near it, for weak gradients and for none, with a tensor that is left
+    out.
+    """
     noise = [torch.full((3,), 1e-15, dtype=torch.float64)]
     targets = [*TARGETS, *noise]
     trial = [strength * (t + away * g) for g, t in zip([*GRADIENTS, *noise], targets, strict=True)]
@@ -117,7 +121,8 @@ def test_position_cosine_per_token_and_whole() -> None:
         1 - float((g * t).sum() / (g.norm() * t.norm()))
     )
     swapped = t[:, [0, 2, 1]]
-    # Where the class token's row outweighs the others, only the first of the two sees that two tokens are swapped.
+    # Where the class token's row outweighs the others, only the first of the two sees that two
+    # tokens are swapped.
     assert objectives.position_cosine(swapped, t).item() > 0.1
     assert objectives.position_cosine(swapped, t, per_token=False).item() < 1e-3
 
@@ -146,7 +151,9 @@ def test_priors_by_their_formulas() -> None:
 
 
 def test_seams_by_their_formula() -> None:
-    """Patches of 2 × 3 in pictures of 4 × 6: one seam down, one across; and three seams where rows are left over."""
+    """Patches of 2 × 3 in pictures of 4 × 6: one seam down, one across; and three seams where
+    rows are left over.
+    """
     x = randn(2, 3, 4, 6, seed=5)
     across = [float(x[b, c, 2, j] - x[b, c, 1, j]) ** 2 for b in range(2) for c in range(3) for j in range(6)]
     along = [float(x[b, c, i, 3] - x[b, c, i, 2]) ** 2 for b in range(2) for c in range(3) for i in range(4)]

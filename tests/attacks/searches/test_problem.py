@@ -23,7 +23,9 @@ from aprillab.update import ClientUpdate, client_update
 
 
 def test_the_whole_loss_and_its_gradient() -> None:
-    """The objective as the search sees it, against client_update and finite differences, all terms on."""
+    """The objective as the search sees it, against client_update and finite
+    differences, all terms on.
+    """
     model = small_vit()
     _, update = attacked(model)
     trial = HALF.to_input(victim(seed=9)[0])
@@ -86,7 +88,9 @@ def test_the_search_descends_the_loss_it_reports() -> None:
 
 
 def test_matching_knows_in_which_precision_the_update_was_shared() -> None:
-    """A key bias has no gradient but rounding; in float64 that of a float32 client would seem to be something."""
+    """A key bias has no gradient but rounding; in float64 that of a float32 client would
+    seem to be something.
+    """
     model = small_vit().float()
     pixels, labels = victim()
     update = client_update(model, HALF.to_input(pixels).float(), labels)
@@ -107,7 +111,8 @@ def test_withheld_tensors_are_not_matched_and_alpha_is_said_to_be_idle() -> None
     assert result.diagnostics["matched"] == len(update.gradients) - 2
     assert "position" not in result.diagnostics["terms"]
     assert "α has no effect" in result.reason
-    # What is matched is what is there: the distance is the mean over the shared tensors, and it falls.
+    # What is matched is what is there: the distance is the mean over the shared
+    # tensors, and it falls.
     trial = client_update(model, result.images, torch.tensor([1]))
     shared = [trial.gradients[name] for name in less.gradients]
     expected = objectives.balanced_l2(shared, list(less.gradients.values())).item()
@@ -146,7 +151,9 @@ def test_a_cnn_is_attacked_given_the_image_shape() -> None:
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_models_with_fused_attention(library: str) -> None:
-    """Their kernels have no second derivative; the search must take the plain path, in eval mode too."""
+    """Their kernels have no second derivative; the search must take the plain path, in eval mode
+    too.
+    """
     if library == "torchvision":
         from torchvision.models import VisionTransformer as Other
 

@@ -79,7 +79,8 @@ def test_what_a_move_would_make_worse_stays_as_it_is(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(problem, "places_of", backwards)
     result = quietly(model, update, recipe=eager, start=start, max_evaluations=30)
     assert 3 < len(tried) < 27
-    # But for the evaluations of what was tried, the search is the one that never tries: L-BFGS goes on undisturbed.
+    # But for the evaluations of what was tried, the search is the one that never tries: L-BFGS
+    # goes on undisturbed.
     losses = iter([entry["loss"] for entry in result.history])
     assert all(entry["loss"] in losses for entry in plain.history[: 30 - len(tried)])
 

@@ -1,4 +1,6 @@
-"""Recording evaluations, with a stand-in for the card; tests/attacks/test_gpu.py has the card itself."""
+"""Recording evaluations, with a stand-in for the card; tests/attacks/test_gpu.py has the card
+itself.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def evaluate(images: Tensor) -> Found:
 
 
 class Card:
-    """Streams that do nothing, and graphs that, replayed, evaluate anew into the tensors of their recording."""
+    """Streams that do nothing, and graphs that, replayed, evaluate anew into the tensors
+    of their recording.
+    """
 
     def __init__(self, evaluate: Callable[[Tensor], Found], *, wrong: float = 0.0) -> None:
         self.evaluate, self.wrong, self.replays = evaluate, wrong, 0

@@ -89,8 +89,9 @@ def test_ctrl_c_before_the_first_evaluation_ends_is_not_swallowed_into_nonsense(
     def distance(g: tuple, t: list) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    with pytest.raises(AttackNotApplicable, match="interrupted"):
+    with pytest.raises(AttackNotApplicable, match="interrupted") as refusal:
         quietly(model, update, recipe=Recipe(distance=distance))
+    assert refusal.value.numbers == {"stopped": "interrupted"}
 
 
 def test_a_nan_on_the_way_is_survived() -> None:
@@ -146,7 +147,9 @@ def scripted(*restarts: list[float], rest: float = 9.0) -> objectives.Distance:
 def played(
     update: ClientUpdate, model: nn.Module, script: objectives.Distance, parts: dict, **options: object
 ) -> object:
-    """Adam, which stays where it is when the slope is zero; a position term would have one of its own."""
+    """Adam, which stays where it is when the slope is zero; a position term would have one of its
+    own.
+    """
     return quietly(model, update, recipe=Recipe(distance=script, optimizer=Adam(), **parts), **options)
 
 

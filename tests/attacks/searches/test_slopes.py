@@ -1,4 +1,6 @@
-"""Distances with their slopes in closed form: against autograd, and near a match against exact arithmetic."""
+"""Distances with their slopes in closed form: against autograd, and near a match
+against exact arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_a_function_of_ones_own_is_differentiated() -> None:
 
 @pytest.mark.parametrize("step", [1e-3, 1e-6, 1e-9])
 def test_the_cosine_keeps_its_digits_near_a_match(step: float) -> None:
-    """1 − cos of nearly equal vectors, in exact arithmetic: there the textbook formula has none left."""
+    """1 − cos of nearly equal vectors, in exact arithmetic: there the textbook formula has none
+    left.
+    """
     near = [target + step * randn(*target.shape, seed=20 + i) for i, target in enumerate(TARGETS)]
     found = matcher("cosine", TARGETS, EPS)(near)
     g, t = ([Fraction(v) for tensor in tensors for v in tensor.flatten().tolist()] for tensors in (near, TARGETS))
