@@ -79,7 +79,8 @@ class NoisySpan:
         else:
             along = self.V.T @ targets  # (k, j)
         strong = along / (self.s**2 + self.floor**2).sqrt()[:, None]
-        weak = torch.linalg.solve_triangular(self.beyond, targets - self.V @ along, upper=False)  # (w, j)
+        beyond = torch.addmm(targets, self.V, along, alpha=-1)
+        weak = torch.linalg.solve_triangular(self.beyond, beyond, upper=False)  # (w, j)
         return torch.cat([strong, weak])
 
 

@@ -56,7 +56,7 @@ def smallest(
         X = torch.linalg.solve_triangular(H, Q[: len(T)].T @ -t, upper=True)
     else:
         X = torch.cholesky_solve(T.T @ -t, H, upper=True)
-    c, c_pixel = T @ X + t, R @ X
+    c, c_pixel = torch.addmm(t, T, X), R @ X
     if refined and not squared:  # one step of refinement, from residuals that squared nothing
         X = X - torch.cholesky_solve(T.T @ c + ratio**2 * (R.T @ c_pixel), H, upper=True)
     return Smallest(X, H, c.square().sum(0), c_pixel.square().sum(0))

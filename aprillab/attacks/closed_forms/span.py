@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...anatomy import Anatomy, dissect, tensors_of
+from ...anatomy import Anatomy, dissect
 from ...metrics import EXACT_TO_8_BITS_DB
 from ...preprocessing import Preprocessing
 from ...update import Updates
@@ -145,7 +145,7 @@ def span_closed_form(
     agreed = agreed_rounds(some, anatomy, rounds[0].weights, device)
     reading = agreed.kept[0].reading
     some = [one for one in some if one.read in agreed.kept]
-    solution = solve_rounds(model, some, anatomy=anatomy, strict=strict, device=device, remark=remark)
+    solution = solve_rounds(some, anatomy=anatomy, strict=strict, device=device, remark=remark)
     predicted = predicted_psnr(min(solution.mean_square_error, pixel_variance(preprocessing)), preprocessing)
     if solution.numbers["ratio"] == 0 and predicted < _BEYOND_DOUBT and len(agreed.kept) == 1:
         client = agreed.kept[0].model(model)
@@ -253,13 +253,10 @@ def solve_span(
     """
     check_model(anatomy)
     rounds, empty = with_rows([rows_of(one, anatomy, device) for one in read_rounds(model, update, anatomy)])
-    return solve_rounds(
-        model, rounds, anatomy=anatomy, batch_size=batch_size, strict=strict, device=device, remark=empty
-    )
+    return solve_rounds(rounds, anatomy=anatomy, batch_size=batch_size, strict=strict, device=device, remark=empty)
 
 
 def solve_rounds(
-    model: nn.Module,
     rounds: Sequence[SpanRound],
     *,
     anatomy: Anatomy,
@@ -269,7 +266,7 @@ def solve_rounds(
     remark: str = "",
 ) -> SpanSolution:
     """As :func:`solve_span`, of rounds that have rows; with a remark for its refusal."""
-    weights = tensors_of(model)
+    weights = rounds[0].read.weights
     p, n = weights[anatomy.patch_weight][0].numel(), anatomy.tiling.count
     tokens = batch_size * n + anatomy.position_prefix + extra_prefix(anatomy, weights)
     groups = seen_as_a_whole(grouped(rounds, anatomy, tokens, device))

@@ -341,8 +341,7 @@ def test_rows_that_show_their_own_noise_need_no_sums() -> None:
     read = read_rounds(model, rounds, anatomy)
     noisy = [dataclasses.replace(one, reading=dataclasses.replace(one.reading, noise=0.1)) for one in read]
     found = [
-        solve_rounds(model, [rows_of(one, anatomy, None) for one in some], anatomy=anatomy).patches
-        for some in (read, noisy)
+        solve_rounds([rows_of(one, anatomy, None) for one in some], anatomy=anatomy).patches for some in (read, noisy)
     ]
     assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-4
 
