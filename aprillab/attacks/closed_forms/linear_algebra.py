@@ -10,17 +10,28 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128  # columns of a product of which only a triangle is wanted
+# Coarser than this is float32 and less. A singular value so small beside the largest has a square that float64
+# still knows to four digits, and in float32 at most one digit of its own.
+_COARSE, _SEEN_SQUARED = 1e-8, 1e-6
 
 
-def thin_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def thin_svd(A: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, r), s (r,) and Vᵀ (r, k) of A (m, k) = U diag(s) Vᵀ, with r = min(m, k).
 
     By a QR first: the singular values of the small triangle are those of A, at a third of the time.
+    Where A's entries have no more than the digits of float32, its relative rounding error ``eps``
+    says, and A is not too ill-conditioned, by the eigenvectors of AᵀA, at a third of that: what the
+    square costs is far below what rounding took.
 
     >>> U, s, Vt = thin_svd(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]], dtype=torch.float64))
     >>> s.tolist()
     [3.0, 2.0]
     """
+    if eps > _COARSE and A.shape[0] >= A.shape[1]:
+        squares, V = torch.linalg.eigh(gram(A), UPLO="U")
+        if float(squares[0]) > _SEEN_SQUARED**2 * float(squares[-1]):
+            s, V = squares.sqrt().flip(0), V.flip(1)
+            return A @ (V / s), s, V.T
     Q, R = torch.linalg.qr(A)
     U, s, Vt = torch.linalg.svd(R, full_matrices=False)
     return Q @ U, s, Vt

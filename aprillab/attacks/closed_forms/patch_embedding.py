@@ -139,7 +139,7 @@ def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tupl
     nothing is damped this is (4.3), its error (4.7).
     """
     (n, d), (x0, variance) = G.shape, prior
-    U, s, Vt = thin_svd(G.T)
+    U, s, Vt = thin_svd(G.T, noise)
     rank = int((s > least_singular_value(s, G.shape, noise, entry)).sum())
     b, scale = U.T @ dW, _rms(dW)
     residual = torch.addmm(dW, U, b, alpha=-1)

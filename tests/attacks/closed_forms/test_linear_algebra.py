@@ -91,3 +91,24 @@ def test_a_well_conditioned_basis_spans_the_same(nearness, by_qr, monkeypatch):
     assert bool(calls) == by_qr
     torch.testing.assert_close(Q.T @ Q, torch.eye(4).double(), rtol=0, atol=1e-7)
     torch.testing.assert_close(Q @ (Q.T @ A), A, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e5, 1e8])
+def test_of_what_was_shared_in_float32_the_square_is_decomposed_where_that_does_no_harm(
+    condition: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(m, 20, generator=generator).double()).Q for m in (50, 20))
+    s = torch.logspace(0, -math.log10(condition), 20, dtype=torch.float64)
+    A, eps = U * s @ V.T, torch.finfo(torch.float32).eps
+    squared, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *given, **options: squared.append(1) or eigh(*given, **options))
+    exact, found = thin_svd(A), thin_svd(A, eps)
+    assert len(squared) == 1  # tried with eps alone, and refused where A is too ill-conditioned
+    for mine, other in zip(found, exact, strict=True):
+        assert mine.shape == other.shape
+    assert ((found[1] - s).abs() / s).max() < (1e-4 if condition < 1e6 else 1e-6)
+    assert (found[0] * found[1] @ found[2] - A).abs().max() < 1e-12
+    b = torch.randn(50, 3, generator=generator).double()
+    solved, wanted = (Vt.T @ ((Q.T @ b) / sv[:, None]) for Q, sv, Vt in (found, exact))
+    assert (solved - wanted).norm() < 1e-4 * wanted.norm()
