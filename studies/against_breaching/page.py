@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import starmap
 from pathlib import Path
 
 import pandas as pd
@@ -54,6 +55,12 @@ def ratio_of(rates: pd.DataFrame, dtype: str) -> float:
     return rate["aprillab", "inverting_gradients", dtype] / rate["breaching", "invertinggradients", dtype]
 
 
+def _rate_verdict(dtype: str, ratio: float) -> str:
+    goal = f"the goal of 1.5 is {'met' if ratio >= 1.5 else 'missed'}"
+    rate = "- Evaluations per second with the same objective and optimizer"
+    return f"{rate}, {dtype}: {ratio:.2f} times breaching's; {goal}."
+
+
 def raced(runs: pd.DataFrame) -> dict[str, str]:
     """What one attack did on its digits."""
     reached = runs[runs.cpu_to_bar.map(math.isfinite)]
@@ -77,14 +84,13 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
     signed = theirs[theirs.attack == "invertinggradients"]
     ratios = {dtype: ratio_of(rates, dtype) for dtype in ("float32", "float64")}
     times = {digit: runs.cpu.max() for digit, runs in signed.groupby("digit")}
-    longer = min(times[digit] / least for digit, least in zip(ours.digit, ours.cpu_to_bar, strict=True) if digit in times)
+    longer = min(
+        times[digit] / least for digit, least in zip(ours.digit, ours.cpu_to_bar, strict=True) if digit in times
+    )
     fields = settings | {
         "made": made(path), "version": runs.version[runs.side == "breaching"].max(), "bar": BAR,
         "changed": "; ".join(f"{name}: `{' '.join(changes)}`" for name, (_, changes) in THEIRS.items() if changes),
-        "verdicts": "\n".join(
-            f"- Evaluations per second with the same objective and optimizer, {dtype}: {ratio:.2f} times breaching's; "
-            f"the goal of 1.5 is {'met' if ratio >= 1.5 else 'missed'}." for dtype, ratio in ratios.items()
-        ),
+        "verdicts": "\n".join(starmap(_rate_verdict, ratios.items())),
         "rounds": rates["round"].nunique(), "rates": rates_table(rates), "races": races_table(races),
         "attacks": markdown(grouped(races, ("side", "attack", "dtype"), raced).rename(columns={"side": "package"})),
         "digits": ours.digit.nunique(), "median": f"{ours.cpu_to_bar.median():.1f}",
