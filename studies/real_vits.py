@@ -246,7 +246,7 @@ def describe(folder: Path, options: argparse.Namespace) -> Description:
         between("without the term none does", without.psnr.max(), most=9),
         between("the term alone", unmoved.psnr.min(), least=30),
         between("fits the shared gradient", april_without.residual.max(), most=0.01),
-        between("the patches are there, coarsely", float((april_without.in_place - april_without.small).min()), least=5),
+        between("the patches are there, coarsely", (april_without.in_place - april_without.small).min(), least=5),
     ]
 
 
