@@ -1,4 +1,6 @@
-"""How far a picture's gradient is from an update: with one factor for all tensors, or with one for each."""
+"""How far a picture's gradient is from an update: with one factor for all tensors, or
+with one for each.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _CANCELS = 1e6  # a square whose terms are so many times larger has lost six of 
 def compare(
     mine: Mapping[str, Tensor], shared: Mapping[str, Tensor], reads: list[str] | None = None
 ) -> tuple[float, float]:
-    """‖s g' − g‖ / ‖g‖ with the best s, the largest of all tensors' together and of each in ``reads``; and s.
+    """‖s g' − g‖ / ‖g‖ with the best s, the largest of all tensors' together and of each
+    in ``reads``; and s.
 
     >>> g = {"weight": torch.tensor([1.0, 2.0])}
     >>> compare({"weight": torch.tensor([0.5, 1.0])}, g)
@@ -36,8 +39,8 @@ def compare(
 
 
 def own_factors(mine: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[float, float]:
-    """As :func:`compare`, with a factor for each tensor: the r.m.s. of the tensors' misses, weighted by the root
-    of their entries' number; and the largest factor over the least.
+    """As :func:`compare`, with a factor for each tensor: the r.m.s. of the tensors' misses,
+    weighted by the root of their entries' number; and the largest factor over the least.
     """
     missed, size, factors = 0.0, 0.0, []
     # A key's bias has no gradient but rounding, which no factor makes another's.
@@ -84,8 +87,8 @@ class _Sums(NamedTuple):
 def _with_best_factor(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[float, dict[str, _Sums]]:
     """The s of least Σ ‖s g' − g‖² over pairs of g' and g, and the sums that tell each pair's miss.
 
-    A sample gives so good a factor that one look at all entries does; where it was of another factor than
-    the rest, a second one.
+    A sample gives so good a factor that one look at all entries does; where it was of another
+    factor than the rest, a second one.
     """
     near = _best([_sums(0.0, a.flatten()[:_SAMPLE], b.flatten()[:_SAMPLE]) for a, b in pairs.values()])
     near = near if math.isfinite(near) else 0.0

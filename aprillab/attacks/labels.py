@@ -60,13 +60,13 @@ def recover_labels(
     Returns
     -------
     Labels
-        For one image exact by the sign rule: the label is the one entry whose sign is not that of the
-        others, which holds for after − before, too. That takes a client whose labels are single classes:
-        smoothing by α makes others negative too (then nothing is exact), and the least entry is the
-        label's only while the model is less sure of it than 1 − α. For a batch a
-        greedy count: each label lowers its entry of the bias gradient by 1/B, so labels are taken off
-        one at a time where the entry is lowest; right as long as the model is not yet confident, and
-        never marked exact.
+        For one image exact by the sign rule: the label is the one entry whose sign is not that of
+        the others, which holds for after − before, too. That takes a client whose labels are single
+        classes: smoothing by α makes others negative too (then nothing is exact), and the least
+        entry is the label's only while the model is less sure of it than 1 − α. For a batch a
+        greedy count: each label lowers its entry of the bias gradient by 1/B, so labels are taken
+        off one at a time where the entry is lowest; right as long as the model is not yet
+        confident, and never marked exact.
 
     Raises
     ------

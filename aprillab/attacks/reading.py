@@ -1,9 +1,10 @@
 """What an update is, before anything is solved: gradients, how precise, with weight decay or not.
 
-Three sums tell, whatever the batch and the loss's scale. Every token has the patch embedding's bias
-b_e in it once, so ∂l/∂b_e = Σ_i G_i. Cross-entropy's residual r sums to zero over the classes, and
-so does each column of the head's gradient. LayerNorms ignore a token's mean, so in architecture B
-every row of G sums to zero. What the sums miss is noise, or a multiple of the weights: weight decay.
+Three sums tell, whatever the batch and the loss's scale. Every token has the patch embedding's
+bias b_e in it once, so ∂l/∂b_e = Σ_i G_i. Cross-entropy's residual r sums to zero over the
+classes, and so does each column of the head's gradient. LayerNorms ignore a token's mean, so in
+architecture B every row of G sums to zero. What the sums miss is noise, or a multiple of the
+weights: weight decay.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from ..anatomy import Anatomy, tensors_of
 from ..update import ClientUpdate, UpdateError, fitted, logits_of
 from .result import AttackNotApplicable
 
-# Mean over r.m.s. of |entries|: 1 for signs, 0.80 Gaussian. Measured at 32×32, the mean over patch embedding,
-# queries and head: gradients 0.57 to 0.74, one to twenty steps of Adam 0.83 to 1.00 (batches of one and eight).
+# Mean over r.m.s. of |entries|: 1 for signs, 0.80 Gaussian. Measured at 32×32, the mean over patch
+# embedding, queries and head: gradients 0.57 to 0.74, one to twenty steps of Adam 0.83 to 1.00
+# (batches of one and eight).
 _ONE_SIZE, _EACH = 0.83, 0.79
 _MANY = 50_000  # entries that tell as well as all
 _ENOUGH = 256  # entries a tensor, to say so
@@ -39,8 +41,8 @@ class Reading:
         Under the model's names, weight decay taken off.
     noise : float
         Of an entry, relative to the r.m.s. of its tensor: as measured, and at least the format's ε,
-        which stands alone where no sum was there to measure it by. Where entries have errors of their
-        own, the median of these, relative to the entries.
+        which stands alone where no sum was there to measure it by. Where entries have errors of
+        their own, the median of these, relative to the entries.
     noise_of_position : float
         Of an entry of the position embedding's gradient, as it stands.
     decay : float
@@ -103,8 +105,8 @@ def _reading(update: ClientUpdate, anatomy: Anatomy, noise: float | None, decay:
 
 
 def _with_errors(update: ClientUpdate, anatomy: Anatomy) -> Reading:
-    """An update whose entries have errors of their own: its decay was told, and its noise. Of several steps the
-    errors are a guess, and the sums tell by how much their mean is no gradient.
+    """An update whose entries have errors of their own: its decay was told, and its noise. Of
+    several steps the errors are a guess, and the sums tell by how much their mean is no gradient.
     """
     errors: Mapping[str, Tensor] = update.errors or {}
     if update.local_steps > 1 and (more := _beyond_the_told(anatomy, update.gradients, errors)):
@@ -121,7 +123,8 @@ def _with_errors(update: ClientUpdate, anatomy: Anatomy) -> Reading:
 
 
 def _beyond_the_told(anatomy: Anatomy, gradients: Mapping[str, Tensor], errors: Mapping[str, Tensor]) -> float:
-    """Noise relative to each entry that the sums show and the errors do not; 0 where they explain the sums.
+    """Noise relative to each entry that the sums show and the errors do not; 0 where
+    they explain the sums.
 
     The least of two sums, as in :func:`measured_noise`, over the columns that are known well.
     """
@@ -146,8 +149,8 @@ def _beyond_the_told(anatomy: Anatomy, gradients: Mapping[str, Tensor], errors: 
 def _noise_of_position(anatomy: Anatomy, gradients: Mapping[str, Tensor], noise: float, eps: float) -> float:
     """Of an entry of the patches' rows: the least that the tensor's size and two sums allow.
 
-    Noise in the bias's gradient can only add to what its sum over n rows misses, and in architecture
-    B each row of d entries must sum to zero by itself.
+    Noise in the bias's gradient can only add to what its sum over n rows misses, and in
+    architecture B each row of d entries must sum to zero by itself.
     """
     position = gradients.get(anatomy.position or "")
     if position is None:
@@ -184,7 +187,9 @@ def fit_update(
 
 
 def never_used(model: nn.Module, anatomy: Anatomy) -> set[str]:
-    """Trained parameters that the logits do not depend on, by one forward pass; none where it fails."""
+    """Trained parameters that the logits do not depend on, by one forward pass; none where it
+    fails.
+    """
     kernel = tensors_of(model)[anatomy.patch_weight]
     patches = torch.zeros(1, anatomy.tiling.count, kernel.flatten(1).shape[1]).to(kernel)
     try:
@@ -205,7 +210,8 @@ def never_used(model: nn.Module, anatomy: Anatomy) -> set[str]:
 
 
 def measured_noise(anatomy: Anatomy, gradients: Mapping[str, Tensor]) -> float | None:
-    """What the sums miss, relative to what is summed: the least of two; None where neither is there.
+    """What the sums miss, relative to what is summed: the least of two; None where neither is
+    there.
 
     The head's miss by much with another loss than cross-entropy. Then the rows decide, if they can.
 
@@ -297,10 +303,11 @@ def _without_decay(
 def _of_biases_and_norms(
     anatomy: Anatomy, gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> float | None:
-    """Their multiple, from the patch embedding's bias or, where that is zero, from the norm before the
-    first attention; None where neither tells.
+    """Their multiple, from the patch embedding's bias or, where that is zero, from the norm before
+    the first attention; None where neither tells.
 
-    The norm gives γ ẑ + β to the projections W alone, so γ ∂l/∂γ + β ∂l/∂β = Σ W ∂l/∂W over W's rows.
+    The norm gives γ ẑ + β to the projections W alone, so γ ∂l/∂γ + β ∂l/∂β = Σ W ∂l/∂W over W's
+    rows.
     """
     bias = weights.get(anatomy.patch_bias or "")
     if bias is not None and bias.any():
@@ -340,7 +347,9 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _refuse_one_size(update: ClientUpdate, anatomy: Anatomy) -> None:
-    """Adam divides every entry by its own size, which leaves signs, unless its first step was undone."""
+    """Adam divides every entry by its own size, which leaves signs, unless its first step was
+    undone.
+    """
     names = [anatomy.patch_weight, anatomy.query.name if anatomy.query else "", anatomy.head_weight or ""]
     read = [_sample(update.gradients[name]) for name in names if name in update.gradients]
     sizes = [float(g.abs().mean() / g.square().mean().sqrt()) for g in read if g.numel() >= _ENOUGH and g.any()]

@@ -58,8 +58,8 @@ class RoundRead:
     repeated: tuple[int, ...] = ()
 
     def rounding(self, names: Collection[str]) -> float:
-        """What the weights' own rounding leaves in the gradients called ``names``, relative to their size,
-        where the update is a difference of weights; 0 where it is none.
+        """What the weights' own rounding leaves in the gradients called ``names``, relative to
+        their size, where the update is a difference of weights; 0 where it is none.
         """
         update = self.reading.update
         if update.source != "fedavg" or not update.learning_rate:
@@ -141,7 +141,9 @@ def _mark(update: ClientUpdate) -> Tensor:
 
 
 def _is_multiple(mark: Tensor, other: Tensor) -> bool:
-    """Whether two marks are the same but for a sign: a factor leaves rounding, another round much more."""
+    """Whether two marks are the same but for a sign: a factor leaves rounding, another round much
+    more.
+    """
     if len(mark) != len(other):
         return False
     return float(torch.minimum((mark - other).abs().max(), (mark + other).abs().max())) < _SAME
@@ -327,7 +329,9 @@ def not_checked(rounds: Sequence[RoundRead], words: str) -> Agreement:
 
 
 def without_one(rounds: Sequence[RoundRead], left: Left) -> list[list[RoundRead]]:
-    """The rounds without one of them: each of the worst in turn, for all would take long where they are many."""
+    """The rounds without one of them: each of the worst in turn, for all would take long
+    where they are many.
+    """
     ratios = left.ratios(rounds)
     worst = sorted(range(len(rounds)), key=ratios.__getitem__, reverse=True)[:_WORST]
     return [[*rounds[:i], *rounds[i + 1 :]] for i in sorted(worst)]

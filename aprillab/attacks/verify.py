@@ -33,8 +33,9 @@ from .rounds import RoundRead, shown_by_replay
 EMBEDDING = "embedding_closed_form"
 # How far a picture with this predicted error may miss its update: data/results/fuzz.md.
 _OF_NOISE, _OF_ERROR = 300.0, 10.0
-# A picture whose replay misses has about −20 log₁₀ of the miss, and so much more: half of those in
-# data/results/fuzz.csv 8 to 12 dB, one in twenty above 35. Others' weights or a wrong label tell less.
+# A picture whose replay misses has about −20 log₁₀ of the miss, and so much more: half of
+# those in data/results/fuzz.csv 8 to 12 dB, one in twenty above 35. Others' weights or a wrong
+# label tell less.
 _TYPICAL_FOR_MISS = 10.0  # dB
 _ROUNDING = 1e3  # ε: a direction this much smaller than others is rounding
 _MOST_LIMIT = 0.1  # however noisy the update: what misses by more is not called the client's
@@ -127,8 +128,9 @@ def _several(
 
 
 def _of_all(played: Mapping[int, Replay]) -> Replay:
-    """One replay of several: shown where one of them is, for no other picture gives that update. Others may
-    miss: once the model has nearly fitted the picture, its gradient is a difference of like numbers.
+    """One replay of several: shown where one of them is, for no other picture gives that
+    update. Others may miss: once the model has nearly fitted the picture, its gradient is a
+    difference of like numbers.
     """
     shown = [number for number, replay in played.items() if replay.state == "shown"]
     others = [number for number in played if number not in shown]
@@ -143,7 +145,9 @@ def _of_all(played: Mapping[int, Replay]) -> Replay:
 
 
 def _with_replay(found: Reconstruction, replay: Replay, preprocessing: Preprocessing) -> Reconstruction:
-    """The verdict, drawn from conditions, prediction and replay; and how its pixels fit what was assumed of them."""
+    """The verdict, drawn from conditions, prediction and replay; and how its pixels fit what
+    was assumed of them.
+    """
     conditions = (*(c for c in found.conditions if c.name != REPLAY), replay.condition)
     predicted = found.predicted_psnr if found.predicted_psnr is not None else float("nan")
     by_system = predicted  # of several images it foresees nothing, so that a miss counts if the protocol was guessed
@@ -208,8 +212,8 @@ def _played(
 def _best_way(
     ways: Mapping[str, Player], images: Tensor, update: ClientUpdate, reads: list[str], limit: float
 ) -> tuple[float, float, str, Player]:
-    """The first way to play the client that gives the update, else the one that misses it least: the
-    residual, the factor, and the way.
+    """The first way to play the client that gives the update, else the one that misses it least:
+    the residual, the factor, and the way.
     """
     tried, failed = [], None
     for how, play in ways.items():
@@ -243,7 +247,8 @@ def _with_factors(
     found: Reconstruction, images: Tensor, play: Player, update: ClientUpdate, residual: float, limit: float,
     factor: float, preprocessing: Preprocessing,
 ) -> tuple[Reconstruction, Replay]:  # fmt: skip
-    """The replay with a factor for each tensor, as layers' learning rates leave: it shows the brightness too.
+    """The replay with a factor for each tensor, as layers' learning rates leave: it shows
+    the brightness too.
 
     With them ∂W_e and G have two factors, so that the patch-embedding system returns the picture's
     model input times their ratio, with no residual.
@@ -285,11 +290,13 @@ def _with_factors(
 def _no_single_gradient(
     found: Reconstruction, replay: Replay, mine: Mapping[str, Tensor], update: ClientUpdate, anatomy: Anatomy
 ) -> tuple[Reconstruction, Replay]:
-    """What the replay says where the head's gradient is not of rank one, though the system shows one image.
+    """What the replay says where the head's gradient is not of rank one, though the
+    system shows one image.
 
-    Several local steps leave that; then one gradient of the picture need not be the update. But through
-    one block, attention sends back so few directions that several images' equations can have a common
-    solution: equations to spare prove nothing where the picture's own G has not rank n.
+    Several local steps leave that; then one gradient of the picture need not be the update.
+    But through one block, attention sends back so few directions that several images'
+    equations can have a common solution: equations to spare prove nothing where the picture's
+    own G has not rank n.
     """
     G = mine.get(name_within(anatomy.position, anatomy))
     if G is not None:

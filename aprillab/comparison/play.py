@@ -29,7 +29,7 @@ from ..version import __version__
 from ..zoo import build_model
 from .cases import DTYPES, Case, CompareError, is_file, private_pictures
 from .parallel import Failure, attempt
-from .records import Outcome, Point, Row
+from .records import CaseOutcome, Point, Row
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def play_attack(
         found = _attack(case, client, watch, max_evaluations, max_seconds)
     except (AttackNotApplicable, UpdateError) as refusal:
         seconds = time.perf_counter() - start
-        outcome = Outcome("refused", _in_one_line(str(getattr(refusal, "reason", refusal))))
+        outcome = CaseOutcome("refused", _in_one_line(str(getattr(refusal, "reason", refusal))))
         return Played(Row(seconds=seconds, outcome=outcome, **known), watch.points, None)
     facts, seconds = found.diagnostics, found.seconds - watch.seconds
     pixels, decibels = _assigned(found.pixels, client.pixels)
@@ -124,7 +124,7 @@ def play_attack(
         evaluations=facts.get("evaluations"),
         seconds=seconds,
         stopped=facts.get("stopped", ""),
-        outcome=Outcome("exact" if found.exact else "not exact", _in_one_line(found.reason)),
+        outcome=CaseOutcome("exact" if found.exact else "not exact", _in_one_line(found.reason)),
         **known,
     )
     if watch.points:

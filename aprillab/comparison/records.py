@@ -22,7 +22,7 @@ from .cases import Case, CompareError, cell
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CaseOutcome:
     """What an attack said of its picture, or why it made none.
 
     Attributes
@@ -33,7 +33,7 @@ class Outcome:
 
     Examples
     --------
-    >>> str(Outcome("refused", "rank 15 of 16"))
+    >>> str(CaseOutcome("refused", "rank 15 of 16"))
     'refused: rank 15 of 16'
     """
 
@@ -44,7 +44,7 @@ class Outcome:
         return f"{self.state}: {self.reason}"
 
     @classmethod
-    def of_cell(cls, text: str) -> Outcome:
+    def of_cell(cls, text: str) -> CaseOutcome:
         """From a CSV's cell, which has state and reason in one.
 
         Raises
@@ -75,7 +75,7 @@ class Row:
         Of the attack, less what scoring it on its way took.
     gradient_seconds : float
         Of the client's forward and backward pass, after a forward pass to warm up.
-    outcome : Outcome
+    outcome : CaseOutcome
     max_evaluations, max_seconds
         The budget of a search.
     weights_sha256 : str
@@ -96,7 +96,7 @@ class Row:
     seconds: float
     gradient_seconds: float
     stopped: str = ""
-    outcome: Outcome
+    outcome: CaseOutcome
     max_evaluations: int
     max_seconds: float | None
     weights_sha256: str
@@ -219,7 +219,7 @@ def cells(record: Row | Point) -> dict[str, str]:
 
 _KINDS: dict[str, Callable[[str], Any]] = {
     "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__,
-    "tuple[str, ...]": lambda text: tuple(text.split("+")), "Outcome": Outcome.of_cell,
+    "tuple[str, ...]": lambda text: tuple(text.split("+")), "CaseOutcome": CaseOutcome.of_cell,
 }  # fmt: skip
 
 

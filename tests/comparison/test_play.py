@@ -16,7 +16,7 @@ from aprillab.attacks import Reconstruction, embedding_closed_form, match_gradie
 from aprillab.attacks.catalogue import ATTACKS, Attack
 from aprillab.comparison import play
 from aprillab.comparison.cases import CompareError, cross, private_pictures
-from aprillab.comparison.records import Outcome, read_curves, read_pictures
+from aprillab.comparison.records import CaseOutcome, read_curves, read_pictures
 from aprillab.comparison.run import run
 from aprillab.comparison.table import table
 from aprillab.data import load_victim, mnist5k
@@ -48,7 +48,7 @@ def test_rows_agree_with_direct_calls(path: Path) -> None:
     direct = embedding_closed_form(model, update)
     assert closed.psnr == pytest.approx(psnr(direct.pixels[0], pixels[0]), abs=1e-3)
     assert closed.predicted_psnr == pytest.approx(direct.predicted_psnr, rel=1e-5)
-    assert (closed.exact, closed.outcome) == (True, Outcome("exact", direct.reason))
+    assert (closed.exact, closed.outcome) == (True, CaseOutcome("exact", direct.reason))
     assert (closed.evaluations, closed.loss, closed.stopped) == (None, None, "")
     searched = match_gradients(
         model, update, recipe="april", labels=torch.tensor([label]), seed=4, max_evaluations=12, progress=False

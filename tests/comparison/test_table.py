@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aprillab.comparison.cases import Case
-from aprillab.comparison.records import Outcome, Row
+from aprillab.comparison.records import CaseOutcome, Row
 from aprillab.comparison.table import report, table
 
 # --- Table and figures ----------------------------------------------------------------------------------------
@@ -14,7 +14,7 @@ def test_table_counts_and_takes_medians() -> None:
         Row(
             case=Case(attack=attack, victims=("coffee",), seed=seed), psnr=value, psnr_min=value, ssim=0.5,
             exact=exact, predicted_psnr=None, loss=None, residual=None, evaluations=None, seconds=seconds,
-            gradient_seconds=0.1, stopped="", outcome=Outcome("exact", ""), max_evaluations=5, max_seconds=None,
+            gradient_seconds=0.1, stopped="", outcome=CaseOutcome("exact", ""), max_evaluations=5, max_seconds=None,
             weights_sha256="",
             aprillab="1", torch="2", python="3", threads=7, device="cpu", machine="abacus",
         )

@@ -17,7 +17,7 @@ from aprillab.attacks import CLOSED_FORMS
 from aprillab.attacks.catalogue import ATTACKS
 from aprillab.comparison import run as compare
 from aprillab.comparison.cases import Case
-from aprillab.comparison.records import ROW_COLUMNS, Outcome, Row, read_curves, read_rows
+from aprillab.comparison.records import ROW_COLUMNS, CaseOutcome, Row, read_curves, read_rows
 from aprillab.training import evaluate
 from aprillab.zoo import build_model
 from studies._rows import StudyError, read
@@ -37,7 +37,7 @@ def row(psnr: float | None, **options: Any) -> Row:
     return Row(
         case=case, psnr=psnr, psnr_min=psnr, ssim=None, exact=None if psnr is None else False, predicted_psnr=None,
         loss=1e-3, residual=None, evaluations=None, seconds=1.0, gradient_seconds=0.1, stopped="",
-        outcome=Outcome("exact", ""), max_evaluations=5,
+        outcome=CaseOutcome("exact", ""), max_evaluations=5,
         max_seconds=None, weights_sha256="", aprillab="1", torch="2", python="3", threads=1, device="cpu",
         machine="m",
     )  # fmt: skip

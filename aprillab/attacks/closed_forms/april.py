@@ -33,17 +33,12 @@ from ..result import Condition, Reconstruction, margin, predicted_psnr, report, 
 from ..rounds import read_rounds
 from ..verify import verified
 from .april_rounds import april_over_rounds
-from .april_system import System, Systems, patch_gradient, read_system
+from .april_system import GAIN, MARGIN_DB, System, Systems, patch_gradient, read_system
 from .inputs import grey_patches, pixel_variance
 from .linear_algebra import condition_number, numerical_rank, row_space_basis
 
 Regularization = Literal["gcv", "none"]
 
-# M sums three products of weights and gradients that nearly cancel: noise is that much larger in it.
-_GAIN = 10.0
-# Of the pictures in data/results/fuzz.csv that are predicted between 59 and 75 dB, the worst has 11.9 dB less: the
-# noise of G itself is not in the prediction.
-_MARGIN_DB = 12.0
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -265,7 +260,7 @@ def april_closed_form(
     result = report(
         "april_closed_form",
         system.tiling.images(solution.X[None]),
-        conditions=(*found, one, margin(predicted, _MARGIN_DB)),
+        conditions=(*found, one, margin(predicted, MARGIN_DB)),
         predicted_psnr=predicted,
         labels=labels_or_none(model, reading.update, anatomy, labels, one=one),
         numbers={"patches": n, "width": d, "pixels_per_patch": p, **numbers, "regularization": regularization},
@@ -363,7 +358,7 @@ def _one_image(system: System, solution: _Solution, anatomy: Anatomy, reading: R
     """The equations Gᵀ Z = M to spare, or the head."""
     d, tokens = len(system.M), len(system.G)
     residual = float(solution.residual / system.M.norm().clamp_min(_TINY))
-    spare = Spare("GᵀZ = M", residual, max(d - tokens, 0), d, _GAIN)
+    spare = Spare("GᵀZ = M", residual, max(d - tokens, 0), d, GAIN)
     return one_image(anatomy, reading.update, noise=reading.noise, system=spare)
 
 

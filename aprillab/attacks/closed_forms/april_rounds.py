@@ -1,9 +1,10 @@
 """APRIL's closed form over several rounds: G_tᵀ (X − X₀) W_tᵀ = B_t for every round t, (10.2).
 
-Where the patch embedding is frozen, W_t is the same in all rounds, and a model too narrow for its
-tokens gets the equations it lacks. Where it is trained, each round sees other directions of a
-patch, and p > d loses less. No singular vectors make all rounds diagonal at once, so the system is
-solved by LSMR (Fong and Saunders, SIAM J. Sci. Comput. 2011), in the basis that is right on average.
+Where the patch embedding is frozen, W_t is the same in all rounds, and a model too narrow
+for its tokens gets the equations it lacks. Where it is trained, each round sees other
+directions of a patch, and p > d loses less. No singular vectors make all rounds diagonal at
+once, so the system is solved by LSMR (Fong and Saunders, SIAM J. Sci. Comput. 2011), in the
+basis that is right on average.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from ..replay import Loss
 from ..result import Condition, Reconstruction, margin, predicted_psnr, report, shown_if
 from ..rounds import Left, RoundRead, agreeing, known
 from ..verify import verified
-from .april_system import System, read_system
+from .april_system import GAIN, MARGIN_DB, System, read_system
 from .inputs import grey_patches, pixel_variance
 from .linear_algebra import numerical_rank, row_space_basis
 
 _TINY = torch.finfo(torch.float64).tiny
 _STEPS = 400  # of LSMR: the average basis makes a few dozen enough where rounds differ little
-_DIGITS = 1e-14
+_DIGITS = 1e-14  # of LSMR's tolerances: near what float64 resolves
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class OverRounds:
 
 @dataclass(frozen=True)
 class _System:
-    """All rounds' equations and the prior's, for the coordinates y (n·p,) of Y in the basis in which
-    G Gᵀ and WᵀW are diagonal on average: Y = V (y/√w) Qᵀ.
+    """All rounds' equations and the prior's, for the coordinates y (n·p,) of Y in the basis in
+    which G Gᵀ and WᵀW are diagonal on average: Y = V (y/√w) Qᵀ.
     """
 
     rounds: Sequence[RoundEquations]
@@ -118,7 +119,8 @@ def solve_over_rounds(rounds: Sequence[RoundEquations], variance: float) -> Over
     Y = system.patches(y)
     missed = [float((r.B - r.G.T @ Y @ r.W.T).norm()) for r in rounds]
     relative = tuple(miss / max(float(r.B.norm()), _TINY) for miss, r in zip(missed, rounds, strict=True))
-    # An equation's variance, at least that of its noise, and what the prior leaves of it in a pixel.
+    # An equation's variance, at least that of its noise, and what the prior leaves of it in a
+    # pixel.
     squares = sum((miss / r.noise) ** 2 for miss, r in zip(missed, rounds, strict=True))
     sigma2 = max(1.0, squares / max(len(right) - 2 * system.unknowns, 1))
     known = (system.weight - 1 / variance).clamp_min(0)
@@ -144,13 +146,13 @@ def april_over_rounds(
     found = solve_over_rounds(kept, variance)
     predicted, read = predicted_psnr(found.mse, preprocessing), agreed.kept[0].reading
     left = _left_by(equations, variance, anatomy.position_prefix, agreed.kept)
-    system = Spare(f"GᵀZ = M over {len(kept)} rounds", max(left.residuals), max(left.spare, 0), _rows(kept), 10.0)
+    system = Spare(f"GᵀZ = M over {len(kept)} rounds", max(left.residuals), max(left.spare, 0), _rows(kept), GAIN)
     one = one_image(anatomy, read.update, noise=max(r.reading.noise for r in agreed.kept), system=system)
     determined = _determined(kept, max(r.reading.noise for r in agreed.kept))
     result = report(
         name,
         anatomy.tiling.images((X0.to(found.Y) + found.Y @ basis.T)[None]),
-        conditions=(determined, one, *agreed.conditions, margin(predicted, 12.0)),
+        conditions=(determined, one, *agreed.conditions, margin(predicted, MARGIN_DB)),
         predicted_psnr=predicted,
         labels=labels_or_none(model, read.update, anatomy, labels, one=one),
         numbers={**determined.numbers, "noise": read.noise, "residual": max(left.residuals), **agreed.numbers},
@@ -174,8 +176,8 @@ def _shape(system: System) -> tuple[int, int]:
 
 
 def _row_space(systems: Mapping[int, System], rounds: Sequence[RoundRead], anatomy: Anatomy, X0: Tensor) -> Tensor:
-    """A basis (p, r) of what the patches' deviations from grey can be: all pixels or, where p > d loses
-    some, the rows of ∂l/∂W_e − Gᵀ X₀ of all rounds, if they are shared.
+    """A basis (p, r) of what the patches' deviations from grey can be: all pixels or, where p > d
+    loses some, the rows of ∂l/∂W_e − Gᵀ X₀ of all rounds, if they are shared.
     """
     first = systems[rounds[0].number]
     (d, p), n = first.W_e.shape, len(first.G_p)

@@ -44,8 +44,8 @@ def shared_gradients(
     Raises
     ------
     AttackNotApplicable
-        If the model has no such part, its gradient is not shared, or its entries have errors of their
-        own and the attack does not weigh by them.
+        If the model has no such part, its gradient is not shared, or its entries have errors of
+        their own and the attack does not weigh by them.
     """
     if not weighs:
         refuse_errors(attack, update)
@@ -127,7 +127,9 @@ def pixel_variance(preprocessing: Preprocessing) -> float:
 
 
 def grey_patches(tiling: Tiling, preprocessing: Preprocessing, shape: tuple[int, int], grey: float = 0.5) -> Tensor:
-    """The patches (n, p) of a picture of one grey level, in model-input space, float64: all of them are one."""
+    """The patches (n, p) of a picture of one grey level, in model-input space, float64:
+    all of them are one.
+    """
     alone = replace(tiling, image_size=tiling.patch_size)
     pixels = alone.images(torch.full((1, 1, shape[1]), grey, dtype=torch.float64))
     return alone.patches(preprocessing.to_input(pixels))[0].expand(shape)

@@ -24,8 +24,9 @@ picture drawn from the prior, gives one of its errors: the predicted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from ...models import unpatchify
 from ...preprocessing import Preprocessing
 from ..result import AttackNotApplicable, Condition, shown_if
 from .inputs import grey_patches
-from .linear_algebra import thin_svd
+from .linear_algebra import conjugate_gradients, thin_svd
 from .natural_pictures import NaturalPictures
 from .stacked_patches import Equations, noise_of_entries
 
@@ -44,7 +45,8 @@ _BY_CHANCE = 3.0  # deviations of the energy of G's entries, all together
 _CHANCE = 0.5  # deviations of a column's energy that noise may have by chance
 _BY_LUCK = 4.0  # deviations by which the mean square of noise may be more
 _AS_TOLD = 3.0  # times σ², that what is left may have
-_PASSES, _STEPS, _SETTLED = 3, 60, 1e-4
+_PASSES = 3  # of noise in G and patches in turn
+_STEPS, _SETTLED = 60, 1e-4  # of conjugate gradients; where they end, of the length of what is left
 
 
 @dataclass(frozen=True)
@@ -349,16 +351,18 @@ class _Seen:
         def covered(T: Tensor) -> Tensor:
             return prior.covariance(V @ (s * T / noise))
 
-        T, steps = _by_gradients(
+        solved = partial(conjugate_gradients, steps=_STEPS, settled=_SETTLED)
+        T, steps = solved(
             lambda T: T + s * (V.T @ covered(T)) / noise,
             lambda T: self._approximate(1 / self.known, self.first, T),
-            seen / noise, torch.zeros_like(seen),
-        )  # fmt: skip
-        Y, more = _by_gradients(
+            seen / noise,
+        )
+        Y, more = solved(
             lambda Y: V @ (s**2 * (V.T @ Y)) / noise**2 + prior.precision(Y),
             lambda Y: V @ self._approximate(self.variance / self.known, self.second, V.T @ Y),
-            V @ (s * seen / noise**2), covered(T),
-        )  # fmt: skip
+            V @ (s * seen / noise**2),
+            start=covered(T),
+        )
         return Y, steps + more
 
     def error_of_another(self, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -373,23 +377,3 @@ class _Seen:
         for (i, j), inverse in shared.items():
             out[:, :, i, j] = torch.einsum("cnm,mc->nc", inverse, T[:, :, i, j])
         return out.flatten(1)
-
-
-def _by_gradients(
-    system: Callable[[Tensor], Tensor], near: Callable[[Tensor], Tensor], right: Tensor, start: Tensor
-) -> tuple[Tensor, int]:
-    """system(X) = right by conjugate gradients, ``near`` being roughly its inverse; and how many steps."""
-    X, left, z = start, right - system(start), near(right)
-    enough = _SETTLED**2 * float((right * z).sum())
-    z = near(left)
-    way, size = z, float((left * z).sum())
-    for step in range(_STEPS):
-        if size <= enough:
-            return X, step
-        image = system(way)
-        share = size / float((way * image).sum())
-        X, left = X + share * way, left - share * image
-        z = near(left)
-        before, size = size, float((left * z).sum())
-        way = z + size / before * way
-    return X, _STEPS

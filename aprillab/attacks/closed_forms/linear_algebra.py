@@ -6,12 +6,14 @@ precision in which the gradients were shared.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 _BLOCK = 128  # columns of a product of which only a triangle is wanted
-# Coarser than this is float32 and less. A singular value so small beside the largest has a square that float64
-# still knows to four digits, and in float32 at most one digit of its own.
+# Coarser than this is float32 and less. A singular value so small beside the largest has a square
+# that float64 still knows to four digits, and in float32 at most one digit of its own.
 _COARSE, _SEEN_SQUARED = 1e-8, 1e-6
 
 
@@ -60,8 +62,8 @@ def row_space_basis(A: Tensor, most: int, eps: float) -> Tensor:
 
 
 def gram(A: Tensor) -> Tensor:
-    """AᵀA (k, k) of A (m, k) in its upper triangle, which is all that a Cholesky factor needs: below it are zeros,
-    where a block of columns spared them.
+    """AᵀA (k, k) of A (m, k) in its upper triangle, which is all that a Cholesky factor needs:
+    below it are zeros, where a block of columns spared them.
 
     >>> gram(torch.tensor([[1.0, 2.0], [0.0, 3.0]])).triu().tolist()
     [[1.0, 2.0], [0.0, 13.0]]
@@ -93,7 +95,8 @@ def orthonormal(A: Tensor) -> Tensor:
 
 
 def well_conditioned(A: Tensor) -> Tensor:
-    """A basis of the columns of A (m, k), k ≤ m, orthonormal to some digits: for an iteration's next step.
+    """A basis of the columns of A (m, k), k ≤ m, orthonormal to some digits: for an
+    iteration's next step.
 
     By the Gram matrix, a third of the time, where A's columns at length 1 are far from dependent.
     """
@@ -102,3 +105,48 @@ def well_conditioned(A: Tensor) -> Tensor:
     if failed or float(R.diagonal().min()) < 1e-4:
         return orthonormal(A)
     return torch.linalg.solve_triangular(R, A, upper=True, left=False)
+
+
+def conjugate_gradients(
+    system: Callable[[Tensor], Tensor],
+    near: Callable[[Tensor], Tensor],
+    right: Tensor,
+    *,
+    start: Tensor | None = None,
+    steps: int,
+    settled: float,
+) -> tuple[Tensor, int]:
+    """X with system(X) = right, both of one shape, for a symmetric positive definite linear ``system``;
+    and the steps it took.
+
+    Parameters
+    ----------
+    system, near : callable
+        The system, and roughly its inverse, symmetric and positive definite too.
+    right : Tensor
+    start : Tensor, optional; default is 0
+    steps : int, at most
+    settled : float
+        Where it ends: what is left, in the metric of ``near``, over ``right``.
+
+    Examples
+    --------
+    >>> A, right = torch.tensor([[4.0, 1.0], [1.0, 3.0]]).double(), torch.tensor([1.0, 2.0]).double()
+    >>> X, _ = conjugate_gradients(lambda x: A @ x, lambda x: x / 4, right, steps=10, settled=1e-9)
+    >>> X.mul(11).round(decimals=6).tolist()
+    [1.0, 7.0]
+    """
+    X, left = (torch.zeros_like(right), right) if start is None else (start, right - system(start))
+    enough = settled**2 * float((right * near(right)).sum())
+    z = near(left)
+    way, size = z, float((left * z).sum())
+    for step in range(steps):
+        if size <= enough:
+            return X, step
+        image = system(way)
+        share = size / float((way * image).sum())
+        X, left = X + share * way, left - share * image
+        z = near(left)
+        before, size = size, float((left * z).sum())
+        way = z + size / before * way
+    return X, steps

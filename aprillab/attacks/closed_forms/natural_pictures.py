@@ -1,17 +1,18 @@
-"""What pictures are like before anything is read: a normal prior whose variance falls with frequency.
+"""What pictures are like before anything is read: a normal prior whose variance falls with
+frequency.
 
-Natural pictures look alike at every scale, so the variance of a picture's coefficient falls as a power
-of its frequency f, in cycles a picture (Field, J. Opt. Soc. Am. A 4, 1987). In the cosine transform of a
-picture of H × W pixels in [0, 1], grey taken off, a coefficient has the variance
+Natural pictures look alike at every scale, so the variance of a picture's coefficient falls as a
+power of its frequency f, in cycles a picture (Field, J. Opt. Soc. Am. A 4, 1987). In the cosine
+transform of a picture of H × W pixels in [0, 1], grey taken off, a coefficient has the variance
 
     S(f) = H W s / (f² + f₀²)^γ                                                       (11.11)
 
-and that of the mean has a spread of its own; colours go together with a correlation ρ. The numbers are
-the most likely ones of four photographs that are none of the course's victims: china and flower of
-scikit-learn, motorcycle and moon of scikit-image (``tools/fit_natural_pictures.py``). Pictures differ
-from each other more than that: ten times in an octave of frequencies is common. So each octave has two
-factors, of what colours share and of their differences, found from the update itself once a first
-estimate is there (:meth:`NaturalPictures.of_this_one`).
+and that of the mean has a spread of its own; colours go together with a correlation ρ. The numbers
+are the most likely ones of four photographs that are none of the course's victims: china and flower
+of scikit-learn, motorcycle and moon of scikit-image (``tools/fit_natural_pictures.py``). Pictures
+differ from each other more than that: ten times in an octave of frequencies is common. So each
+octave has two factors, of what colours share and of their differences, found from the update itself
+once a first estimate is there (:meth:`NaturalPictures.of_this_one`).
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def cosines(n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NaturalPictures:
-    """The prior (11.11), for patches given by their own cosine modes, (n, p), p = C·h·w, in pixels less ½;
-    the colours turned, the first being what they share.
+    """The prior (11.11), for patches given by their own cosine modes, (n, p), p = C·h·w, in pixels
+    less ½; the colours turned, the first being what they share.
 
     Attributes
     ----------
@@ -94,7 +95,9 @@ class NaturalPictures:
         return tuple(cosines(m).to(self.rows.device) for m in self.patch)
 
     def modes(self, patches: Tensor) -> Tensor:
-        """Cosine modes of patches (m, p) in the order (channel, y, x); :meth:`pixels` turns them back."""
+        """Cosine modes of patches (m, p) in the order (channel, y, x); :meth:`pixels` turns them
+        back.
+        """
         y, x = (C.to(patches) for C in self._within)
         return torch.einsum("ac,mcij->maij", self.turn, y @ patches.unflatten(1, (-1, *self.patch)) @ x.T).flatten(1)
 
@@ -104,7 +107,9 @@ class NaturalPictures:
         return (y.T @ torch.einsum("ac,maij->mcij", self.turn, modes.unflatten(1, (-1, *self.patch))) @ x).flatten(1)
 
     def of_modes(self, channels: Tensor) -> Tensor:
-        """Mean squares of the modes (p,), where pixels have ``channels`` (p,), one number a channel."""
+        """Mean squares of the modes (p,), where pixels have ``channels`` (p,), one number a
+        channel.
+        """
         squares = channels.square().unflatten(0, (-1, *self.patch))
         return torch.einsum("ac,cij->aij", self.turn.square(), squares).flatten()
 
@@ -132,9 +137,9 @@ class NaturalPictures:
     def of_this_one(self, modes: Tensor, error: Tensor) -> NaturalPictures:
         """The prior with a factor for each octave, such that this estimate is as likely as can be.
 
-        Of N coefficients whose energy over their variance is Q in the estimate, and E in a draw of its
-        error, N − E are seen, and the factor is Q / (N − E) (MacKay, Neural Computation 4, 1992), the
-        nearer to 1 the fewer these are.
+        Of N coefficients whose energy over their variance is Q in the estimate, and E in a draw of
+        its error, N − E are seen, and the factor is Q / (N − E) (MacKay, Neural Computation 4,
+        1992), the nearer to 1 the fewer these are.
 
         Parameters
         ----------
@@ -150,11 +155,12 @@ class NaturalPictures:
         return replace(self, spectrum=self.spectrum * factors[octave])
 
     def expected_error(self, modes: Tensor, error: Tensor) -> float:
-        """Mean square of a pixel's error, for an estimate and one draw of its error under this prior.
+        """Mean square of a pixel's error, for an estimate and one draw of its error under this
+        prior.
 
-        A draw has as much in the directions that no gradient shows as in others. Pictures have less there:
-        where they are flat, gradients are weak. So in each octave of which enough is seen, what is not
-        counts by the energy that the estimate has.
+        A draw has as much in the directions that no gradient shows as in others. Pictures have less
+        there: where they are flat, gradients are weak. So in each octave of which enough is seen,
+        what is not counts by the energy that the estimate has.
         """
         found, left, count = self._by_octave(modes, error)
         little = 1 - _TELLING * (count - left).clamp_min(0.0) / (count + _AS_BEFORE)
@@ -170,8 +176,8 @@ class NaturalPictures:
         return tuple(zero.index_add(0, octave.flatten(), energy.flatten()) for energy in energies)
 
     def _octaves(self) -> Tensor:
-        """Of each coefficient (C, H, W), twice: 0 of the mean, 1 below a cycle a picture, 2 below two, …; and one
-        more where it is of a difference of colours.
+        """Of each coefficient (C, H, W), twice: 0 of the mean, 1 below a cycle a picture, 2 below
+        two, …; and one more where it is of a difference of colours.
         """
         (H, W), side = self._size, math.prod(self._size) ** 0.5
         f_y, f_x = (torch.arange(n, device=self.spectrum.device) / 2 * side / n for n in (H, W))

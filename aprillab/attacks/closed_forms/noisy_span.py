@@ -113,7 +113,8 @@ def noisy_span(D: Tensor, tokens: int, eps: float, coarser: Tensor | None = None
     # Bai and Yin: noise of variance 1 in m × w numbers has no singular value below √m − √w.
     floor = max(rows**0.5 - width**0.5, 1.0)
     if rows < width:
-        # What few rows have beyond the tokens is noise, and not the noise of the combinations that make the tokens.
+        # What few rows have beyond the tokens is noise, and not the noise of the combinations that
+        # make the tokens.
         return NoisySpan(tokens, s, V, floor * torch.eye(width).to(D), floor, excess)
     # Noise alone is as even as can be: seven digits of its Gram matrix are more than enough.
     rest = D.addmm_(D @ V, V.T, alpha=-1).float()
@@ -121,8 +122,8 @@ def noisy_span(D: Tensor, tokens: int, eps: float, coarser: Tensor | None = None
 
 
 def residuals_by_row(D: Tensor, tokens: int, coarser: Tensor | None = None) -> Tensor:
-    """How much of each row of D (m, w), at length 1, lies outside the ``tokens`` strongest directions of all (m,);
-    over what the row is ``coarser`` (m,), if it is known to be.
+    """How much of each row of D (m, w), at length 1, lies outside the ``tokens`` strongest
+    directions of all (m,); over what the row is ``coarser`` (m,), if it is known to be.
 
     >>> residuals_by_row(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 1e-3]]).double(), 1) < 1e-3
     tensor([True, True, True])

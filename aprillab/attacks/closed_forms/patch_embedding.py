@@ -136,7 +136,8 @@ def most_probable(dW: Tensor, G: Tensor, noise: float, entry: float, prior: tupl
     The noise is relative to an entry's r.m.s. in dW, and of size ``entry`` in G. Patches have the
     mean ``prior[0]`` (p,) and the variance ``prior[1]`` before anything is read, so a direction
     with singular value s is divided by s + λ/s, with λ the noise's variance over theirs. Where
-    nothing is damped this is (4.3), its error (4.7).
+    nothing is damped this is (4.3), its error (4.7); with noise of one size in dW and G λ is that of
+    (6.5).
     """
     (n, d), (x0, variance) = G.shape, prior
     U, s, Vt = thin_svd(G.T, noise)

@@ -1,5 +1,5 @@
-"""Do a model's tokens reach its first attention, and LoRA's factors, as the equations have it? One look, with
-noise for a picture.
+"""Do a model's tokens reach its first attention, and LoRA's factors, as the equations have it? One
+look, with noise for a picture.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def tokens_as_read(
 
 
 def adapters_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Condition:
-    """Whether LoRA's factors A read what the first attention reads: they do not behind a dropout of their own.
+    """Whether LoRA's factors A read what the first attention reads: they do not behind a
+    dropout of their own.
 
     Parameters
     ----------
@@ -103,7 +104,9 @@ def adapters_as_read(model: nn.Module, anatomy: Anatomy, weights: Mapping[str, T
 
 
 def _outside(model: nn.Module, anatomy: Anatomy, picture: Tensor, u: Tensor) -> float:
-    """How much of the adapters' gradients lies outside the span of the tokens u (n + 1, d); 1 where they are zero."""
+    """How much of the adapters' gradients lies outside the span of the tokens u (n + 1, d); 1
+    where they are zero.
+    """
     factors = [p for name, p in model.named_parameters() if name in anatomy.adapters and p.requires_grad]
     with torch.enable_grad(), torch.random.fork_rng(devices=[picture.device] if picture.is_cuda else []):
         value = logits_of(model.get_submodule(anatomy.root), picture).square().sum()
@@ -159,8 +162,8 @@ def places_of(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def public_tokens(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> Tensor:
-    """The tokens before the patches, class token and registers, with what is added to them, (k, d), float64: the
-    server knows them before it has seen any update.
+    """The tokens before the patches, class token and registers, with what is added to them, (k, d),
+    float64: the server knows them before it has seen any update.
     """
     width = weights[anatomy.patch_weight].shape[0]
     found = [weights[token].double().reshape(-1, width) for token in anatomy.prefix]

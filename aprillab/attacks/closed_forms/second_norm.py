@@ -6,11 +6,11 @@ readers' gradient spans the normed y_i as the first attention's does the z_i:
     C (W_e x_i + b_e + E_i + a_i) = (D₂/γ₂)ᵀ c_i (+ t β₂/γ₂)        for some coefficients c_i.
 
 The a_i depend on all patches, but little on each: they are taken from the picture that the span
-attack found. D₂ shows the weakest token more clearly than the attention's rows do: over its own noise
-five to twelve times as much, at the width of ViT-L/16 and 224, for four photographs and two seeds.
-What a_i gets wrong goes into all patches alike, and there D₂ says less than D. So the picture moves
-towards what D₂ says for as long as D does not mind: until its costs have doubled, as the truth's
-may have.
+attack found. D₂ shows the weakest token more clearly than the attention's rows do: over its own
+noise five to twelve times as much, at the width of ViT-L/16 and 224, for four photographs and two
+seeds. What a_i gets wrong goes into all patches alike, and there D₂ says less than D. So the
+picture moves towards what D₂ says for as long as D does not mind: until its costs have doubled, as
+the truth's may have.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .probe import places_of
 from .span_solution import SpanSolution
 from .token_equations import token_equations
 
-# Of D's costs, which may grow by so much: the truth's are 0.3 to 2.8 above the least, which is no truth
-# but their minimum; 1 and 3 give the same pictures.
+# Of D's costs, which may grow by so much: the truth's are 0.3 to 2.8 above the least, which is no
+# truth but their minimum; 1 and 3 give the same pictures.
 _MAY_GROW = 1.0
-# The second look is taken where all that D₂ says is within D's budget; that has been right wherever it was
-# seen, by up to 20 dB. Else an error of the first look, on its way through the attention and D₂ alone, may
-# come out so much larger at most (5 dB), for D brakes what grows, and D₂ must count for something beside
-# D. Below that the second look lost up to 20 dB, and gained 4 at most.
+# The second look is taken where all that D₂ says is within D's budget; that has been right wherever
+# it was seen, by up to 20 dB. Else an error of the first look, on its way through the attention and
+# D₂ alone, may come out so much larger at most (5 dB), for D brakes what grows, and D₂ must count
+# for something beside D. Below that the second look lost up to 20 dB, and gained 4 at most.
 _LEAST_GAIN, _LEAST_WEIGHT = 10 ** (-5 / 20), 0.4
 _FREELY = 1e3  # a weight of D₂ at which D says nothing any more
 _DISTURBED, _SEED = 1e-2, 11  # the error that is tried, in model input
@@ -47,7 +47,9 @@ _STEPS = 60  # of a bisection over forty powers of ten
 
 @dataclass
 class _Second:
-    """The norm before the MLP, as a forward pass meets it: its name, what it is given, and who reads it."""
+    """The norm before the MLP, as a forward pass meets it: its name, what it is given, and who
+    reads it.
+    """
 
     norm: str = ""
     given: Tensor | None = None
@@ -72,8 +74,8 @@ def second_look(
 
     Where there is no such norm, its readers' gradient is not shared, or the two do not go together,
     the solution comes back as it was. ``numbers["second_look"]`` is the size of an error before it
-    over that after, and 0 where it is not taken. The root and the variance stay those of D alone, and
-    with them the error predicted: that of a_i is not known.
+    over that after, and 0 where it is not taken. The root and the variance stay those of D alone,
+    and with them the error predicted: that of a_i is not known.
 
     Parameters
     ----------
@@ -111,7 +113,8 @@ def _second_equations(
     model: nn.Module, reading: Reading, solution: SpanSolution, anatomy: Anatomy, rows: Tensor, seen: list[_Second],
     tried: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """T and t of what x costs as a combination of D₂'s ``rows``, ‖T x + t‖², and what errors add to t.
+    """T and t of what x costs as a combination of D₂'s ``rows``, ‖T x + t‖², and what errors add to
+    t.
 
     ``seen`` is what patches and patches with errors lead to, ``tried`` the two, (p, n) each.
     """
@@ -144,8 +147,8 @@ def _errors(solution: SpanSolution) -> Tensor:
 
 
 def moved(patches: Tensor, root: Tensor, T: Tensor, t: Tensor, most: float) -> tuple[Tensor, float]:
-    """The x of least ‖H (x − x₀)‖² + w² ‖T x + t‖² for the largest w that keeps the first sum, over all
-    columns, below ``most``; and w.
+    """The x of least ‖H (x − x₀)‖² + w² ‖T x + t‖² for the largest w that keeps the first sum, over
+    all columns, below ``most``; and w.
 
     Parameters
     ----------
@@ -180,7 +183,9 @@ def moved(patches: Tensor, root: Tensor, T: Tensor, t: Tensor, most: float) -> t
 
 
 def _look(model: nn.Module, anatomy: Anatomy, patches: Tensor) -> _Second:
-    """The first norm after the attention's own that reads whole tokens, and the layers that read it."""
+    """The first norm after the attention's own that reads whole tokens, and the layers that read
+    it.
+    """
     second = _Second()
     picture = anatomy.tiling.images(patches.T[None]).to(next(model.parameters()))
     alone = torch.random.fork_rng(devices=[picture.device] if picture.is_cuda else [])

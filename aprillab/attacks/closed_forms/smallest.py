@@ -1,4 +1,6 @@
-"""The smallest combination of a gradient's rows that makes a patch's token, (7.7): least squares in the pixels."""
+"""The smallest combination of a gradient's rows that makes a patch's token, (7.7): least
+squares in the pixels.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ def smallest(
 ) -> Smallest:
     """The pixels x of least ‖T x + t‖² + ratio² ‖R x‖², (7.7), for all columns of t (m, n) at once.
 
-    ``normal`` has the upper triangles of TᵀT and RᵀR, (p, p) each, which are the same for every ratio. The
-    costs are those before a step of refinement, which ``refined=False`` spares.
+    ``normal`` has the upper triangles of TᵀT and RᵀR, (p, p) each, which are the same for every
+    ratio. The costs are those before a step of refinement, which ``refined=False`` spares.
 
     >>> T, t = torch.eye(2).double(), torch.tensor([[2.0], [4.0]]).double()
     >>> smallest(T, t, T, 1.0, (T, T)).patches.flatten().round(decimals=9).tolist()
@@ -65,11 +67,12 @@ def smallest(
 def smallest_combination(
     sides: Sequence[tuple[TokenEquations, NoisySpan]], pixel_side: NoisySpan | None
 ) -> tuple[Smallest, float, float]:
-    """The patches of the smallest combinations, (7.7), the variance of one coefficient, and the ratio.
+    """The patches of the smallest combinations, (7.7), the variance of one
+    coefficient, and the ratio.
 
-    Token equations may be several, each with the span of its own rounds: their costs add up, (10.3). The
-    ratio says how much a patch's own coefficients weigh against its token's; 0 where the patch
-    embedding's gradient is not there, and the tokens say all.
+    Token equations may be several, each with the span of its own rounds: their costs add up,
+    (10.3). The ratio says how much a patch's own coefficients weigh against its token's; 0 where
+    the patch embedding's gradient is not there, and the tokens say all.
     """
     # What a token and a patch cost: ‖T x + t‖ = ‖c‖ and ‖R x‖ = ‖c'‖.
     T = torch.cat([span.coefficients(equations.A) for equations, span in sides])

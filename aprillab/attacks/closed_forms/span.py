@@ -97,9 +97,10 @@ def span_closed_form(
     + b_e must be independent modulo the image of W_e, to the gradient's precision; sinusoids are
     not, in float32.
 
-    The gradient is that of W_Q, W_K or W_V, as many as are shared, or of LoRA's factors A beside
-    them: these have few rows, and as many rounds are needed as it takes to have a row for each
-    token. Class token and registers are public, and with few rows, or the keys' alone, theirs count.
+    The gradient is that of W_Q, W_K or W_V, as many as are shared, or of LoRA's factors A
+    beside them: these have few rows, and as many rounds are needed as it takes to have a row
+    for each token. Class token and registers are public, and with few rows, or the keys'
+    alone, theirs count.
 
     Parameters
     ----------
@@ -121,9 +122,9 @@ def span_closed_form(
     -------
     Reconstruction
         With ``diagnostics``: ``tokens``, ``width_needed``, ``tokens_above_noise`` (numerical rank
-        of D), ``gap`` (the last token's singular value over the largest of the noise), ``rows`` of D
-        and ``rows_of``, what gradients they are of, ``public_rows`` among them, ``groups`` (states of
-        the model); of several rounds, ``rounds``: which were used, and their noise.
+        of D), ``gap`` (the last token's singular value over the largest of the noise), ``rows`` of
+        D and ``rows_of``, what gradients they are of, ``public_rows`` among them, ``groups``
+        (states of the model); of several rounds, ``rounds``: which were used, and their noise.
 
     Raises
     ------
@@ -186,7 +187,9 @@ def _as_read(model: nn.Module, read: RoundRead, anatomy: Anatomy, solution: Span
 
 
 def _later_steps(kept: Sequence[RoundRead]) -> tuple[Condition, ...]:
-    """Where a client took several steps: all but the first read weights that had moved, and the equations do not."""
+    """Where a client took several steps: all but the first read weights that had moved, and
+    the equations do not.
+    """
     steps = max(one.reading.update.local_steps for one in kept)
     if steps == 1:
         return ()

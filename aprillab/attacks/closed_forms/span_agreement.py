@@ -1,4 +1,6 @@
-"""Which rounds of the span attack are of one picture: what they leave together, and what without one of them."""
+"""Which rounds of the span attack are of one picture: what they leave together, and what
+without one of them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from .smallest import smallest_combination
 from .span_rounds import Group, SpanRound, grouped, pixel_span
 from .span_width import NAME, directions_lost, extra_prefix, usable_width, width_needed
 
-# Times the format's ε. Measured at 32×32, d = 80 to 384, float32: outside one span rounds of one picture leave up to
-# 1.1, and with adapters' rows of another one 240 and more; of several states' tokens up to 140, and 3 000 and more.
+# Times the format's ε. Measured at 32×32, d = 80 to 384, float32: outside one span rounds of one
+# picture leave up to 1.1, and with adapters' rows of another one 240 and more; of several states'
+# tokens up to 140, and 3 000 and more.
 _ROUNDING, _OF_STATES = 10.0, 1e3
 _MUCH_BETTER = 0.03  # of the residual: noise alone does not shrink so by a few rounds less
 _LEFT_OUT = 4  # rounds, in search of a better agreement
@@ -26,11 +29,11 @@ def agreed_rounds(
 ) -> Agreement:
     """Which rounds show one picture.
 
-    Rounds of one state of the model must have one span. Rounds of several states must have one solution:
-    each patch's token must be a small combination of each state's rows. Adapters' rows are few, and the
-    weakest tokens in them small: another picture's rows push these out of the span and leave no more than
-    noise might. So where some rounds agree much better without the others, what they leave counts as the
-    noise.
+    Rounds of one state of the model must have one span. Rounds of several states must have one
+    solution: each patch's token must be a small combination of each state's rows. Adapters' rows
+    are few, and the weakest tokens in them small: another picture's rows push these out of the span
+    and leave no more than noise might. So where some rounds agree much better without the others,
+    what they leave counts as the noise.
 
     Parameters
     ----------
@@ -98,7 +101,8 @@ def left_by_spans(rounds: Sequence[SpanRound], groups: Sequence[Group]) -> Left:
 def _misses(
     rounds: Sequence[SpanRound], groups: Sequence[Group], spans: dict[tuple[int, ...], NoisySpan], patches: int
 ) -> list[float]:
-    """By how much noise can put off the tokens of the solution of all states, in each round's state, relative.
+    """By how much noise can put off the tokens of the solution of all states, in each
+    round's state, relative.
 
     It is large where they are no small combination of that state's rows.
     """
@@ -118,7 +122,9 @@ def _misses(
 def _limit_by_the_best(
     read: Sequence[RoundRead], left: Callable[[Sequence[RoundRead]], Left], several: bool
 ) -> float | None:
-    """A limit for the residuals, where leaving out a few rounds shrinks them as noise alone does not."""
+    """A limit for the residuals, where leaving out a few rounds shrinks them as noise alone does
+    not.
+    """
     kept, full = list(read), left(read)
     now_left = full
     most = max(full.residuals)

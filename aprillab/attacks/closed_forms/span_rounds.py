@@ -1,10 +1,10 @@
 """What the span attack reads of one round or several: rows that lie in the span of the tokens.
 
-The gradients of W_Q, W_K and W_V have such rows, and so have those of LoRA's factors A beside them: with
-y = W u + s B A u the gradient of A is s Bᵀ Σ_i δ_i u_iᵀ. While all below the first attention is frozen, the u_i
-stay from round to round: the rows of all rounds are of one matrix D. Where the embedding or the norms are
-trained, each group of rounds with the same values has a matrix, and token equations, of its own; their
-costs add up (10.3).
+The gradients of W_Q, W_K and W_V have such rows, and so have those of LoRA's factors A beside them:
+with y = W u + s B A u the gradient of A is s Bᵀ Σ_i δ_i u_iᵀ, (10.5). While all below the first
+attention is frozen, the u_i stay from round to round: the rows of all rounds are of one matrix D.
+Where the embedding or the norms are trained, each group of rounds with the same values has a
+matrix, and token equations, of its own; their costs add up (10.3).
 """
 
 from __future__ import annotations
@@ -363,6 +363,7 @@ def refuse_rows(groups: Sequence[Group], anatomy: Anatomy, words: str = "") -> N
         )
     largest = max(groups, key=lambda group: len(group.equations.D))
     each = max(len(one.D) for one in largest.rounds)
+    # So many rounds are missing, (10.6).
     more, remark = -(-(tokens - rows) // each), f" ({words})" if words else ""
     known = f", {largest.public} of them public," if largest.public else ""
     raise AttackNotApplicable(

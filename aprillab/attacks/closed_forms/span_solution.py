@@ -67,7 +67,7 @@ class SpanSolution:
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Orthonormal directions in a patch, in rows (p, p), and the standard deviation of the
-        error in each (p,).
+        error in each (p,), (8.2).
         """
         s, Vt = torch.linalg.svd(self.root)[1:]
         return Vt, self.variance**0.5 / s.clamp_min(torch.finfo(s.dtype).tiny)

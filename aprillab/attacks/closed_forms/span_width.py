@@ -1,4 +1,6 @@
-"""The span attack's count, (7.6): how wide a model must be for one picture to fit its update, and how rounds help."""
+"""The span attack's count, (7.6): how wide a model must be for one picture to fit its update,
+and how rounds help.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ NAME = "span_closed_form"
 def width_needed(
     patches: int, pixels_per_patch: int, prefix: int, norms: int, *, batch_size: int = 1, by_rows: bool = True
 ) -> int:
-    """The least width d that the count (7.6) allows: ``norms`` is 1 for a LayerNorm before the attention, 2 for two.
+    """The least width d that the count (7.6) allows: ``norms`` is 1 for a LayerNorm before the
+    attention, 2 for two.
 
     In a batch (B − 1)·n directions stay open at any width: the differences of its images at each
     place. Without the patch embedding's gradient (``by_rows=False``) all p pixels are unknown.
@@ -58,7 +61,8 @@ def extra_prefix(anatomy: Anatomy, weights: Mapping[str, Tensor]) -> int:
 
 
 def refuse_width(needed: int, usable: int, tokens: int, unknowns: str, norms: int, groups: int) -> None:
-    """Refuse too narrow a model; ``unknowns`` of a patch are in letters and in numbers, ``"p = 768"``.
+    """Refuse too narrow a model; ``unknowns`` of a patch are in letters and in
+    numbers, ``"p = 768"``.
 
     Raises
     ------

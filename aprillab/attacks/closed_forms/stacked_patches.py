@@ -19,7 +19,7 @@ from torch import Tensor
 from .linear_algebra import thin_svd
 
 _TINY = torch.finfo(torch.float64).tiny
-_CALIBRATIONS = 4
+_CALIBRATIONS = 4  # of the noise, by what the patches found with it leave
 _LEAST_WEIGHT = 1e-6  # of a round
 ROUNDING = 1e-6  # noise below this is a format's rounding, relative to each number and not to all
 
@@ -45,13 +45,17 @@ class Equations:
 
     @property
     def scale(self) -> float:
-        """What the round is divided by: its noise, in G where it is noise, in dW where it is rounding."""
+        """What the round is divided by: its noise, in G where it is noise, in dW where it is
+        rounding.
+        """
         if self.noise >= ROUNDING:
             return max(self.entry, _TINY)
         return max(self.noise * float(self.dW.square().mean().sqrt()), _TINY)
 
     def gain(self, prior: tuple[Tensor, float]) -> float:
-        """By how much relative noise is larger in the relative residual: the pixels carry G's there."""
+        """By how much relative noise is larger in the relative residual: the pixels carry G's
+        there.
+        """
         carried = len(self.G) * self.entry**2 * (float(prior[0].square().mean()) + prior[1])
         size = self.noise * float(self.dW.square().mean().sqrt())
         return (1 + carried / size**2) ** 0.5 if size else 1.0
@@ -88,8 +92,9 @@ class Stack:
 
 
 def noise_of_entries(G: Tensor, bias: Tensor | None, *, centred: bool) -> float | None:
-    """The most probable noise of an entry of G (n, d), from sums that vanish without it; None where there
-    are none. Each row does where LayerNorms read the tokens (``centred``), and ∂l/∂b_e − Σ_i G_i does.
+    """The most probable noise of an entry of G (n, d), from sums that vanish without it; None
+    where there are none. Each row does where LayerNorms read the tokens (``centred``), and
+    ∂l/∂b_e − Σ_i G_i does.
     """
     (n, d), squares, sums = G.shape, 0.0, 0
     if centred:
@@ -102,8 +107,8 @@ def noise_of_entries(G: Tensor, bias: Tensor | None, *, centred: bool) -> float 
 def stacked(rounds: Sequence[Equations]) -> Stack:
     """One system of several rounds.
 
-    A round in which G is mostly noise has little to say, and its noise bends the rest: it counts by the
-    energy of its signal, over that and what noise's eigenvalues differ by.
+    A round in which G is mostly noise has little to say, and its noise bends the rest: it counts by
+    the energy of its signal, over that and what noise's eigenvalues differ by.
     """
     rho2 = [(r.entry / r.scale) ** 2 if r.noise >= ROUNDING else 0.0 for r in rounds]
     widths = [r.G.shape[1] for r in rounds]
@@ -160,7 +165,8 @@ def most_probable_of(stack: Stack, prior: tuple[Tensor, float]) -> StackedPatche
 
     Patches have the mean ``prior[0]`` (p,) and the variance ``prior[1]`` before anything is read.
     With λ an eigenvalue of GGᵀ, c what is left of it without the noise's share, and σ² the variance
-    of an equation, a direction is known to σ²λ/c², and weighs against the prior accordingly.
+    of an equation, a direction is known to σ²λ/c², and weighs against the prior accordingly; where
+    nothing is damped this is (10.4).
 
     Examples
     --------
@@ -173,7 +179,8 @@ def most_probable_of(stack: Stack, prior: tuple[Tensor, float]) -> StackedPatche
     B = stack.dW - torch.outer(stack.G.sum(0), prior[0])  # of deviations from grey
     b = U.T @ B
     outside = float((B - U @ b).square().sum())
-    # The sums that measured each round's noise are few. All equations together tell it to a per cent.
+    # The sums that measured each round's noise are few. All equations together tell it to a per
+    # cent.
     noise = 1.0
     for _ in range(_CALIBRATIONS if stack.added else 1):
         found = _believed(stack, s, b, outside, noise, prior[1])
@@ -184,7 +191,9 @@ def most_probable_of(stack: Stack, prior: tuple[Tensor, float]) -> StackedPatche
 
 @dataclass(frozen=True)
 class _Believed:
-    """Deviations b (n, p) in the directions of Vᵀ; an equation's variance; the expected square error."""
+    """Deviations b (n, p) in the directions of Vᵀ; an equation's variance; the
+    expected square error.
+    """
 
     b: Tensor
     variance: float
@@ -208,8 +217,8 @@ def _believed(stack: Stack, s: Tensor, b: Tensor, outside: float, noise: float, 
 
 
 def _calibrated(stack: Stack, variance: float, carried: float) -> float:
-    """Noise's variance in G over what the rounds' sums said: an equation has that of dW, and G's times the
-    pixels. Of the two ways in which noise comes, the one that is nearer to the sums.
+    """Noise's variance in G over what the rounds' sums said: an equation has that of dW, and G's
+    times the pixels. Of the two ways in which noise comes, the one that is nearer to the sums.
     """
     either = [variance / (kappa**2 + carried) for kappa in stack.kappas]
     return min(either, key=lambda factor: abs(torch.tensor(factor).log().item()))

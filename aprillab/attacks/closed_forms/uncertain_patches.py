@@ -2,11 +2,11 @@
 
     Gᵀ X = ∂W_e       with errors as :func:`~aprillab.attacks.told_errors.told_errors` tells them
 
-**G is expected, not taken.** Columns of G are alike: patches that see the same of the class token have
-gradients that go together. So column j is normal with covariance c_j Γ, both found from all columns
-(expectation maximization), and what is expected of it, m_j, with covariance C_j, follows from its
-entries, its sum ∂l/∂b_e among them. An entry that was set to zero lies between ±√3 times its error: it
-enters by what the others leave of it (expectation propagation; Minka, UAI 2001).
+**G is expected, not taken.** Columns of G are alike: patches that see the same of the class token
+have gradients that go together. So column j is normal with covariance c_j Γ, both found from all
+columns (expectation maximization), and what is expected of it, m_j, with covariance C_j, follows
+from its entries, its sum ∂l/∂b_e among them. An entry that was set to zero lies between ±√3 times
+its error: it enters by what the others leave of it (expectation propagation; Minka, UAI 2001).
 
 **Equations of a row go together.** What is left of row j of ∂W_e − GᵀX has the covariance
 
@@ -14,8 +14,8 @@ enters by what the others leave of it (expectation propagation; Minka, UAI 2001)
 
 so that GᵀX is compared in S_j⁻¹. An entry of ∂W_e that was set to zero is an interval, too.
 
-**A prior on pictures**, (11.11). The most probable picture is found by conjugate gradients, three times
-with S_j as X becomes known; a draw from noise and prior foresees the error.
+**A prior on pictures**, (11.11). The most probable picture is found by conjugate gradients, three
+times with S_j as X becomes known; a draw from noise and prior foresees the error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,11 +34,14 @@ from ...preprocessing import Preprocessing
 from ...update import ClientUpdate
 from ..rounds import RoundRead
 from .inputs import grey_patches
+from .linear_algebra import conjugate_gradients
 from .natural_pictures import NaturalPictures
 
-_PASSES, _STEPS, _SETTLED = 3, 100, 1e-3
+_PASSES = 3  # over the covariances of rows, which the patches of the pass before give
+_STEPS, _SETTLED = 100, 1e-3  # of conjugate gradients; where they end, of the length of what is left
 _ROUNDS_OF_EM, _SURE, _ALIKE = 8, 1e-3, 8.0  # the least error, of the r.m.s.; entries that speak for c_j = 1
-_DAMPED, _FAR = 0.7, 1e-6
+_DAMPED = 0.7  # of a new message's part, so that messages settle
+_FAR = 1e-6  # of a normal's mass: an interval that has no more counts as a point far out
 _LEAST = 1e-9  # of an interval's square: a variance that is called zero
 _MANY = 64  # columns at once
 _OPTIMISTIC_DB = 3.0  # what a draw foresees is better than what comes out: medians over defences are 0 to 6
@@ -59,7 +63,8 @@ class Columns:
 
 
 def columns_of(G: Tensor, error: Tensor, bias: Tensor | None, bias_error: Tensor | None) -> Columns:
-    """What is expected of G's columns, given its entries (n, d) and their sums ``bias`` (d,), with errors.
+    """What is expected of G's columns, given its entries (n, d) and their sums ``bias``
+    (d,), with errors.
 
     Examples
     --------
@@ -102,7 +107,9 @@ def columns_of(G: Tensor, error: Tensor, bias: Tensor | None, bias_error: Tensor
 
 
 def _variances(G: Tensor, variance: Tensor, within: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
-    """Of each patch's entries (n,), for a start: from their squares, or from how many were set to zero."""
+    """Of each patch's entries (n,), for a start: from their squares, or from how many were set to
+    zero.
+    """
     least = 0.05 * float(G.square().mean())
     if not bool(zero.any()):
         return (G.square().mean(1) - variance.mean(1)).clamp_min(max(least, float(variance.min())))
@@ -114,8 +121,8 @@ def _variances(G: Tensor, variance: Tensor, within: Tensor, zero: Tensor, bias: 
 
 
 def interval(mean: Tensor, variance: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
-    """What it adds to know that a normal number lies between ±``within``: as one more observation of it, its
-    weight (one over variance) and its value.
+    """What it adds to know that a normal number lies between ±``within``: as one more observation
+    of it, its weight (one over variance) and its value.
 
     >>> weight, value = interval(torch.zeros(2), torch.tensor([100.0, 0.01]), torch.ones(2))
     >>> round(float(weight[0]), 1), round(float(weight[1]), 1), value.tolist()
@@ -209,7 +216,8 @@ class _Space:
 def most_natural_of(
     dW: Tensor, dW_error: Tensor, columns: Columns, prior: NaturalPictures, grey: Tensor, scale: Tensor
 ) -> tuple[Tensor, float]:
-    """The most probable patches (n, p) in model input, and their expected mean square error in pixels.
+    """The most probable patches (n, p) in model input, and their expected mean square error in
+    pixels.
 
     Parameters
     ----------
@@ -232,32 +240,16 @@ def most_natural_of(
         def system(V: Tensor, rows: _Rows = rows) -> Tensor:
             return m.T @ rows.whitened(m @ V) + space.precision(V)
 
-        X = X + _solved(system, near, m.T @ rows.whitened(seen - m @ X) - space.precision(X - grey))
+        solved = partial(conjugate_gradients, system, near, steps=_STEPS, settled=_SETTLED)
+        X = X + solved(m.T @ rows.whitened(seen - m @ X) - space.precision(X - grey))[0]
         another = m.T @ rows.whitened(rows.noise(generator)) - space.precision(space.draw(generator))
-        error = _solved(system, near, another)
+        error = solved(another)[0]
         doubt = float(error.square().mean())
         if bool(zero.any()):
             spread = _Rows(columns, X, own, rows.joint).spread() + (m @ error).square().mean(1, keepdim=True)
             weight, value = interval(m @ X, spread, within.clamp_min(torch.finfo(dW.dtype).tiny))
             own, seen = torch.where(zero, weight, own), torch.where(zero, value, seen)
     return X, float((error / scale).square().mean()) * 10 ** (_OPTIMISTIC_DB / 10)
-
-
-def _solved(system: Callable[[Tensor], Tensor], near: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
-    """system(X) = right by conjugate gradients, ``near`` being roughly its inverse."""
-    X, left, z = torch.zeros_like(right), right, near(right)
-    way, size = z, float((left * z).sum())
-    enough = _SETTLED**2 * size
-    for _ in range(_STEPS):
-        if size <= enough:
-            break
-        image = system(way)
-        share = size / float((way * image).sum())
-        X, left = X + share * way, left - share * image
-        z = near(left)
-        before, size = size, float((left * z).sum())
-        way = z + size / before * way
-    return X
 
 
 def natural_patches_of(
@@ -298,7 +290,9 @@ def natural_patches_of(
 
 
 def with_errors(read: RoundRead, anatomy: Anatomy) -> ClientUpdate:
-    """The round's update; where it has no errors, as one among others that do, with those of its noise."""
+    """The round's update; where it has no errors, as one among others that do, with
+    those of its noise.
+    """
     update, noise = read.reading.update, read.reading.noise
     if update.errors is not None:
         return update

@@ -23,7 +23,7 @@ from ..result import AttackNotApplicable
 from .coordinates import Coordinates, row_space_of
 from .problem import Loss, Position, Problem
 from .recipes import Adam, Recipe
-from .recorded import Recording
+from .recorded import EvaluationGraph
 from .slopes import matcher
 
 
@@ -83,7 +83,7 @@ def pose(
         seed=seed,
         draws=_draws(copied, like.expand(shape)),
     )
-    return replace(problem, recording=Recording(problem.restart) if recordable(problem) else None)
+    return replace(problem, recording=EvaluationGraph(problem.restart) if recordable(problem) else None)
 
 
 def recordable(problem: Problem) -> bool:

@@ -20,7 +20,7 @@ from .coordinates import Coordinates
 from .objectives import position_cosine
 from .rearrange import places_of, rearranged
 from .recipes import PositionTerm, Recipe
-from .recorded import Recording
+from .recorded import EvaluationGraph
 from .slopes import Matcher
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -122,7 +122,7 @@ class Problem:
     seed : int
     draws : bool
         Whether the model draws at random, as dropout does.
-    recording : Recording or None
+    recording : EvaluationGraph or None
         Of a restart's evaluation, where evaluations may be recorded.
     """
 
@@ -142,7 +142,7 @@ class Problem:
     patch_size: tuple[int, int] | None
     seed: int
     draws: bool = False
-    recording: Recording | None = None
+    recording: EvaluationGraph | None = None
 
     @property
     def device(self) -> torch.device:

@@ -19,7 +19,7 @@ _ROUNDINGS = 1e6  # times ε: sums of another order differ by less, a recording 
 
 
 @dataclass
-class Recording:
+class EvaluationGraph:
     """One restart's evaluation, recorded at its first call and replayed from then on.
 
     What cannot be recorded, such as a loss that asks for a number on its way, is evaluated as

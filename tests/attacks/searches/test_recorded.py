@@ -1,4 +1,4 @@
-"""Recording evaluations, with a stand-in for the card; tests/attacks/test_gpu.py has the card
+"""EvaluationGraph evaluations, with a stand-in for the card; tests/attacks/test_gpu.py has the card
 itself.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 import aprillab as al
 from aprillab.attacks.searches import recorded
 from aprillab.attacks.searches.pose import recordable
-from aprillab.attacks.searches.recorded import Recording
+from aprillab.attacks.searches.recorded import EvaluationGraph
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Card:
 
     def __init__(self, evaluate: Callable[[Tensor], Found], *, wrong: float = 0.0) -> None:
         self.evaluate, self.wrong, self.replays = evaluate, wrong, 0
-        self.recording: Recording | None = None
+        self.recording: EvaluationGraph | None = None
 
     def graph(self) -> Any:
         card = self
@@ -68,13 +68,13 @@ class Stream:
     def wait_stream(self, other: Any) -> None: ...
 
 
-def recording_on(card: Card, monkeypatch: pytest.MonkeyPatch, evaluate: Callable[..., Found]) -> Recording:
+def recording_on(card: Card, monkeypatch: pytest.MonkeyPatch, evaluate: Callable[..., Found]) -> EvaluationGraph:
     cuda = recorded.torch.cuda
     for name, stand_in in {
         "CUDAGraph": card.graph, "Stream": Stream, "current_stream": Stream, "stream": nothing, "graph": nothing,
     }.items():  # fmt: skip
         monkeypatch.setattr(cuda, name, stand_in)
-    card.recording = Recording(evaluate)
+    card.recording = EvaluationGraph(evaluate)
     return card.recording
 
 
