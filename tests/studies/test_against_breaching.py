@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from studies._runner import RESULTS
 from studies.against_breaching.__main__ import main
 from studies.against_breaching.measure import RACES, RATES, ROOT, Arena, Place, Run, score
-from studies.against_breaching.page import races_table, rates_table, verdicts
+from studies.against_breaching.page import raced, ratio_of
 
 
 def test_a_diary_is_scored_by_when_it_reaches_the_bar() -> None:
@@ -32,40 +33,26 @@ def test_a_diary_is_scored_by_when_it_reaches_the_bar() -> None:
     assert math.isinf(never.cpu_to_bar)  # the result has no time of its own
 
 
-def lines_of(page: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading, without its head."""
-    lines = page[page.index(heading) :].splitlines()
-    table = lines[next(i for i, line in enumerate(lines) if line.startswith("|")) :]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("|")]
-    return cells[2 : next((i for i, line in enumerate(table) if not line), len(table))]
-
-
-def test_the_committed_tables_are_made_again_from_their_own_numbers() -> None:
-    page = (RESULTS / "against_breaching.md").read_text(encoding="utf-8")
-    rates = lines_of(page, "## Evaluations per second")
-    races = lines_of(page, "## Time to 30 dB")
-    assert [tuple(cells[:3]) for cells in rates] == list(RATES)
-    assert [tuple(cells[1:4]) for cells in races] == list(RACES)
-    runs = [
-        Run("rate", 0, 5, *cells[:3], error=cells[5].strip("`"))
-        if cells[3] == "fails"
-        else Run("rate", 0, 5, *cells[:3], cpu_rate=float(cells[3]), wall_rate=float(cells[4]))
-        for cells in rates
-    ]
-    found = pd.DataFrame(runs)
-    assert lines_of(rates_table(found), "|") == rates
-    raced = pd.DataFrame([
-        Run("race", 0, 5, *cells[1:4], evaluations=int(cells[4]), cpu=float(cells[5]), psnr=float(cells[6]),
-            best_psnr=float(cells[7]), cpu_to_bar=float(cells[8].replace("never", "inf")),
-            wall_to_bar=float(cells[9].replace("never", "inf")))
-        for cells in races
-    ])  # fmt: skip
-    assert lines_of(races_table(raced), "|") == races
-    said = verdicts(found, raced, seconds=40)
-    assert all(line in page for line in said[:2])
-    assert (
-        "none of breaching's attacks in the 40 s they had (the best picture, deepleakage in float64, 7.4" in said[2]
+def test_the_committed_page_is_made_again_from_its_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("against_breaching.csv", "provenance.json"):
+        shutil.copy(RESULTS / name, tmp_path / name)
+    main(["--report", "--out", str(tmp_path)])
+    assert "its claims hold" in capsys.readouterr().out
+    made, committed = (
+        (folder / "against_breaching.md").read_text(encoding="utf-8") for folder in (tmp_path, RESULTS)
     )
+    assert made == committed
+    assert all(f"| {side} | {attack} | {dtype} |" in made for side, attack, dtype in {*RATES, *RACES})
+
+
+def test_a_race_that_breaching_wins_leaves_no_page(tmp_path: Path) -> None:
+    shutil.copy(RESULTS / "provenance.json", tmp_path / "provenance.json")
+    frame = pd.read_csv(RESULTS / "against_breaching.csv")
+    frame.loc[(frame.part == "race") & (frame.side == "breaching"), "best_psnr"] = 40.0
+    frame.to_csv(tmp_path / "against_breaching.csv", index=False)
+    with pytest.raises(SystemExit, match="none of breaching's finds one"):
+        main(["--report", "--out", str(tmp_path)])
+    assert not (tmp_path / "against_breaching.md").exists()
 
 
 def test_who_is_faster_and_by_how_much() -> None:
@@ -75,15 +62,14 @@ def test_who_is_faster_and_by_how_much() -> None:
         for side, attack, rate in ((*RATES[0][:2], 29.0), (*RATES[1][:2], 9.0))
         for dtype in ("float32", "float64")
     ])  # fmt: skip
+    assert ratio_of(rates, "float32") == 3.0
     races = pd.DataFrame([
-        Run("race", 0, 5, side, "a", "float64", cpu_to_bar=seconds, best_psnr=40.0, cpu=60.0)
-        for side, seconds in (("aprillab", 4.0), ("breaching", 50.0), ("breaching", 48.0))
+        Run("race", 0, digit, "aprillab", "a", "float64", evaluations=digit, cpu_to_bar=seconds, best_psnr=40, cpu=60)
+        for digit, seconds in ((1, 4.0), (2, 8.0), (3, math.inf))
     ])  # fmt: skip
-    lines = verdicts(rates, races, seconds=60)
-    assert "float32: 3.00 times breaching's; the goal of 1.5 is met." in lines[0]
-    assert lines[2].endswith("breaching's fastest (a, float64) after 48.0 s: 12.0 times as long. The goal is 10.")
-    races.loc[races.side == "aprillab", "cpu_to_bar"] = math.inf
-    assert "ours did not reach 30 dB in 60 s" in verdicts(rates, races, seconds=60)[2]
+    found = raced(races)
+    assert (found["digits"], found["30 dB"], found["evaluations"]) == ("3", "2 of 3", "1 to 3")
+    assert (found["processor s to it"], found["at most"]) == ("6.0", "8.0")
 
 
 @pytest.mark.slow
