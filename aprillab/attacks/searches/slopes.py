@@ -162,7 +162,8 @@ def _cosine(targets: Sequence[Tensor], _: float) -> Matcher:
         if size.is_cuda:
             slopes = [torch.addcmul(shared, mine, c, value=-1) for mine, shared in pairs]
             return Match(distance, relative.sqrt(), slopes, scale)
-        slopes = [torch.sub(shared, mine, alpha=float(c)) for mine, shared in pairs]
+        number = float(c)
+        slopes = [torch.sub(shared, mine, alpha=number) for mine, shared in pairs]
         return Match(distance, relative.sqrt(), slopes, float(scale))
 
     return match
